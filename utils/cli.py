@@ -1,0 +1,143 @@
+"""What every script shares at the shell: parser, logging, signals, exit codes.
+
+Imports nothing heavy, so that `--help` and flag errors answer at once; scripts import JAX,
+transformers and datasets after parsing.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+from utils.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and whose help shows defaults."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument(
+            "--verbose", action="store_true", help="debug log, and the traceback of an error"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def int_at_least(lowest: int) -> Callable[[str], int]:
+    """An argparse type: an integer not below `lowest`."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"{value} is below {lowest}")
+        return value
+
+    return integer
+
+
+def float_at_least(lowest: float) -> Callable[[str], float]:
+    """An argparse type: a finite number not below `lowest`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not lowest <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {lowest}")
+        return value
+
+    return number
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM reached the main thread; exit code 128 + signum."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into `Interrupted`, held back while `shielded`.
+
+    The exception is raised in the main thread, which must therefore wait in Python (a future, a
+    queue) and leave blocking device calls to other threads.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._pending: int | None = None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: object) -> None:
+        self._pending = signum
+        if self._depth == 0:
+            raise Interrupted(signum)
+
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """A section that a signal must not cut in half; the exception comes at its end."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+        if self._depth == 0 and self._pending is not None:
+            raise Interrupted(self._pending)
+
+
+def run(
+    main: Callable[[argparse.Namespace, Signals], int | None],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parse `argv`, call `main(args, signals)`, and leave the process with its exit code.
+
+    A `UserError` is one line on stderr; `--verbose` adds the traceback. Leaves through `os._exit`
+    so that a device computation nobody waits for any more cannot hold the process.
+    """
+    args = parser.parse_args(argv)
+    logging.basicConfig(
+        format="%(message)s", stream=sys.stderr, level="DEBUG" if args.verbose else "INFO"
+    )
+    if not args.verbose:
+        for noisy in ("jax", "httpx", "datasets", "transformers", "matplotlib", "absl", "filelock"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+    signals = Signals()
+    try:
+        code = main(args, signals) or 0
+    except UserError as error:
+        if args.verbose:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except Interrupted as stop:
+        name = signal.Signals(stop.signum).name
+        print(f"stopped by {name}; what was written is intact", file=sys.stderr)
+        code = 128 + stop.signum
+    except BrokenPipeError:  # the reader of our output, `head` for one, has left
+        code = 141
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
