@@ -1,0 +1,167 @@
+"""The reference: torch transformers on random checkpoints of every family, hooked at every point.
+
+Needs torch. The tests compare against it live; `tests/golden/make_golden.py` stores what it says,
+so that parity is tested where torch is absent too.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+_BASE = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+}
+
+
+def _config(family, **fields):
+    return getattr(transformers, f"{family}Config")(**{**_BASE, **fields})
+
+
+def _rope(theta=10000.0, **fields):
+    return {"rope_theta": theta, **fields}
+
+
+# name -> configuration, dtype on disk
+CASES = {
+    "qwen2": (
+        _config("Qwen2", tie_word_embeddings=True, rope_parameters=_rope(1e6, rope_type="default")),
+        "bfloat16",
+    ),
+    "qwen2_sliding_yarn": (
+        _config(
+            "Qwen2",
+            use_sliding_window=True,
+            sliding_window=7,
+            max_window_layers=2,
+            rope_parameters=_rope(
+                rope_type="yarn", factor=4.0, original_max_position_embeddings=64
+            ),
+        ),
+        "float32",
+    ),
+    "qwen3": (
+        _config(
+            "Qwen3",
+            head_dim=16,
+            attention_bias=True,
+            rope_parameters=_rope(1e6, rope_type="default"),
+        ),
+        "float32",
+    ),
+    "llama3": (
+        _config(
+            "Llama",
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters=_rope(
+                500000.0,
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
+        ),
+        "float16",
+    ),
+    "llama_linear": (
+        _config(
+            "Llama",
+            tie_word_embeddings=True,
+            num_key_value_heads=6,
+            rope_parameters=_rope(rope_type="linear", factor=2.5),
+        ),
+        "float32",
+    ),
+    "mistral": (
+        _config(
+            "Mistral",
+            head_dim=12,
+            sliding_window=9,
+            rope_parameters=_rope(rope_type="default"),
+        ),
+        "bfloat16",
+    ),
+    "mistral_full": (
+        _config("Mistral", sliding_window=None, rope_parameters=_rope(rope_type="default")),
+        "float32",
+    ),
+}
+
+
+def random_model(config, dtype="float32", seed=0):
+    """A causal model whose every parameter, norms and biases included, is far from its default.
+
+    Values are representable in `dtype`; the model itself computes in float32.
+    """
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                value = 1 + 0.3 * noise
+            elif parameter.ndim == 1:
+                value = 0.5 * noise
+            elif "embed" in name or "lm_head" in name:
+                value = noise * (1.0 if config.hidden_size < 200 else 0.05)
+            else:
+                value = 1.5 * noise / parameter.shape[1] ** 0.5
+            parameter.copy_(value.to(getattr(torch, dtype)).float())
+    return model
+
+
+def save(model, folder: Path, dtype="float32", max_shard_size="5GB"):
+    """Writes the checkpoint in `dtype`; the model in memory stays float32."""
+    state = {name: value.to(getattr(torch, dtype)) for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+
+
+def hidden_states(model, input_ids) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Every hook point of every layer, {"<hook_point>.<layer>": [T, D]}, and logits [T, V]."""
+    found = {}
+
+    def keep(name, value):
+        value = value[0] if isinstance(value, tuple) else value
+        found[name] = value.detach()[0].float().numpy().copy()
+
+    handles = []
+    for i, layer in enumerate(model.model.layers):
+        handles += [
+            layer.register_forward_pre_hook(
+                lambda m, args, kwargs, i=i: keep(
+                    f"resid_pre.{i}", args[0] if args else kwargs["hidden_states"]
+                ),
+                with_kwargs=True,
+            ),
+            layer.self_attn.register_forward_hook(
+                lambda m, args, out, i=i: keep(f"attn_out.{i}", out)
+            ),
+            layer.post_attention_layernorm.register_forward_pre_hook(
+                lambda m, args, i=i: keep(f"resid_mid.{i}", args[0])
+            ),
+            layer.mlp.register_forward_hook(lambda m, args, out, i=i: keep(f"mlp_out.{i}", out)),
+            layer.register_forward_hook(lambda m, args, out, i=i: keep(f"resid_post.{i}", out)),
+        ]
+    try:
+        with torch.no_grad():
+            logits = model(torch.tensor(np.asarray(input_ids)[None], dtype=torch.long)).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found, logits[0].float().numpy()
