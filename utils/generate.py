@@ -1,0 +1,280 @@
+"""Jitted prefill and decode loop. What is captured is captured in these same passes.
+
+Prompts are padded on the right: slot and position agree in prefill, so a plain causal mask serves
+every row. Generated tokens go to the slots behind the longest prompt, one slot a step for all
+rows, at the position that follows their own prompt; the cache remembers each slot's position.
+"""
+
+# B batch   T prompt tokens, padded   A answer tokens at most   D model width   V vocabulary
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utils.batching import Bucket
+from utils.model import INVALID_POSITION, Cache, Decoder, captured, empty_cache
+
+LOGIT_ROWS = 256  # answer positions whose vocabulary-wide logits exist at once
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are made. temperature 0 is greedy; `stop_ids` end an answer and belong to it."""
+
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class Prefilled:
+    """captures: name -> [B, rows, D]; logits: float32 [B, V] at the last prompt token, or None;
+    logprobs: float32 [B, A] of the forced answer's tokens, or None; cache: or None."""
+
+    captures: dict[str, jax.Array]
+    logits: jax.Array | None = None
+    logprobs: jax.Array | None = None
+    cache: Cache | None = None
+
+
+@dataclass
+class Decoded:
+    """tokens: int32 [B, A]; counts: int32 [B], how many of them are real; logprobs: float32
+    [B, A]; captures: name -> [B, A, D]; steps: int32, forward passes that were run."""
+
+    tokens: jax.Array
+    counts: jax.Array
+    logprobs: jax.Array
+    captures: dict[str, jax.Array]
+    steps: jax.Array
+
+
+for _result in (Prefilled, Decoded):
+    jax.tree_util.register_dataclass(_result)
+
+
+def prefill(
+    model: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    prompt_lengths: jax.Array,
+    *,
+    bucket: Bucket,
+    cache_slots: int,
+    with_logits: bool,
+) -> Prefilled:
+    """One pass over the prompts and, where `bucket.answer` > 0, the forced answers behind them.
+
+    tokens: int32 [B, T], right-padded; prompt_lengths: int32 [B]. `cache_slots` 0 keeps no cache.
+    """
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    cache = None
+    if cache_slots:
+        cache = empty_cache(model.config, B, cache_slots, jax.tree.leaves(params)[0].dtype)
+    (x, cache), state = model.apply(
+        {"params": params}, tokens, positions, cache, mutable=["intermediates"]
+    )
+    if cache is not None:
+        # Slots behind a row's own prompt hold padding; nobody may attend to them.
+        slots = jnp.arange(cache_slots)
+        real = slots < prompt_lengths[:, None]
+        cache["positions"] = jnp.where(real, cache["positions"], INVALID_POSITION)
+    result = Prefilled(
+        {
+            name: _select(value, model.capture.positions, prompt_lengths, bucket)
+            for name, value in captured(state.get("intermediates", {})).items()
+            if model.capture.in_prefill or bucket.answer
+        },
+        cache=cache,
+    )
+    last = (prompt_lengths - 1)[:, None]
+    if with_logits:
+        result.logits = _logits(model, params, _rows(x, last))[:, 0]
+    if bucket.answer:
+        steps = jnp.arange(bucket.answer)
+        x = _rows(x, last + steps)
+        targets = jnp.take_along_axis(tokens, jnp.minimum(last + 1 + steps, T - 1), axis=1)
+
+        def logprob(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return jax.nn.log_softmax(_logits(model, params, row[0]))[row[1]]
+
+        flat = (x.reshape(-1, x.shape[-1]), targets.reshape(-1))
+        result.logprobs = jax.lax.map(logprob, flat, batch_size=LOGIT_ROWS).reshape(targets.shape)
+    return result
+
+
+def decode(
+    model: Decoder,
+    params: Any,
+    cache: Cache,
+    logits: jax.Array,
+    prompt_lengths: jax.Array,
+    sample_keys: jax.Array,
+    *,
+    sampling: Sampling,
+) -> tuple[Decoded, Cache]:
+    """Generates until every row has ended; sample_keys: uint32 [B], 0 for padding rows.
+
+    Each step feeds one token a row, so the last token of an answer has been through the model too
+    when its states are captured. What a row draws depends on its own key and step alone.
+    The cache is returned so that a donated one is updated in place.
+    """
+    B, A = len(prompt_lengths), sampling.max_tokens
+    T = cache["positions"].shape[1] - A
+    stops = jnp.array(sampling.stop_ids, jnp.int32)
+    base = jax.random.key(sampling.seed)
+    keys = jax.vmap(partial(jax.random.fold_in, base))(sample_keys)
+
+    def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Token [B] and its log-probability at temperature 1 [B]."""
+        if sampling.temperature:
+            step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+            token = jax.vmap(jax.random.categorical)(step_keys, logits / sampling.temperature)
+        else:
+            token = jnp.argmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+        return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    def ended(token: jax.Array) -> jax.Array:
+        return jnp.isin(token, stops)
+
+    token, logprob = choose(logits, 0)
+    active = sample_keys != 0
+    shape = (B, A, model.config.hidden_size)
+    dtype = jax.tree.leaves(params)[0].dtype
+    names = model.capture.names if model.capture.in_decode else ()
+    state = {
+        "result": Decoded(
+            tokens=jnp.zeros((B, A), jnp.int32).at[:, 0].set(token),
+            counts=active.astype(jnp.int32),
+            logprobs=jnp.zeros((B, A), jnp.float32).at[:, 0].set(logprob),
+            captures={name: jnp.zeros(shape, dtype) for name in names},
+            steps=jnp.int32(0),
+        ),
+        "cache": cache,
+        "token": token,
+        # Rows whose current token still has to go through the model. Without capture the last
+        # token of an answer does not.
+        "active": active if names else active & ~ended(token),
+    }
+    last_step = A if names else A - 1
+
+    def unfinished(state: dict[str, Any]) -> jax.Array:
+        return (state["result"].steps < last_step) & jnp.any(state["active"])
+
+    def step(state: dict[str, Any]) -> dict[str, Any]:
+        result, token, active = state["result"], state["token"], state["active"]
+        i = result.steps
+        (x, cache), sown = model.apply(
+            {"params": params},
+            token[:, None],
+            (prompt_lengths + i)[:, None],
+            state["cache"],
+            T + i,
+            mutable=["intermediates"],
+        )
+        new = captured(sown.get("intermediates", {}))
+        captures = {
+            name: jax.lax.dynamic_update_slice(result.captures[name], new[name], (0, i, 0))
+            for name in names
+        }
+        next_token, logprob = choose(_logits(model, params, x[:, 0]), i + 1)
+        goes_on = active & ~ended(token) & (i + 1 < A)
+        j = jnp.minimum(i + 1, A - 1)
+        tokens = jnp.where(goes_on, next_token, result.tokens[:, j])
+        logprobs = jnp.where(goes_on, logprob, result.logprobs[:, j])
+        return {
+            "result": Decoded(
+                tokens=result.tokens.at[:, j].set(tokens),
+                counts=result.counts + goes_on,
+                logprobs=result.logprobs.at[:, j].set(logprobs),
+                captures=captures,
+                steps=i + 1,
+            ),
+            "cache": cache,
+            "token": next_token,
+            "active": goes_on if names else goes_on & ~ended(next_token),
+        }
+
+    state = jax.lax.while_loop(unfinished, step, state)
+    return state["result"], state["cache"]
+
+
+def _logits(model: Decoder, params: Any, x: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, x, method=Decoder.logits)
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x: [B, T, D], index: int [B, R] -> [B, R, D]; an index behind the end gives the last row."""
+    return jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1)[..., None], axis=1)
+
+
+def _select(
+    value: jax.Array, positions: str, prompt_lengths: jax.Array, bucket: Bucket
+) -> jax.Array:
+    """The rows of a capture that are kept: [B, T, D] -> [B, R, D]."""
+    if positions == "prompt":
+        return value[:, : bucket.prompt]
+    if positions == "last":
+        return _rows(value, (prompt_lengths - 1)[:, None])
+    if positions == "answer":
+        return _rows(value, prompt_lengths[:, None] + jnp.arange(bucket.answer))
+    return value
+
+
+@dataclass
+class Engine:
+    """The compiled programs of one model; compiles each shape once and keeps the time of it.
+
+    compile_seconds: total so far.
+    """
+
+    model: Decoder
+    params: Any
+    compile_seconds: float = 0.0
+    _programs: dict[Any, Any] = field(default_factory=dict)
+
+    def prefill(self, tokens: np.ndarray, prompt_lengths: np.ndarray, **static: Any) -> Prefilled:
+        """See `prefill`."""
+        return self._call(prefill, (), (self.params, tokens, prompt_lengths), static)
+
+    def decode(
+        self,
+        model: Decoder,
+        prefilled: Prefilled,
+        prompt_lengths: np.ndarray,
+        sample_keys: np.ndarray,
+        sampling: Sampling,
+        keep_cache: bool,
+    ) -> Decoded:
+        """See `decode`. Unless `keep_cache`, the cache is given up to the loop."""
+        args = (self.params, prefilled.cache, prefilled.logits, prompt_lengths, sample_keys)
+        donated = () if keep_cache else ("cache",)
+        return self._call(decode, donated, args, {"sampling": sampling}, model)[0]
+
+    def _call(
+        self,
+        function: Any,
+        donated: tuple[str, ...],
+        args: tuple[Any, ...],
+        static: dict[str, Any],
+        model: Decoder | None = None,
+    ) -> Any:
+        model = self.model if model is None else model
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args[1:]))
+        key = (function.__name__, donated, model, tuple(static.items()), shapes)
+        if key not in self._programs:
+            start = time.perf_counter()
+            jitted = jax.jit(
+                function, static_argnames=("model", *static), donate_argnames=donated
+            )
+            self._programs[key] = jitted.lower(model, *args, **static).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key](*args)
