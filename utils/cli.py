@@ -17,13 +17,26 @@ from typing import NoReturn
 from utils.errors import UserError
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every flag that has one; keeps the lines of the description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        help_text = action.help or ""
+        default = action.default
+        if default is None or default is False or default == argparse.SUPPRESS:
+            return help_text
+        return (
+            f"{help_text} (default: {' '.join(default) if isinstance(default, list) else default})"
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and whose help shows defaults."""
 
     def __init__(self, description: str):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         self.add_argument(

@@ -272,9 +272,7 @@ class Engine:
         key = (function.__name__, donated, model, tuple(static.items()), shapes)
         if key not in self._programs:
             start = time.perf_counter()
-            jitted = jax.jit(
-                function, static_argnames=("model", *static), donate_argnames=donated
-            )
+            jitted = jax.jit(function, static_argnames=("model", *static), donate_argnames=donated)
             self._programs[key] = jitted.lower(model, *args, **static).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key](*args)

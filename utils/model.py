@@ -118,7 +118,7 @@ def attend(
 def attend_prompt(
     query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, window: int | None
 ) -> jax.Array:
-    """`attend` over a prompt whose slots are in order of position, in spans and tiles of queries."""
+    """`attend` over a prompt whose slots follow its positions, in spans and tiles of queries."""
     B, T, N, H = query.shape
     span = QUERY_TILE * math.ceil(T / QUERY_SPANS / QUERY_TILE)
     outputs = []

@@ -1,0 +1,58 @@
+"""Run a model on ARC tasks on one device and keep the hidden states of every token.
+
+    python simple_extraction_inference.py --model_path MODEL \\
+        --dataset_path arc_data/arc_format_train.json \\
+        --output_path results/predictions.json --activations_dir results/activations
+
+Writes predictions, shards of activations and metadata.json. Ctrl-C or SIGTERM stops it within
+seconds with all that was stored intact; the same command with --resume does the rest.
+"""
+
+import argparse
+import sys
+from dataclasses import fields
+
+from utils import cli, flags
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(description=__doc__)
+    flags.add_input_flags(parser)
+    parser.add_argument(
+        "--output_path", default="results/predictions.json", help="predictions, a JSON file"
+    )
+    parser.add_argument(
+        "--batch_size", type=cli.int_at_least(1), default=1, help="samples a forward pass"
+    )
+    parser.add_argument(
+        "--no_extraction",
+        action="store_true",
+        help="predictions only; --activations_dir is not touched",
+    )
+    flags.add_model_flags(parser)
+    flags.add_generation_flags(parser)
+    flags.add_capture_flags(parser)
+    flags.add_storage_flags(parser)
+    return parser
+
+
+def main(args: argparse.Namespace, signals: cli.Signals) -> int:
+    from utils import report
+    from utils.extract import run
+    from utils.request import Request, prepare
+
+    names = {field.name for field in fields(Request)}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    if args.no_extraction:
+        values["activations_dir"] = None
+    prepared = prepare(Request(**values, arguments=vars(args)))
+    if args.dry_run:
+        report.print_plan(prepared)
+        return 0
+    manifest = run(prepared, signals)
+    report.print_summary(prepared, manifest)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, parser(), sys.argv[1:])

@@ -1,0 +1,89 @@
+"""Fixtures shared by the tests: a tiny random model with a tokenizer, and a few tasks."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before anything starts JAX: no cache of compiled programs may hide what a test compiles.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+TINY = {
+    "model_type": "qwen2",
+    "vocab_size": 288,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def random_task(rng: random.Random, pairs: int, tests: int = 1) -> tuple[dict, list]:
+    """A task that mirrors grids left to right, and its solutions."""
+
+    def grid():
+        rows, cols = rng.randint(1, 5), rng.randint(1, 5)
+        return [[rng.randint(0, 9) for _ in range(cols)] for _ in range(rows)]
+
+    def mirrored(g):
+        return [row[::-1] for row in g]
+
+    train = [grid() for _ in range(pairs)]
+    test = [grid() for _ in range(tests)]
+    task = {
+        "train": [{"input": g, "output": mirrored(g)} for g in train],
+        "test": [{"input": g} for g in test],
+    }
+    return task, [mirrored(g) for g in test]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a random Qwen2 of four layers, one token a character."""
+    from tokenizers_for_tests import character_tokenizer
+
+    from utils.weights import write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    tokenizer = character_tokenizer()
+    write_random_checkpoint(folder, {**TINY, "vocab_size": len(tokenizer) + 3})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tasks_file(tmp_path_factory) -> Path:
+    """Seven tasks, eight test inputs, with their solutions beside them."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = random.Random(0)
+    made = {f"task{i}": random_task(rng, 1 + i % 3, 2 if i == 3 else 1) for i in range(7)}
+    path = folder / "arc_format_train.json"
+    path.write_text(json.dumps({name: task for name, (task, _) in made.items()}))
+    solutions = {name: grids for name, (_, grids) in made.items()}
+    (folder / "test_outputs_train.json").write_text(json.dumps(solutions))
+    return path
+
+
+def run_script(*args, cwd=None, env=None, timeout=300) -> subprocess.CompletedProcess:
+    """Runs a script of the project as a user would."""
+    script, *rest = map(str, args)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *rest],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

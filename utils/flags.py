@@ -1,0 +1,149 @@
+"""The flags that the inference scripts share; each is declared here once, with default and unit."""
+
+import argparse
+
+from utils.cli import float_at_least, int_at_least
+
+_FORMATS = "{chat,turns,compact,plain}"
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--model_path", required=True, help="folder of a Hugging Face model: Llama, Mistral, Qwen"
+    )
+    group.add_argument(
+        "--dataset_path",
+        required=True,
+        help="ARC tasks: Kaggle JSON, JSONL, one task file or a folder of them, .gz too",
+    )
+    group.add_argument(
+        "--solutions_path",
+        help="ground truth; found by itself next to a transformed dataset",
+    )
+    group.add_argument(
+        "--max_tasks", type=int_at_least(1), help="take the first so many tasks (default: all)"
+    )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and prompt")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="computation (default: bfloat16 on accelerators, float32 on CPU)",
+    )
+    group.add_argument(
+        "--prompt_format",
+        default="chat",
+        metavar=f"{_FORMATS}|FILE",
+        help="how a task is put to the model, or a Jinja file; a model must be prompted the way it "
+        "was trained",
+    )
+    group.add_argument(
+        "--grid_encoding",
+        default="digits",
+        choices=("digits", "spaced", "numbered", "words"),
+        help="how a grid is written",
+    )
+    group.add_argument(
+        "--max_train_pairs", type=int_at_least(1), help="train pairs a prompt (default: all)"
+    )
+    group.add_argument(
+        "--max_model_len",
+        type=int_at_least(1),
+        help="tokens of prompt and answer together; a longer prompt loses its first train pairs "
+        "(default: what the model allows)",
+    )
+
+
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answers")
+    group.add_argument(
+        "--max_output_tokens",
+        type=int_at_least(0),
+        default=1100,
+        help="tokens an answer; 0 extracts from the prompt alone",
+    )
+    group.add_argument(
+        "--predictions_per_task",
+        type=int_at_least(1),
+        default=1,
+        help="answers to a test input; the first of several is greedy, and its states are kept",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float_at_least(0),
+        help="of the answers after the first, or of the only one (default: 0, greedy, for one "
+        "answer; 0.7 for those after the first)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of sampling")
+    group.add_argument(
+        "--teacher_forcing",
+        action="store_true",
+        help="run prompt and ground truth in one pass instead of generating",
+    )
+
+
+def add_capture_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is extracted")
+    group.add_argument(
+        "--layers_to_extract",
+        nargs="+",
+        metavar="LAYER",
+        help="layers from 0, negative from the end, or `all` (default: first, middle, last)",
+    )
+    group.add_argument(
+        "--hook_points",
+        nargs="+",
+        default=["resid_post"],
+        choices=("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+        help="where in a layer; resid_post is the residual stream after it",
+    )
+    group.add_argument(
+        "--token_positions",
+        default="all",
+        choices=("all", "prompt", "answer", "last"),
+        help="tokens whose states are kept; last is the prompt's last, which the answer's first "
+        "token is predicted from",
+    )
+    group.add_argument(
+        "--activation_dtype",
+        default="float16",
+        choices=("float16", "float32"),
+        help="on disk; what float16 cannot hold is stored as float32 and counted",
+    )
+    group.add_argument(
+        "--no_logits",
+        action="store_true",
+        help="leave out output_logits; with --max_output_tokens 0 the pass ends after the last "
+        "captured layer",
+    )
+
+
+def add_storage_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("storage")
+    group.add_argument(
+        "--activations_dir",
+        default="results/activations",
+        help="folder of the shards and metadata.json",
+    )
+    group.add_argument(
+        "--save_every_n_samples",
+        type=int_at_least(1),
+        default=50,
+        help="samples a shard; a kill loses at most those of the open one",
+    )
+    group.add_argument(
+        "--max_shard_mb",
+        type=float_at_least(1),
+        default=512,
+        help="megabytes a shard; the fuller limit counts",
+    )
+    group.add_argument("--resume", action="store_true", help="finish the run in the folder")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, print tokens, samples, shards, bytes and free disk, and stop",
+    )
