@@ -1,0 +1,98 @@
+"""Show what a dataset of example pairs holds before it is transformed.
+
+    python test_transformation.py --dataset rows.jsonl --num_rows 5
+
+A script, not a test module: the tests are in tests/.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from itertools import islice, zip_longest
+
+from utils.cli import Parser, Signals, int_at_least, run
+from utils.rows import DEFAULT_DATASET, open_rows, to_task
+
+# The colours of the ARC viewer, 0 to 9.
+PALETTE = bytes.fromhex("000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25")
+
+
+def build_parser() -> Parser:
+    parser = Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add(
+        "--dataset",
+        default=DEFAULT_DATASET,
+        help="name on the Hugging Face hub, or a local .json, .jsonl or .parquet file or a folder",
+    )
+    add("--split", default="train", help="split, or a slice such as train[:100]")
+    add("--num_rows", type=int_at_least(1), default=5, help="rows to look at, from the first on")
+    add("--column", help="column that holds the pairs; None: examples, else train and test")
+    add("--streaming", action="store_true", help="read from the hub without downloading it first")
+    return parser
+
+
+def picture(grid: list[list[int]], cell_width: int, colored: bool) -> list[str]:
+    """The lines of a grid: digits on their colours, or bare digits."""
+    if not colored:
+        return ["".join(map(str, row)) for row in grid]
+    return ["".join(painted(color, cell_width) for color in row) + "\x1b[0m" for row in grid]
+
+
+def painted(color: int, width: int) -> str:
+    red, green, blue = PALETTE[3 * color : 3 * color + 3]
+    ink = 30 if red * 0.3 + green * 0.6 + blue * 0.1 > 110 else 97
+    return f"\x1b[{ink};48;2;{red};{green};{blue}m{color:>{width}}"
+
+
+def show_pair(title: str, grids: list[list[list[int]]], colored: bool) -> None:
+    """Print the grids of a pair side by side; two characters a cell where the terminal has room."""
+    room = shutil.get_terminal_size().columns
+    cell_width = 2 if colored and 2 * sum(len(grid[0]) for grid in grids) + 6 <= room else 1
+    print(f"\n{title}: " + " -> ".join(f"{len(grid)} x {len(grid[0])}" for grid in grids))
+    lines = [picture(grid, cell_width, colored) for grid in grids]
+    blank = " " * (cell_width * len(grids[0][0]))
+    for left, right in zip_longest(lines[0], lines[1] if len(lines) > 1 else []):
+        print(f"  {left or blank}    {right or ''}".rstrip())
+
+
+def main(args: argparse.Namespace, signals: Signals) -> int:
+    source = open_rows(args.dataset, args.split, args.column, args.streaming)
+    print(f"{args.dataset}, split {args.split}\n\ncolumns")
+    for name, kind in source.columns.items():
+        print(f"  {name:16} {kind}")
+    where = source.column or "train and test"
+    tasks, wrong = [], []
+    print(f"\nrows (pairs from {where})")
+    for i, row in enumerate(islice(source.rows, args.num_rows)):
+        task, problems = to_task(row, source.column)
+        wrong += [(i, pair, reason) for pair, reason in problems]
+        if task is None:
+            print(f"  row {i}: no task in it")
+            continue
+        tasks.append(task)
+        pairs = (*task.train, *task.test)
+        sizes = [(len(g), len(g[0])) for p in pairs for g in (p.input, p.output) if g]
+        low, high = min(sizes), max(sizes)
+        print(
+            f"  row {i}: {len(pairs)} valid pairs, grids {low[0]} x {low[1]} to"
+            f" {high[0]} x {high[1]}, task {task.task_id}"
+        )
+    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for side in ("train", "test") if tasks else ():
+        for i, pair in enumerate(getattr(tasks[0], side)):
+            show_pair(f"{side} pair {i}", [g for g in (pair.input, pair.output) if g], colored)
+    print("\nwrong" if wrong else "\nnothing is wrong with these rows")
+    for i, pair, reason in wrong:
+        print(f"  row {i}" + (f", pair {pair}" if pair is not None else "") + f": {reason}")
+    flags = ["--dataset", args.dataset, "--output_dir", "./arc_data", "--split", args.split]
+    flags += ["--max_samples", "10"] + (["--column", args.column] if args.column else [])
+    flags += ["--streaming"] if args.streaming else []
+    print(f"\nnext: python transform_hf_to_arc.py {shlex.join(flags)}")
+    return 0 if tasks else 1
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
