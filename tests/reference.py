@@ -11,13 +11,13 @@ import torch
 import transformers
 
 _BASE = {
-    "vocab_size": 300,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 4,
+    "vocab_size": 160,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "pad_token_id": None,
     "bos_token_id": 1,
@@ -45,7 +45,7 @@ CASES = {
             "Qwen2",
             use_sliding_window=True,
             sliding_window=7,
-            max_window_layers=2,
+            max_window_layers=1,
             rope_parameters=_rope(
                 rope_type="yarn", factor=4.0, original_max_position_embeddings=64
             ),
@@ -55,7 +55,7 @@ CASES = {
     "qwen3": (
         _config(
             "Qwen3",
-            head_dim=16,
+            head_dim=8,
             attention_bias=True,
             rope_parameters=_rope(1e6, rope_type="default"),
         ),
@@ -89,7 +89,7 @@ CASES = {
     "mistral": (
         _config(
             "Mistral",
-            head_dim=12,
+            head_dim=6,
             sliding_window=9,
             rope_parameters=_rope(rope_type="default"),
         ),

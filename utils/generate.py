@@ -102,11 +102,7 @@ def prefill(
         x = _rows(x, last + steps)
         targets = jnp.take_along_axis(tokens, jnp.minimum(last + 1 + steps, T - 1), axis=1)
 
-        def logprob(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-            return jax.nn.log_softmax(_logits(model, params, row[0]))[row[1]]
-
-        flat = (x.reshape(-1, x.shape[-1]), targets.reshape(-1))
-        result.logprobs = jax.lax.map(logprob, flat, batch_size=LOGIT_ROWS).reshape(targets.shape)
+        result.logprobs = _forced_logprobs(model, params, x, targets)
     return result
 
 
@@ -139,8 +135,7 @@ def decode(
             token = jax.vmap(jax.random.categorical)(step_keys, logits / sampling.temperature)
         else:
             token = jnp.argmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+        return token.astype(jnp.int32), _logprob(logits, token)
 
     def ended(token: jax.Array) -> jax.Array:
         return jnp.isin(token, stops)
@@ -205,6 +200,27 @@ def decode(
 
     state = jax.lax.while_loop(unfinished, step, state)
     return state["result"], state["cache"]
+
+
+def _forced_logprobs(model: Decoder, params: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
+    """log p of targets, int32 [B, A], after hidden states x, [B, A, D]; float32 [B, A].
+
+    In chunks: the logits of all positions would outweigh everything else in memory.
+    """
+    rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    chunks = -(-len(wanted) // LOGIT_ROWS)
+    size = -(-len(wanted) // chunks)
+    missing = chunks * size - len(wanted)
+    rows = jnp.pad(rows, ((0, missing), (0, 0))).reshape(chunks, size, -1)
+    wanted = jnp.pad(wanted, (0, missing)).reshape(chunks, size)
+    logprobs = jax.lax.map(lambda c: _logprob(_logits(model, params, c[0]), c[1]), (rows, wanted))
+    return logprobs.reshape(-1)[: targets.size].reshape(targets.shape)
+
+
+def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """log p of token, int32 [N], under logits [N, V]; the other V - 1 are never normalised."""
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _logits(model: Decoder, params: Any, x: jax.Array) -> jax.Array:

@@ -1,0 +1,74 @@
+"""Running our decoder on a checkpoint folder, and comparing with a reference."""
+
+import numpy as np
+
+from utils.batching import Bucket, pad_rows
+from utils.capture import HOOK_POINTS, CaptureSpec
+from utils.config import ModelConfig
+from utils.generate import Engine, Sampling
+from utils.mesh import single_device_mesh
+from utils.model import Decoder
+from utils.weights import Checkpoint
+
+TOLERANCE = 1e-4  # of a row's norm; for log-probabilities, absolute
+
+
+def load_engine(folder, names=None, positions="all", dtype=np.float32) -> Engine:
+    """An engine that captures `names`, or every hook point of every layer."""
+    config = ModelConfig.from_hf(folder)
+    spec = CaptureSpec.from_flags(config, ["all"], HOOK_POINTS, positions)
+    if names is not None:
+        spec = CaptureSpec(tuple(names), positions)
+    params = Checkpoint(folder, config).load(single_device_mesh(), dtype)
+    return Engine(Decoder(config, spec), params)
+
+
+def prefill(engine, rows, length, answers=None, cache_slots=0, **kwargs):
+    """Prefill of `rows` (lists of ids, None for a padding row), padded to `length`."""
+    answers = answers or [[]] * len(rows)
+    joined = [
+        None if row is None else np.array([*row, *answer])
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    lengths = np.array([1 if row is None else len(row) for row in rows], np.int32)
+    bucket = Bucket(length, length, max(map(len, answers)))
+    return engine.prefill(
+        pad_rows(joined, length),
+        lengths,
+        bucket=bucket,
+        cache_slots=cache_slots,
+        with_logits=True,
+        **kwargs,
+    )
+
+
+def generate(engine, rows, length, max_tokens, stops=(), temperature=0.0, keys=None, model=None):
+    """Prefill and decode; (prefilled, decoded)."""
+    lengths = np.array([1 if row is None else len(row) for row in rows], np.int32)
+    first = prefill(engine, rows, length, cache_slots=length + max_tokens)
+    if keys is None:
+        keys = [0 if row is None else i + 1 for i, row in enumerate(rows)]
+    decoded = engine.decode(
+        model or engine.model,
+        first,
+        lengths,
+        np.array(keys, np.uint32),
+        Sampling(max_tokens, tuple(stops), temperature),
+        keep_cache=True,
+    )
+    return first, decoded
+
+
+def log_softmax(logits):
+    """float64 log-softmax over the last axis."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def worst_error(found, reference) -> float:
+    """Largest distance of a row of `found` from its row of `reference`, in norms of the latter."""
+    found, reference = np.asarray(found, np.float64), np.asarray(reference, np.float64)
+    assert found.shape == reference.shape
+    distance = np.linalg.norm(found - reference, axis=-1)
+    return float((distance / np.linalg.norm(reference, axis=-1)).max())

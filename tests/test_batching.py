@@ -1,0 +1,108 @@
+"""Buckets and batches: few shapes, little padding, every sample once."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import SHARED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.batching import (
+    ALIGNMENT,
+    MAX_SHAPES,
+    Batch,
+    Bucket,
+    Length,
+    pad_rows,
+    padding_share,
+    plan_batches,
+)
+
+LENGTHS = st.lists(
+    st.builds(Length, st.integers(1, 9000), st.integers(0, 1000)), min_size=1, max_size=60
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(1, 9))
+def test_every_sample_once_in_a_bucket_that_holds_it(lengths, batch_size):
+    batches = plan_batches(lengths, batch_size)
+    rows = [i for batch in batches for i in batch.rows]
+    assert sorted(i for i in rows if i >= 0) == list(range(len(lengths)))
+    assert rows.count(-1) < batch_size
+    for batch in batches:
+        assert len(batch.rows) == batch_size
+        for i in (i for i in batch.rows if i >= 0):
+            assert lengths[i].total <= batch.bucket.length
+            assert lengths[i].prompt <= batch.bucket.prompt <= batch.bucket.length
+            assert lengths[i].answer <= batch.bucket.answer
+    assert len({batch.bucket for batch in batches}) <= MAX_SHAPES
+    assert [b.bucket.length for b in batches] == sorted(
+        (b.bucket.length for b in batches), reverse=True
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9))
+def test_the_cut_is_the_best_one(sizes):
+    """No other choice of as many bucket lengths computes less; by trying all of them."""
+    from itertools import combinations
+
+    lengths = [Length(size * ALIGNMENT) for size in sizes]
+    batches = plan_batches(lengths, 1)
+    tops = {batch.bucket.length for batch in batches}
+    distinct = sorted({length.prompt for length in lengths})
+
+    def computed(chosen):
+        return sum(min(top for top in chosen if top >= length.prompt) for length in lengths)
+
+    best = min(
+        computed(chosen)
+        for chosen in combinations(distinct, len(tops))
+        if chosen[-1] == distinct[-1]
+    )
+    assert sum(batch.bucket.length for batch in batches) == best
+
+
+def test_a_small_example():
+    lengths = [Length(30), Length(500, 20), Length(480), Length(20)]
+    assert plan_batches(lengths, 2) == [
+        Batch(Bucket(528, 512, 32), (1, 2)),
+        Batch(Bucket(32, 32, 0), (0, 3)),
+    ]
+
+
+def test_pad_rows():
+    padded = pad_rows([np.array([1, 2]), None, np.array([3])], 3)
+    assert padded.tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
+    assert padded.dtype == np.int32
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("forced", [False, True])
+def test_padding_on_the_public_tasks(batch_size, forced):
+    """At most 12 shapes and 15% padding on the 400 ARC-AGI-1 training tasks, Qwen2 tokens."""
+    tasks = SHARED / "data" / "arc_agi_1_training_challenges.json"
+    if not tasks.exists():
+        pytest.skip("the ARC-AGI-1 tasks are not here")
+    from utils import tokens
+    from utils.arc import read_solutions, read_tasks, solutions_beside
+    from utils.prompts import load_format
+
+    tokenizer = tokens.load_tokenizer(SHARED / "tokenizers" / "qwen2")
+    fmt = load_format("chat", "digits", tokenizer)
+    solutions = read_solutions(solutions_beside(tasks))
+    lengths = []
+    for task in read_tasks(tasks):
+        for index in range(len(task.test)):
+            prompt = len(tokens.encode(fmt.render(task, index), tokenizer)[0])
+            answer = 0
+            if forced:
+                grid = solutions[task.task_id][index]
+                answer = len(tokens.encode_answer(fmt, grid, tokenizer)[0])
+            lengths.append(Length(prompt, answer))
+    assert len(lengths) == sum(map(len, json.loads(solutions_beside(tasks).read_text()).values()))
+    batches = plan_batches(lengths, batch_size)
+    assert len({batch.bucket for batch in batches}) <= 12
+    assert padding_share(lengths, batches) <= 0.15
