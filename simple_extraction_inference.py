@@ -9,10 +9,13 @@ seconds with all that was stored intact; the same command with --resume does the
 """
 
 import argparse
-import sys
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from utils import cli, flags
+
+if TYPE_CHECKING:
+    from utils.request import Request
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,23 +39,29 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace, signals: cli.Signals) -> int:
-    from utils import report
-    from utils.extract import run
-    from utils.request import Request, prepare
+def request(args: argparse.Namespace) -> "Request":
+    """The flags as the run takes them."""
+    from utils.request import Request
 
     names = {field.name for field in fields(Request)}
     values = {name: value for name, value in vars(args).items() if name in names}
     if args.no_extraction:
         values["activations_dir"] = None
-    prepared = prepare(Request(**values, arguments=vars(args)))
+    return Request(**values, arguments=vars(args))
+
+
+def main(args: argparse.Namespace, signals: cli.Signals) -> int:
+    from utils import report
+    from utils.extract import run
+    from utils.request import prepare
+
+    prepared = prepare(request(args))
     if args.dry_run:
         report.print_plan(prepared)
         return 0
-    manifest = run(prepared, signals)
-    report.print_summary(prepared, manifest)
+    report.print_summary(prepared, run(prepared, signals))
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main, parser(), sys.argv[1:])
+    cli.run(main, parser())

@@ -29,7 +29,7 @@ def build_parser() -> Parser:
     )
     add("--split", default="train", help="split, or a slice such as train[:100]")
     add("--num_rows", type=int_at_least(1), default=5, help="rows to look at, from the first on")
-    add("--column", help="column that holds the pairs; None: examples, else train and test")
+    add("--column", help="column that holds the pairs (default: examples, else train and test)")
     add("--streaming", action="store_true", help="read from the hub without downloading it first")
     return parser
 

@@ -36,15 +36,15 @@ def build_parser() -> Parser:
     add(
         "--max_samples",
         type=int_at_least(1),
-        help="read at most this many rows; None: every row",
+        help="read at most this many rows (default: every row)",
     )
     add(
         "--max_train_pairs",
         type=int_at_least(1),
-        help="keep the first so many train pairs of a task, None: all; the test pair is the last"
-        " valid pair of the row all the same",
+        help="keep the first so many train pairs of a task (default: all); the test pair is the"
+        " last valid pair of the row all the same",
     )
-    add("--column", help="column that holds the pairs; None: examples, else train and test")
+    add("--column", help="column that holds the pairs (default: examples, else train and test)")
     add("--streaming", action="store_true", help="read from the hub without downloading it first")
     add("--overwrite", action="store_true", help="replace the files of an earlier transformation")
     return parser

@@ -9,10 +9,10 @@ import textwrap
 
 import numpy as np
 import pytest
-import simple_extraction_inference as script
 from conftest import SHARED, TINY, run_script
 from parity import TOLERANCE, log_softmax, worst_error
 
+import simple_extraction_inference as script
 from utils.cli import Signals
 from utils.extract import plan_storage, run
 from utils.request import prepare
@@ -54,10 +54,18 @@ def items_of(model, tasks, folder, *flags):
     return {(item["task_id"], item["sample_idx"]): item for item in iter_items(folder / "acts")}
 
 
-EVERYTHING = (
-    "--layers_to_extract all --hook_points resid_pre resid_mid resid_post attn_out mlp_out "
-    "--activation_dtype float32"
-).split()
+EVERYTHING = [
+    "--layers_to_extract",
+    "all",
+    "--hook_points",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "--activation_dtype",
+    "float32",
+]
 
 
 @pytest.fixture(scope="module", params=PARITY_FAMILIES)
@@ -305,7 +313,17 @@ def test_the_manifest_says_what_was_run(tiny_model, tasks_file, tmp_path):
         "width": 32,
         "dtype": "float16",
     }
-    keys = "model dataset prompt arguments versions devices mesh_shape processes seconds".split()
+    keys = [
+        "model",
+        "dataset",
+        "prompt",
+        "arguments",
+        "versions",
+        "devices",
+        "mesh_shape",
+        "processes",
+        "seconds",
+    ]
     assert set(keys) < set(manifest)
     assert set(manifest["versions"]) == {"python", "jax", "flax", "transformers", "numpy", "commit"}
     rate = manifest["total_tokens"] / manifest["seconds"]

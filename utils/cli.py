@@ -104,6 +104,11 @@ class Signals:
         if self._depth == 0:
             raise Interrupted(signum)
 
+    def ignore(self) -> None:
+        """From here on: the process is about to end, and nobody's patience can cut that short."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
+
     @contextlib.contextmanager
     def shielded(self) -> Iterator[None]:
         """A section that a signal must not cut in half; the exception comes at its end."""
@@ -130,18 +135,31 @@ def run(
     logging.basicConfig(
         format="%(message)s", stream=sys.stderr, level="DEBUG" if args.verbose else "INFO"
     )
+    # Without torch, which nothing here needs, transformers would say so at every start.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not args.verbose:
-        for noisy in ("jax", "httpx", "datasets", "transformers", "matplotlib", "absl", "filelock"):
+        for noisy in (
+            "jax",
+            "httpx",
+            "httpx2",
+            "datasets",
+            "transformers",
+            "matplotlib",
+            "absl",
+            "filelock",
+        ):
             logging.getLogger(noisy).setLevel(logging.WARNING)
     signals = Signals()
     try:
         code = main(args, signals) or 0
+        signals.ignore()
     except UserError as error:
         if args.verbose:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except Interrupted as stop:
+        signals.ignore()  # a second Ctrl-C
         name = signal.Signals(stop.signum).name
         print(f"stopped by {name}; what was written is intact", file=sys.stderr)
         code = 128 + stop.signum

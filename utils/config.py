@@ -157,7 +157,10 @@ class ModelConfig:
         """Reads `<model_path>/config.json`. Raises UserError naming the file and the field."""
         path = Path(model_path) / "config.json"
         if not Path(model_path).is_dir():
-            raise UserError(f"{model_path} is not a folder: give the path of a Hugging Face model")
+            raise UserError(
+                f"{model_path} is not a folder: give the path of a downloaded Hugging Face model "
+                "(hf download NAME --local-dir FOLDER)"
+            )
         if (Path(model_path) / "adapter_config.json").exists():
             raise UserError(
                 f"{model_path} holds a LoRA adapter, not a model: merge it first with peft, "
@@ -167,7 +170,9 @@ class ModelConfig:
         try:
             fields = json.loads(path.read_text())
         except FileNotFoundError:
-            raise UserError(f"{model_path} has no config.json: is it a model folder?") from None
+            raise UserError(
+                f"{model_path} has no config.json: give the folder of a Hugging Face model"
+            ) from None
         except (ValueError, OSError) as error:
             raise UserError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(fields, dict):
@@ -224,7 +229,7 @@ class ModelConfig:
         if head_dim % 2:
             raise UserError(f"head_dim {head_dim} is odd; rotary embedding needs an even one")
         eps = fields.get("rms_norm_eps")
-        if not isinstance(eps, int | float) or eps < 0:
+        if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
             raise UserError(f"rms_norm_eps must be a number of at least 0, not {eps!r}")
         attention_bias = flag("attention_bias")
         if attention_bias and model_type in ("qwen2", "mistral"):
@@ -254,12 +259,14 @@ class ModelConfig:
 
 
 def _sliding_windows(fields: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    window = fields.get("sliding_window")
+    window, in_use = fields.get("sliding_window"), fields.get("use_sliding_window")
+    if not isinstance(in_use, bool | None):
+        raise UserError(f"use_sliding_window must be true or false, not {in_use!r}")
     if fields["model_type"] == "llama":
-        if window is not None or fields.get("use_sliding_window"):
+        if window is not None or in_use:
             raise UserError("sliding_window is not a field of llama")
         window = None
-    if fields["model_type"].startswith("qwen") and not fields.get("use_sliding_window", False):
+    if fields["model_type"].startswith("qwen") and not in_use:
         window = None
     if window is not None and (not isinstance(window, int) or window < 1):
         raise UserError(f"sliding_window must be a positive whole number or null, not {window!r}")
@@ -268,16 +275,17 @@ def _sliding_windows(fields: dict[str, Any], num_layers: int) -> tuple[int | Non
         if fields["model_type"] == "mistral":
             return (window,) * num_layers
         first = fields.get("max_window_layers", 28)  # the default of Qwen2Config and Qwen3Config
-        return tuple(window if i >= first else None for i in range(num_layers))
-    known = {"full_attention", "sliding_attention"}
+        if window is not None and not isinstance(first, int):
+            raise UserError(f"max_window_layers must be a whole number, not {first!r}")
+        return tuple(window if window and i >= first else None for i in range(num_layers))
+    known = ["full_attention", "sliding_attention"]
     if (
         not isinstance(layer_types, list)
         or len(layer_types) != num_layers
-        or not set(layer_types) <= known
+        or any(kind not in known for kind in layer_types)
     ):
         raise UserError(
-            f"layer_types must name one of {', '.join(sorted(known))} for each of the "
-            f"{num_layers} layers"
+            f"layer_types must name one of {', '.join(known)} for each of the {num_layers} layers"
         )
     if fields["model_type"] == "mistral":
         raise UserError("layer_types is not a field of mistral")
@@ -296,16 +304,19 @@ def _rope(fields: dict[str, Any]) -> Rope:
     scaling = dict(new or old or {})
     if any(isinstance(value, dict) for value in scaling.values()):
         raise UserError("rope_parameters per layer type are not supported")
-    thetas = {
-        value for value in (scaling.pop("rope_theta", None), fields.get("rope_theta")) if value
-    }
+    thetas = [scaling.pop("rope_theta", None), fields.get("rope_theta")]
+    for value in thetas:
+        if value is not None and not _is_positive(value):
+            raise UserError(f"rope_theta must be a positive number, not {value!r}")
+    thetas = set(thetas) - {None}
     if len(thetas) != 1:
         what = "is missing" if not thetas else f"has two values, {sorted(thetas)}"
         raise UserError(
             f"rope_theta {what}; add to config.json the one value that the model was trained with"
         )
-    kinds = {scaling.pop(name, None) for name in ("rope_type", "type")} - {None}
-    kind = kinds.pop() if len(kinds) == 1 else ("default" if not kinds else sorted(kinds))
+    kinds = [scaling.pop(name, None) for name in ("rope_type", "type")]
+    kinds = [kind for kind in kinds if kind is not None] or ["default"]
+    kind = kinds[0] if all(other == kinds[0] for other in kinds) else kinds
     if kind not in ROPE_TYPES:
         raise UserError(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     if scaling.get("partial_rotary_factor") in (None, 1, 1.0):
@@ -327,7 +338,7 @@ def _rope(fields: dict[str, Any]) -> Rope:
     if missing := sorted(_ROPE_REQUIRED[kind] - scaling.keys()):
         raise UserError(f"rope_type {kind} needs {', '.join(missing)}")
     for name, value in scaling.items():
-        if not isinstance(value, int | float) or (name != "truncate" and value <= 0):
+        if not isinstance(value, bool) if name == "truncate" else not _is_positive(value):
             raise UserError(f"rope field {name} must be a positive number, not {value!r}")
     mscale, mscale_all_dim = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
     if kind == "yarn" and "attention_factor" not in scaling:
@@ -338,6 +349,11 @@ def _rope(fields: dict[str, Any]) -> Rope:
             else _yarn_mscale(factor, 1.0)
         )
     return Rope(theta=float(thetas.pop()), type=kind, **scaling)
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:

@@ -31,7 +31,7 @@ from utils.manifest import read_answers, write_json_atomic
 from utils.mesh import single_device_mesh
 from utils.model import Decoder
 from utils.request import Prepared, Sample, settings
-from utils.shards import ShardWriter, planned_shards
+from utils.shards import ShardWriter, free_bytes, planned_shards
 
 log = logging.getLogger(__name__)
 
@@ -223,8 +223,6 @@ def open_writer(prepared: Prepared) -> ShardWriter:
     """The run's folder, checked against what is there already; nothing is changed yet."""
     request = prepared.request
     output = Path(request.output_path)
-    if output.is_dir():
-        raise UserError(f"{output} is a folder: give the path of a file")
     if output.exists() and not (request.resume or request.overwrite):
         raise UserError(
             f"{output} exists: continue its run with --resume, replace it with --overwrite, or "
@@ -237,7 +235,7 @@ def open_writer(prepared: Prepared) -> ShardWriter:
         "mesh_shape": [1, 1],
         "processes": jax.process_count(),
     }
-    return ShardWriter(
+    writer = ShardWriter(
         prepared.run_folder,
         settings(prepared),
         facts,
@@ -247,6 +245,12 @@ def open_writer(prepared: Prepared) -> ShardWriter:
         resume=request.resume,
         overwrite=request.overwrite,
     )
+    if output.exists() and request.resume and not writer.continues:
+        raise UserError(
+            f"{output} exists, but there is no run to resume in {prepared.run_folder}: choose "
+            "another --output_path, or replace it with --overwrite"
+        )
+    return writer
 
 
 def run(prepared: Prepared, signals: Signals) -> dict[str, Any]:
@@ -256,24 +260,33 @@ def run(prepared: Prepared, signals: Signals) -> dict[str, Any]:
     Interrupted; in both cases what was committed stays, and `--resume` does the rest.
     """
     request = prepared.request
+    output, folder = Path(request.output_path), prepared.run_folder
+    ended = request.activations_dir is None and output.exists() and not folder.exists()
+    if request.resume and ended:  # without extraction the folder ends with its run
+        log.info("the run of %s is complete; there is nothing to do", output)
+        return {}
     writer = open_writer(prepared)
     _check_disk(prepared, writer.done)
-    if writer.complete and Path(request.output_path).exists():
-        log.info("the run in %s is complete; there is nothing to do", prepared.run_folder)
+    if writer.complete and output.exists():
+        log.info("the run in %s is complete; there is nothing to do", folder)
         return {}
     todo = _without_done(prepared, writer)
     pool = ThreadPoolExecutor(1, "compute")
     try:
         computation = pool.submit(Computation, prepared).result() if todo else None
-        with signals.shielded():
-            writer.start()
-            writer.set_skipped(prepared.skipped)
         try:
+            with signals.shielded():
+                writer.set_skipped(prepared.skipped)
+                writer.start()
             _run_batches(prepared, todo, computation, pool, writer, signals)
-        except (Interrupted, UserError) as stop:
-            if isinstance(stop, Interrupted):
-                with signals.shielded():
-                    writer.close_shard()
+            with signals.shielded():
+                return _finish(prepared, writer)
+        except Interrupted:
+            with signals.shielded():
+                writer.close_shard()
+            raise
+        except UserError as error:
+            error.exit_code = 1
             raise
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -285,8 +298,6 @@ def run(prepared: Prepared, signals: Signals) -> dict[str, Any]:
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    with signals.shielded():
-        return _finish(prepared, writer)
 
 
 def _without_done(prepared: Prepared, writer: ShardWriter) -> list[Batch]:
@@ -342,7 +353,6 @@ def _finish(prepared: Prepared, writer: ShardWriter) -> dict[str, Any]:
     targets = {task.task_id: [pair.output for pair in task.test] for task in prepared.tasks}
     predictions = scoring.predictions(targets, answers, generated=request.generates)
     scores = scoring.accuracy(predictions)
-    Path(request.output_path).parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(request.output_path, predictions)
     manifest = writer.finish({"scores": scores} if request.generates else None)
     if request.activations_dir is None:
@@ -387,13 +397,6 @@ def plan_storage(prepared: Prepared) -> tuple[int, list[tuple[int, int]]]:
     )
     shards = list(shards)
     return total, shards
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space of the disk that `folder` is or will be on."""
-    return shutil.disk_usage(
-        next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    ).free
 
 
 def _check_disk(prepared: Prepared, done: set[tuple[str, int]]) -> None:

@@ -19,7 +19,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--solutions_path",
-        help="ground truth; found by itself next to a transformed dataset",
+        help="ground truth (default: the file next to a transformed dataset, where there is one)",
     )
     group.add_argument(
         "--max_tasks", type=int_at_least(1), help="take the first so many tasks (default: all)"

@@ -12,13 +12,16 @@ class JsonFile:
     """A JSON object or list written item by item, one a line, that gets its name when it is whole.
 
     Until `commit` it is a temporary file beside `path`, and an earlier file of that name stays.
-    Leaving the `with` block without a commit removes the temporary file.
+    Leaving the `with` block without a commit removes the temporary file, and its folder again where
+    that was made for it and is empty.
     """
 
     def __init__(self, path: str | Path, brackets: bytes = b"{}"):
         self.path, self._brackets, self._separator = Path(path), brackets, b"\n"
         self._temporary = self.path.with_name(f".{self.path.name}.tmp")
+        folders = [self.path.parent, *self.path.parent.parents]
         with self._errors(exit_code=2):
+            self._made = [folder for folder in folders if not folder.exists()]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._temporary, "wb")  # noqa: SIM115
             self._file.write(brackets[:1])
@@ -66,3 +69,6 @@ class JsonFile:
         with contextlib.suppress(OSError):  # a full disk; what is left is thrown away
             self._file.close()
         self._temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that holds something
+            for folder in self._made:
+                folder.rmdir()

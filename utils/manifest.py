@@ -121,7 +121,7 @@ def resumable_run(
 
     Raises UserError without `resume`, and when settings differ or shards are missing.
     """
-    if not any(name == stem(name) for name in os.listdir(folder)):
+    if not folder.exists() or not any(name == stem(name) for name in os.listdir(folder)):
         return None
     if not manifests:
         raise UserError(
@@ -218,12 +218,16 @@ def _read_journal(path: Path) -> dict[SampleKey, dict[str, Any]]:
 def write_json_atomic(path: str | Path, value: dict[str, Any]) -> None:
     """Write `value`, a key a line; `path` holds the old content or the new one, never a part.
 
+    Its folder is made.
     Raises UserError (exit code 1) when it cannot be written.
     """
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(path), value)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", exit_code=1) from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; put that right, then --resume", exit_code=1
+        ) from error
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

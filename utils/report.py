@@ -4,8 +4,9 @@ from collections import Counter
 from typing import Any
 
 from utils.batching import padding_share
-from utils.extract import free_bytes, plan_storage
+from utils.extract import plan_storage
 from utils.request import Prepared
+from utils.shards import free_bytes
 
 
 def print_plan(prepared: Prepared) -> None:

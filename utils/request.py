@@ -20,8 +20,10 @@ from utils.batching import Batch, Length, plan_batches
 from utils.capture import CaptureSpec
 from utils.config import ModelConfig
 from utils.errors import UserError
+from utils.manifest import stem
 from utils.mesh import default_dtype
 from utils.prompts import PromptFormat, load_format
+from utils.shards import check_writable
 from utils.weights import Checkpoint
 
 
@@ -70,7 +72,21 @@ class Request:
         return [0.0] + [further] * (self.predictions_per_task - 1)
 
     def check(self) -> None:
-        """Raises UserError for flags that contradict one another."""
+        """Raises UserError for flags that are empty or contradict one another."""
+        for name in ("model_path", "dataset_path", "output_path", "activations_dir"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name} is empty: give a path")
+        if self.resume and self.overwrite:
+            raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
+        if self.activations_dir is None:
+            given = {
+                "layers_to_extract": self.layers_to_extract is not None,
+                "hook_points": tuple(self.hook_points) != Request.hook_points,
+                "token_positions": self.token_positions != Request.token_positions,
+                "no_logits": self.no_logits,
+            }
+            if names := [f"--{name}" for name, is_given in given.items() if is_given]:
+                raise UserError(f"--no_extraction extracts nothing: leave out {', '.join(names)}")
         if self.predictions_per_task > 1 and not self.generates:
             raise UserError("--predictions_per_task needs answers that are generated")
         if self.predictions_per_task > 1 and self.temperature == 0:
@@ -79,8 +95,11 @@ class Request:
             raise UserError("--temperature needs answers that are generated")
         if self.activations_dir is None and not self.generates:
             raise UserError("--no_extraction with no answer to generate leaves nothing to do")
-        if self.teacher_forcing and self.max_output_tokens == 0:
-            raise UserError("--teacher_forcing and --max_output_tokens 0: give one of them")
+        if self.teacher_forcing and self.max_output_tokens != Request.max_output_tokens:
+            raise UserError(
+                "--teacher_forcing runs the ground truth, however long it is: leave out "
+                "--max_output_tokens"
+            )
         if self.token_positions == "answer" and self.max_output_tokens == 0:
             raise UserError("--token_positions answer, but --max_output_tokens 0 makes no answer")
 
@@ -132,6 +151,7 @@ class Prepared:
 def prepare(request: Request) -> Prepared:
     """Reads and checks everything but the weights' values. Raises UserError; writes nothing."""
     request.check()
+    check_paths(request)
     config = ModelConfig.from_hf(request.model_path)
     capture = CaptureSpec()
     if request.activations_dir is not None:
@@ -163,6 +183,7 @@ def prepare(request: Request) -> Prepared:
         raise UserError(
             f"none of the {len(skipped)} samples can be run: "
             + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
+            + ": lower --max_output_tokens, or raise --max_model_len where it is set"
         )
     return Prepared(
         request,
@@ -181,6 +202,29 @@ def prepare(request: Request) -> Prepared:
     )
 
 
+def check_paths(request: Request) -> None:
+    """Raises UserError where output could not be written, or would replace what the run reads."""
+    output = Path(request.output_path)
+    try:
+        if output.is_dir():
+            raise UserError(f"{output} is a folder: give --output_path the path of a file")
+        solutions = request.solutions_path or arc.solutions_beside(request.dataset_path)
+        for path in filter(None, (request.dataset_path, solutions)):
+            if output.exists() and Path(path).exists() and output.samefile(path):
+                raise UserError(f"{path} is read by this run: choose another --output_path")
+        check_writable(output.parent)
+        if request.activations_dir is None:
+            return
+        folder = Path(request.activations_dir)
+        if output.absolute() in (folder.absolute(), *folder.absolute().parents):
+            raise UserError(f"{output} is on the way to {folder}: choose another --output_path")
+        if output.absolute().parent == folder.absolute() and stem(output.name):
+            raise UserError(f"{output} is a file of the run itself: choose another --output_path")
+        check_writable(folder)
+    except OSError as error:  # of the paths themselves: too long a name, or no permission
+        raise UserError(f"cannot write {output}: {error.strerror}; choose another path") from error
+
+
 def read_tasks(request: Request) -> list[arc.Task]:
     """The first `max_tasks` tasks, with ground truth where a solutions file holds it."""
     tasks = list(islice(arc.read_tasks(request.dataset_path), request.max_tasks))
@@ -191,8 +235,8 @@ def read_tasks(request: Request) -> list[arc.Task]:
     known = any(pair.output is not None for task in tasks for pair in task.test)
     if request.teacher_forcing and not known:
         raise UserError(
-            f"--teacher_forcing needs ground truth, and neither {request.dataset_path} nor a file "
-            "beside it has any for these tasks: give --solutions_path"
+            f"--teacher_forcing needs ground truth, and neither {request.dataset_path} nor "
+            f"{path or 'a file beside it'} has any for these tasks: give its --solutions_path"
         )
     return tasks
 

@@ -109,8 +109,8 @@ class ShardWriter:
         `mesh_shape`, `processes`).
     host: this process's number among several, None for the only one. In a shared folder every
         process constructs, then process 0 starts, then the others.
-    done: samples that the folder's manifests list, and those added since. complete: the run in the
-        folder is; there is nothing to start.
+    done: samples that the folder's manifests list, and those added since. continues: a run that
+        the folder holds is resumed. complete: that run is; there is nothing to start.
     Raises UserError, exit code 2 from the constructor, 1 from `start` on when the disk fails.
     """
 
@@ -142,9 +142,10 @@ class ShardWriter:
         self._timing = (0.0, 0.0, 0.0)
         self._failure: UserError | None = None
 
-        _check_writable(self.folder)
-        manifests = read_manifests(self.folder)
+        check_writable(self.folder)
+        manifests = read_manifests(self.folder) if self.folder.exists() else {}
         run = None if overwrite else resumable_run(self.folder, manifests, settings, resume)
+        self.continues = run is not None
         run = run or {"status": "running", "files": []}
         own = {} if overwrite else manifests.get(self._manifest_path.name, {})
         earlier = run if host is None else own
@@ -161,6 +162,7 @@ class ShardWriter:
     def start(self) -> None:
         """Clear away what is not part of the run, and write the first manifest."""
         with self._disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
             for name in os.listdir(self.folder):
                 if not (whole_name := stem(name)):
                     continue
@@ -273,7 +275,7 @@ class ShardWriter:
             yield
         except OSError as error:
             need = f"the shard takes {shard_bytes(items) / 1e6:.1f} MB, " if items else ""
-            free = shutil.disk_usage(self.folder).free / 1e6
+            free = free_bytes(self.folder) / 1e6
             self._failure = UserError(
                 f"cannot write to {self.folder}: {error.strerror}; {need}{free:.1f} MB are free. "
                 "What was written before is intact: free space and --resume",
@@ -327,12 +329,24 @@ def _verify(file: BinaryIO, entry: dict[str, Any]) -> None:
     file.seek(0)
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Raises UserError unless files can be written to `folder`, made if need be; leaves nothing."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file: choose a folder")
+        with tempfile.TemporaryFile(dir=_existing(folder)) as probe:
             probe.write(b"x")
-    except FileExistsError:
-        raise UserError(f"{folder} is a file: choose a folder") from None
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space of the disk that `folder` is or will be on."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest above it that is there."""
+    return next(path for path in [folder, *folder.absolute().parents] if path.exists())

@@ -158,7 +158,13 @@ def stop_ids(
     ends = {tokenizer.eos_token_id}
     for config in configs:
         eos = (config or {}).get("eos_token_id")
-        ends.update(eos if isinstance(eos, list) else [eos])
+        listed = eos if isinstance(eos, list) else [eos]
+        if not all(end is None or type(end) is int for end in listed):
+            raise UserError(
+                "eos_token_id in generation_config.json or config.json must be a token id or a "
+                f"list of them, not {eos!r}"
+            )
+        ends.update(listed)
     added = tokenizer.added_tokens_encoder
     ends.update(added.get(token) for token in END_TOKENS)
     if tokenizer.chat_template:

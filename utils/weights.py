@@ -168,9 +168,11 @@ class Checkpoint:
         if index.exists():
             try:
                 names = json.loads(index.read_text())["weight_map"].values()
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{index} is not a safetensors index: {error}") from error
-            files = [self.folder / name for name in sorted(set(names))]
+                files = [self.folder / name for name in sorted(set(names))]
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                raise UserError(
+                    f"{index} is not a safetensors index ({error}): fetch it again"
+                ) from error
         else:
             files = sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -180,7 +182,7 @@ class Checkpoint:
                     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), "
                     "which writes safetensors"
                 )
-            raise UserError(f"{self.folder} has no .safetensors weights")
+            raise UserError(f"{self.folder} has no .safetensors weights: copy them there too")
         for file in files:
             if not file.exists():
                 raise UserError(f"{index} names {file.name}, which is not there: copy it too")
@@ -189,8 +191,10 @@ class Checkpoint:
                     for name in tensors.keys():  # noqa: SIM118 (not a dict)
                         entry = tensors.get_slice(name)
                         yield name, file, tuple(entry.get_shape()), entry.get_dtype()
-            except SafetensorError as error:
-                raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{file} is damaged or not a safetensors file ({error}): fetch it again"
+                ) from error
 
     def _check_tied(self) -> None:
         head, embedding = (

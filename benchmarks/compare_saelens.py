@@ -1,0 +1,163 @@
+"""Prompt-only extraction of one layer, side by side with SAELens's cached-activations runner.
+
+    pip install sae-lens
+    python benchmarks/compare_saelens.py --model_path MODEL --dataset_path TASKS.json
+
+Both read the same rows of token ids (prompts of ARC tasks, joined and cut into rows of --context
+tokens, because that runner takes one length), compute in float32 up to the layer and no further,
+and write what they captured to disk; loading the model and compiling are left out.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--model_path", required=True, help="a checkpoint with its tokenizer")
+    parser.add_argument("--dataset_path", required=True, help="ARC tasks")
+    parser.add_argument("--layer", type=cli.int_at_least(0), default=11, help="from 0")
+    parser.add_argument("--context", type=cli.int_at_least(16), default=800, help="tokens a row")
+    parser.add_argument("--rows", type=cli.int_at_least(1), default=8, help="rows measured")
+    parser.add_argument("--repeats", type=cli.int_at_least(1), default=3, help="best of so many")
+    return parser
+
+
+def token_rows(args: argparse.Namespace):
+    """int32 [rows, context]"""
+    import numpy as np
+
+    from utils import arc, tokens
+    from utils.prompts import load_format
+
+    tokenizer = tokens.load_tokenizer(args.model_path)
+    fmt = load_format("chat", None, tokenizer)
+    ids, need = [], args.rows * args.context
+    for task in arc.read_tasks(args.dataset_path):
+        ids.extend(tokens.encode(fmt.render(task, 0), tokenizer)[0])
+        if len(ids) >= need:
+            return np.array(ids[:need], np.int32).reshape(args.rows, args.context)
+    raise cli.UserError(f"the tasks have {len(ids)} tokens, fewer than {need}: lower --rows")
+
+
+def ours(args: argparse.Namespace, rows, scratch: Path):
+    import numpy as np
+
+    from utils.batching import Bucket
+    from utils.capture import CaptureSpec
+    from utils.config import ModelConfig
+    from utils.generate import Engine
+    from utils.mesh import single_device_mesh
+    from utils.model import Decoder
+    from utils.shards import ShardWriter
+    from utils.weights import Checkpoint
+
+    config = ModelConfig.from_hf(args.model_path)
+    params = Checkpoint(args.model_path, config).load(single_device_mesh(), np.float32)
+    name = f"resid_post.{args.layer}"
+    engine = Engine(Decoder(config, CaptureSpec((name,)), args.layer + 1), params)
+    bucket = Bucket(args.context, args.context, 0)
+    length = np.array([args.context], np.int32)
+
+    def run(number: int) -> None:
+        writer = ShardWriter(scratch / f"ours{number}", {}, {}, activation_dtype="float32")
+        writer.start()
+        for i, row in enumerate(rows):
+            result = engine.prefill(
+                row[None], length, bucket=bucket, cache_slots=0, with_logits=False
+            )
+            item = {
+                "task_id": "row",
+                "sample_idx": i,
+                "input_ids": row,
+                "prompt_length": len(row),
+                "activations": {name: np.asarray(result.captures[name])[0]},
+                "output_logprobs": np.zeros(0, np.float32),
+                "cells": np.zeros((0, 7), np.int32),
+                "num_train_pairs": 0,
+                "prediction": None,
+                "target": None,
+                "correct": None,
+                "teacher_forced": False,
+            }
+            answer = {"task_id": "row", "sample_idx": i, "attempts": []}
+            writer.add(item, answer)
+        writer.finish()
+
+    return run
+
+
+def saelens(args: argparse.Namespace, rows, scratch: Path):
+    import torch
+    from datasets import Dataset
+    from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
+
+    from utils.config import ModelConfig
+
+    dataset = Dataset.from_dict({"input_ids": rows.tolist()})
+    width = ModelConfig.from_hf(args.model_path).hidden_size
+
+    def prepare(number: int):
+        config = CacheActivationsRunnerConfig(
+            dataset_path="rows",
+            model_name=args.model_path,
+            model_class_name="AutoModelForCausalLM",
+            model_from_pretrained_kwargs={"dtype": torch.float32},
+            model_batch_size=1,
+            hook_name=f"model.layers.{args.layer}",
+            d_in=width,
+            training_tokens=rows.size,
+            context_size=args.context,
+            new_cached_activations_path=str(scratch / f"saelens{number}"),
+            shuffle=False,
+            prepend_bos=False,
+            device="cpu",
+            # It fills whole buffers: one that holds just these rows.
+            buffer_size_gb=(rows.size + 0.5) * width * 4 / 1e9,
+        )
+        return CacheActivationsRunner(config, override_dataset=dataset)
+
+    return prepare
+
+
+def main(args: argparse.Namespace, signals: cli.Signals) -> int:
+    import numpy as np
+
+    rows = token_rows(args)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        mine, theirs = ours(args, rows, scratch), saelens(args, rows, scratch)
+        mine(0)
+        times = []
+        for number in range(1, args.repeats + 1):
+            runner = theirs(number)
+            start = time.perf_counter()
+            mine(number)
+            middle = time.perf_counter()
+            cached = runner.run()
+            times.append((middle - start, time.perf_counter() - middle))
+        from utils.shards import iter_items
+
+        name = f"resid_post.{args.layer}"
+        stored = np.stack([item["activations"][name] for item in iter_items(scratch / "ours1")])
+        reference = np.asarray(cached.with_format("numpy")[f"model.layers.{args.layer}"])
+        reference = reference.reshape(stored.shape)
+        error = np.linalg.norm(stored - reference, axis=-1) / np.linalg.norm(reference, axis=-1)
+        best_mine, best_theirs = (min(column) for column in zip(*times, strict=True))
+        print(f"largest difference between the two: {error.max():.1e} of a row's norm")
+        print(f"ours:    {rows.size / best_mine:.0f} tokens/s")
+        print(
+            f"SAELens: {rows.size / best_theirs:.0f} tokens/s, ratio {best_theirs / best_mine:.2f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

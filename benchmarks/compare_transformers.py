@@ -1,0 +1,282 @@
+"""Tokens/s of extraction, side by side with what one would run instead, in one process.
+
+    python benchmarks/compare_transformers.py --model_path MODEL --dataset_path TASKS.json
+
+Without --model_path a random checkpoint of Qwen2-0.5B's shape is written to a temporary folder;
+its tokenizer is copied from --tokenizer. Needs requirements-torch.txt. Both sides use all cores,
+float32, the same token ids, and keep the same arrays: three layers of the residual stream for
+every token as float16, the log-probability of every answer token, and the logits at the last
+prompt position. Every figure is the best of --repeats, compilation left out, and each is printed
+beside the share of the machine's own matrix-product rate that its arithmetic amounts to.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import cli
+
+LAYERS = (0, 11, 23)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--model_path", help="a checkpoint (default: random, Qwen2-0.5B's shape)")
+    parser.add_argument("--tokenizer", help="folder with the tokenizer for a random checkpoint")
+    parser.add_argument("--dataset_path", required=True, help="ARC tasks with solutions beside")
+    parser.add_argument("--tasks", type=cli.int_at_least(4), default=8, help="tasks measured")
+    parser.add_argument(
+        "--max_model_len", type=cli.int_at_least(64), default=1500, help="tokens a sample"
+    )
+    parser.add_argument(
+        "--new_tokens", type=cli.int_at_least(1), default=64, help="tokens generated a row"
+    )
+    parser.add_argument("--repeats", type=cli.int_at_least(1), default=3, help="best of so many")
+    return parser
+
+
+def best(function, repeats: int) -> float:
+    """Seconds of the fastest call, after one that is not counted."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def alternate(ours, theirs, repeats: int) -> tuple[float, float]:
+    """Seconds of each, taken in turns, so that a busy spell of the machine meets both."""
+    ours(), theirs()
+    pairs = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        ours()
+        middle = time.perf_counter()
+        theirs()
+        pairs.append((middle - start, time.perf_counter() - middle))
+    return min(pair[0] for pair in pairs), min(pair[1] for pair in pairs)
+
+
+def requests(args: argparse.Namespace, model_path: Path, **changes):
+    """A prepared run of ours over the tasks that are measured."""
+    import simple_extraction_inference as script
+    from utils.request import prepare
+
+    flags = {
+        "model_path": model_path,
+        "dataset_path": args.dataset_path,
+        "max_tasks": args.tasks,
+        "max_model_len": args.max_model_len,
+        "dtype": "float32",
+        "max_output_tokens": args.new_tokens,
+        **changes,
+    }
+    argv = ["--layers_to_extract", *map(str, LAYERS)]
+    for name, value in flags.items():
+        argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return prepare(script.request(script.parser().parse_args(argv)))
+
+
+def ours(prepared):
+    """A call that computes every batch of the run and makes its items, nothing stored."""
+    from utils.extract import Computation, to_item
+    from utils.items import stored_item
+
+    computation = Computation(prepared)
+
+    def run():
+        for batch in prepared.batches:
+            for row in computation(batch):
+                stored_item(to_item(row, prepared)[0], "float16")
+
+    return run
+
+
+def torch_loop(model, prepared, answer_logits_only: bool):
+    """What a user writes with transformers: all hidden states, and the three layers kept."""
+    import numpy as np
+    import torch
+
+    from utils.extract import encode_row
+
+    rows = [encode_row(prepared, sample) for sample in prepared.samples]
+
+    @torch.no_grad()
+    def run():
+        for row in rows:
+            P = len(row.prompt_ids)
+            ids = torch.tensor(np.concatenate([row.prompt_ids, *row.answers]), dtype=torch.long)
+            A = len(ids) - P
+            keep = {"logits_to_keep": A + 1} if answer_logits_only else {}
+            out = model(ids[None], output_hidden_states=True, use_cache=False, **keep)
+            states = [out.hidden_states[layer + 1][0].half().numpy() for layer in LAYERS]
+            logits = out.logits[0, -(A + 1) :]
+            logprobs = torch.log_softmax(logits[:-1].float(), -1).gather(-1, ids[P:, None])
+            yield_ = (states, logprobs.numpy(), logits[0].half().numpy())
+            assert len(yield_[0]) == len(LAYERS)
+
+    return run
+
+
+def torch_generate(model, prepared, batch_size: int, new_tokens: int):
+    """`generate` on left-padded batches with the hidden states of every step."""
+    import torch
+
+    from utils.extract import encode_row
+
+    rows = sorted(
+        (encode_row(prepared, s).prompt_ids for s in prepared.samples), key=len, reverse=True
+    )
+
+    @torch.no_grad()
+    def run():
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            width = max(map(len, batch))
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, prompt in enumerate(batch):
+                ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+                mask[row, width - len(prompt) :] = 1
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=list(prepared.stop_ids),
+                output_hidden_states=True,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            for layer in LAYERS:
+                states = [step[layer + 1] for step in out.hidden_states]
+                torch.cat(states, dim=1).half().numpy()
+            logits = torch.stack(out.logits, 1).float()
+            new = out.sequences[:, width:]
+            torch.log_softmax(logits, -1).gather(-1, new[..., None])
+
+    return run
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a float32 matrix product of the MLP's shape, the faster of JAX and torch."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    rng = jax.random.key(0)
+    x, w = jax.random.normal(rng, (1024, 896)), jax.random.normal(rng, (896, 4864))
+    product = jax.jit(jnp.matmul)
+    a, b = torch.randn(1024, 896), torch.randn(4864, 896)
+    flops = 2 * 1024 * 896 * 4864
+    times = (
+        best(lambda: product(x, w).block_until_ready(), 20),
+        best(lambda: torch.nn.functional.linear(a, b), 20),
+    )
+    return flops / min(times)
+
+
+def prefill_flops(prepared, layers: int, with_head: bool) -> float:
+    """Arithmetic that the samples need, padding left out: projections, MLP, causal attention."""
+    c = prepared.config
+    D, F, N, K, H = (
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_heads,
+        c.num_kv_heads,
+        c.head_dim,
+    )
+    per_token = 2 * D * H * (2 * N + 2 * K) + 6 * D * F
+    total = 0.0
+    for sample in prepared.samples:
+        T, A = sample.length.total, sample.length.answer
+        total += layers * (T * per_token + 2 * T * T * N * H)
+        total += 2 * D * c.vocab_size * (A + 1) if with_head else 0
+    return total
+
+
+def report(name: str, tokens: int, mine: float, others: dict[str, float], share: float | None):
+    limit = f", {share:.0%} of the matrix-product rate" if share else ""
+    print(f"{name}: {tokens / mine:.0f} tokens/s{limit}", flush=True)
+    for other, seconds in others.items():
+        print(
+            f"    {other}: {tokens / seconds:.0f} tokens/s, ratio {seconds / mine:.2f}", flush=True
+        )
+
+
+def main(args: argparse.Namespace, signals: cli.Signals) -> int:
+    import torch
+    import transformers
+
+    from benchmarks.shapes import QWEN2_0_5B
+    from utils.weights import write_random_checkpoint
+
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(args.model_path or scratch)
+        if not args.model_path:
+            if not args.tokenizer:
+                raise cli.UserError("a random checkpoint needs --tokenizer, or give --model_path")
+            write_random_checkpoint(folder, QWEN2_0_5B)
+            for file in Path(args.tokenizer).iterdir():
+                shutil.copy(file, folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.eval()
+        rate = matmul_rate()
+        print(f"matrix product, float32, {torch.get_num_threads()} cores: {rate / 1e9:.0f} GFLOP/s")
+
+        forced = requests(args, folder, teacher_forcing=True)
+        tokens = sum(sample.length.total for sample in forced.samples)
+        flops = prefill_flops(forced, forced.config.num_layers, True)
+        mine, stock = alternate(ours(forced), torch_loop(model, forced, False), args.repeats)
+        tuned = best(torch_loop(model, forced, True), args.repeats)
+        report(
+            f"teacher-forced extraction, {len(forced.samples)} samples, {tokens} tokens",
+            tokens,
+            mine,
+            {"transformers loop": stock, "the same with logits_to_keep": tuned},
+            flops / mine / rate,
+        )
+
+        for batch_size in (1, 4):
+            run = requests(args, folder, batch_size=batch_size)
+            plain = requests(args, folder, batch_size=batch_size, no_extraction=True)
+            tokens = sum(sample.length.total + args.new_tokens for sample in run.samples)
+            theirs = torch_generate(model, run, batch_size, args.new_tokens)
+            mine, other = alternate(ours(run), theirs, args.repeats)
+            captured, without = alternate(ours(run), ours(plain), args.repeats)
+            report(
+                f"generation of {args.new_tokens} tokens with capture, batch {batch_size}",
+                tokens,
+                mine,
+                {"transformers generate": other},
+                None,
+            )
+            print(f"    cost of extraction: {captured / without - 1:+.1%}", flush=True)
+
+        alone = requests(
+            args, folder, max_output_tokens=0, no_logits=True, layers_to_extract=LAYERS[1]
+        )
+        tokens = sum(sample.length.total for sample in alone.samples)
+        flops = prefill_flops(alone, LAYERS[1] + 1, False)
+        mine = best(ours(alone), args.repeats)
+        report(
+            f"prompt-only extraction of layer {LAYERS[1]}, no logits",
+            tokens,
+            mine,
+            {},
+            flops / mine / rate,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
