@@ -282,7 +282,7 @@ def draw(item: dict[str, Any], forced: dict[str, Any], text: str, no_grid: str, 
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
 
-    from test_transformation import PALETTE
+    from utils.encodings import PALETTE
 
     arc_colors = ListedColormap(np.frombuffer(PALETTE, np.uint8).reshape(10, 3) / 255)
     name = list(forced["activations"])[-1]

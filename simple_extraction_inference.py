@@ -9,23 +9,22 @@ seconds with all that was stored intact; the same command with --resume does the
 """
 
 import argparse
-from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from utils import cli, flags
-
-if TYPE_CHECKING:
-    from utils.request import Request
+from utils.request import Request
 
 
 def parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__)
     flags.add_input_flags(parser)
     parser.add_argument(
-        "--output_path", default="results/predictions.json", help="predictions, a JSON file"
+        "--output_path", default=Request.output_path, help="predictions, a JSON file"
     )
     parser.add_argument(
-        "--batch_size", type=cli.int_at_least(1), default=1, help="samples a forward pass"
+        "--batch_size",
+        type=cli.int_at_least(1),
+        default=Request.batch_size,
+        help="samples a forward pass",
     )
     parser.add_argument(
         "--no_extraction",
@@ -39,23 +38,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def request(args: argparse.Namespace) -> "Request":
-    """The flags as the run takes them."""
-    from utils.request import Request
-
-    names = {field.name for field in fields(Request)}
-    values = {name: value for name, value in vars(args).items() if name in names}
-    if args.no_extraction:
-        values["activations_dir"] = None
-    return Request(**values, arguments=vars(args))
-
-
 def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     from utils import report
     from utils.extract import run
-    from utils.request import prepare
+    from utils.prepare import prepare
 
-    prepared = prepare(request(args))
+    prepared = prepare(Request.from_flags(args))
     if args.dry_run:
         report.print_plan(prepared)
         return 0

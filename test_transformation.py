@@ -13,10 +13,8 @@ import sys
 from itertools import islice, zip_longest
 
 from utils.cli import Parser, Signals, int_at_least, run
+from utils.encodings import PALETTE
 from utils.rows import DEFAULT_DATASET, open_rows, to_task
-
-# The colours of the ARC viewer, 0 to 9.
-PALETTE = bytes.fromhex("000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25")
 
 
 def build_parser() -> Parser:

@@ -115,7 +115,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
         if path.exists() and not args.overwrite:
             advice = "add --overwrite to replace it, or choose another --output_dir"
             raise UserError(f"{path} exists: {advice}")
-    summary, seen, started = Summary(), set(), time.monotonic()
+    summary, seen = Summary(), set()
     with (
         JsonFile(paths[0]) as tasks,
         JsonFile(paths[1]) as solutions,
@@ -123,6 +123,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     ):
         source = rows.open_rows(args.dataset, args.split, args.column, args.streaming)
         wanted = islice(source.rows, args.max_samples)
+        started = time.monotonic()  # importing and opening left out, as in the bar
         for i, row in enumerate(tqdm(wanted, unit=" rows", total=args.max_samples)):
             task, problems = rows.to_task(row, source.column, args.max_train_pairs)
             for pair, reason in problems:

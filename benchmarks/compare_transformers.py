@@ -67,7 +67,8 @@ def alternate(ours, theirs, repeats: int) -> tuple[float, float]:
 def requests(args: argparse.Namespace, model_path: Path, **changes):
     """A prepared run of ours over the tasks that are measured."""
     import simple_extraction_inference as script
-    from utils.request import prepare
+    from utils.prepare import prepare
+    from utils.request import Request
 
     flags = {
         "model_path": model_path,
@@ -81,7 +82,7 @@ def requests(args: argparse.Namespace, model_path: Path, **changes):
     argv = ["--layers_to_extract", *map(str, LAYERS)]
     for name, value in flags.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return prepare(script.request(script.parser().parse_args(argv)))
+    return prepare(Request.from_flags(script.parser().parse_args(argv)))
 
 
 def ours(prepared):

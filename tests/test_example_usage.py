@@ -113,7 +113,7 @@ def test_the_teacher_forced_answers_have_a_cell_for_each_cell_of_the_target(ran)
 def test_the_picture_is_a_picture(ran):
     from matplotlib.image import imread
 
-    from test_transformation import PALETTE
+    from utils.encodings import PALETTE
 
     pixels = np.round(imread(ran[0] / "picture.png")[..., :3] * 255).astype(int)
     assert pixels.shape[0] >= 700 and pixels.shape[1] >= 1000

@@ -15,7 +15,8 @@ from parity import TOLERANCE, log_softmax, worst_error
 import simple_extraction_inference as script
 from utils.cli import Signals
 from utils.extract import plan_storage, run
-from utils.request import prepare
+from utils.prepare import prepare
+from utils.request import Request
 from utils.shards import iter_items
 
 PARITY_FAMILIES = {
@@ -45,7 +46,9 @@ class NoSignals(Signals):
 def prepared(model, tasks, folder, *flags):
     argv = ["--model_path", model, "--dataset_path", tasks, "--dtype", "float32"]
     argv += ["--output_path", folder / "predictions.json", "--activations_dir", folder / "acts"]
-    return prepare(script.request(script.parser().parse_args([*map(str, argv), *map(str, flags)])))
+    return prepare(
+        Request.from_flags(script.parser().parse_args([*map(str, argv), *map(str, flags)]))
+    )
 
 
 def items_of(model, tasks, folder, *flags):

@@ -25,9 +25,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         default = action.default
         if default is None or default is False or default == argparse.SUPPRESS:
             return help_text
-        return (
-            f"{help_text} (default: {' '.join(default) if isinstance(default, list) else default})"
-        )
+        if isinstance(default, list | tuple):
+            default = " ".join(default)
+        return f"{help_text} (default: {default})"
 
 
 class Parser(argparse.ArgumentParser):

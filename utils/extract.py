@@ -28,9 +28,9 @@ from utils.cli import Interrupted, Signals
 from utils.errors import UserError
 from utils.generate import Decoded, Engine, Prefilled, Sampling
 from utils.manifest import read_answers, write_json_atomic
-from utils.mesh import single_device_mesh
+from utils.mesh import single_device_mesh, use_compilation_cache
 from utils.model import Decoder
-from utils.request import Prepared, Sample, settings
+from utils.prepare import Prepared, Sample, settings
 from utils.shards import ShardWriter, free_bytes, planned_shards
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Computation:
             layers = capture.last_layer + 1
         if prepared.dtype == "float32":  # accelerators multiply float32 in fewer bits by default
             jax.config.update("jax_default_matmul_precision", "highest")
+        use_compilation_cache()
         params = prepared.checkpoint.load(single_device_mesh(), np.dtype(prepared.dtype))
         self.engine = Engine(Decoder(prepared.config, capture, layers), params)
         self.tokens = 0

@@ -2,9 +2,10 @@
 
 import argparse
 
+from utils.capture import HOOK_POINTS, TOKEN_POSITIONS
 from utils.cli import float_at_least, int_at_least
-
-_FORMATS = "{chat,turns,compact,plain}"
+from utils.prompts import GRID_ENCODINGS, PROMPT_FORMATS
+from utils.request import Request
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,15 +36,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prompt_format",
-        default="chat",
-        metavar=f"{_FORMATS}|FILE",
+        default=Request.prompt_format,
+        metavar=f"{{{','.join(PROMPT_FORMATS)}}}|FILE",
         help="how a task is put to the model, or a Jinja file; a model must be prompted the way it "
         "was trained",
     )
     group.add_argument(
         "--grid_encoding",
-        default="digits",
-        choices=("digits", "spaced", "numbered", "words"),
+        default=Request.grid_encoding,
+        choices=GRID_ENCODINGS,
         help="how a grid is written",
     )
     group.add_argument(
@@ -62,13 +63,13 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_output_tokens",
         type=int_at_least(0),
-        default=1100,
+        default=Request.max_output_tokens,
         help="tokens an answer; 0 extracts from the prompt alone",
     )
     group.add_argument(
         "--predictions_per_task",
         type=int_at_least(1),
-        default=1,
+        default=Request.predictions_per_task,
         help="answers to a test input; the first of several is greedy, and its states are kept",
     )
     group.add_argument(
@@ -77,7 +78,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         help="of the answers after the first, or of the only one (default: 0, greedy, for one "
         "answer; 0.7 for those after the first)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of sampling")
+    group.add_argument("--seed", type=int, default=Request.seed, help="of sampling")
     group.add_argument(
         "--teacher_forcing",
         action="store_true",
@@ -96,20 +97,20 @@ def add_capture_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hook_points",
         nargs="+",
-        default=["resid_post"],
-        choices=("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+        default=Request.hook_points,
+        choices=HOOK_POINTS,
         help="where in a layer; resid_post is the residual stream after it",
     )
     group.add_argument(
         "--token_positions",
-        default="all",
-        choices=("all", "prompt", "answer", "last"),
+        default=Request.token_positions,
+        choices=TOKEN_POSITIONS,
         help="tokens whose states are kept; last is the prompt's last, which the answer's first "
         "token is predicted from",
     )
     group.add_argument(
         "--activation_dtype",
-        default="float16",
+        default=Request.activation_dtype,
         choices=("float16", "float32"),
         help="on disk; what float16 cannot hold is stored as float32 and counted",
     )
@@ -125,19 +126,19 @@ def add_storage_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("storage")
     group.add_argument(
         "--activations_dir",
-        default="results/activations",
+        default=Request.activations_dir,
         help="folder of the shards and metadata.json",
     )
     group.add_argument(
         "--save_every_n_samples",
         type=int_at_least(1),
-        default=50,
+        default=Request.save_every_n_samples,
         help="samples a shard; a kill loses at most those of the open one",
     )
     group.add_argument(
         "--max_shard_mb",
         type=float_at_least(1),
-        default=512,
+        default=Request.max_shard_mb,
         help="megabytes a shard; the fuller limit counts",
     )
     group.add_argument("--resume", action="store_true", help="finish the run in the folder")

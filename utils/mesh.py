@@ -1,5 +1,8 @@
 """The (data, model) mesh that every run computes on."""
 
+import os
+from pathlib import Path
+
 import jax
 from jax.sharding import AxisType, Mesh
 
@@ -11,6 +14,15 @@ def single_device_mesh() -> Mesh:
     return jax.make_mesh(
         (1, 1), AXES, devices=jax.local_devices()[:1], axis_types=(AxisType.Auto,) * 2
     )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, else ~/.cache/arc-activations, so that
+    a run that is resumed does not compile again."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = Path("~/.cache/arc-activations").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def default_dtype() -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from utils.batching import padding_share
 from utils.extract import plan_storage
-from utils.request import Prepared
+from utils.prepare import Prepared
 from utils.shards import free_bytes
 
 
@@ -66,13 +66,14 @@ def print_summary(prepared: Prepared, manifest: dict[str, Any]) -> None:
             share = f"{score['share']:.1%} ({score['solved']:g} of {score['total']})"
             print(f"solved        {share} {words}")
     print(
-        f"tokens        {manifest['total_tokens']}, {manifest['tokens_per_second']:.1f} tokens/s "
+        f"tokens        {manifest['total_tokens']}, {manifest['tokens_per_second']:.0f} tokens/s "
         f"over {manifest['seconds']:.1f} s (compiling: {manifest['compile_seconds']:.1f} s more)"
     )
     print(f"predictions   {request.output_path}")
     if request.activations_dir is not None:
         size = sum(entry["size_bytes"] for entry in manifest["files"])
-        shards = f"{manifest['total_batches']} shards, {size} bytes"
+        count = manifest["total_batches"]
+        shards = f"{count} shard{'s' * (count != 1)}, {size} bytes"
         print(f"activations   {request.activations_dir}: {shards}")
         if manifest["float16_overflows"]:
             print(

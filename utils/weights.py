@@ -303,4 +303,7 @@ def write_random_checkpoint(folder: str | Path, fields: dict[str, Any], seed: in
         else:
             noise *= 0.05 if path in ("embedding", "head") else stored[1] ** -0.5
         tensors[name] = noise.astype(jnp.bfloat16)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:  # a full disk is either
+        raise UserError(f"cannot write the weights to {folder}: {error}") from error
