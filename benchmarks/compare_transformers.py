@@ -87,7 +87,7 @@ def requests(args: argparse.Namespace, model_path: Path, **changes):
 
 def ours(prepared):
     """A call that computes every batch of the run and makes its items, nothing stored."""
-    from utils.extract import Computation, to_item
+    from utils.compute import Computation, to_item
     from utils.items import stored_item
 
     computation = Computation(prepared)
@@ -105,7 +105,7 @@ def torch_loop(model, prepared, answer_logits_only: bool):
     import numpy as np
     import torch
 
-    from utils.extract import encode_row
+    from utils.compute import encode_row
 
     rows = [encode_row(prepared, sample) for sample in prepared.samples]
 
@@ -130,7 +130,7 @@ def torch_generate(model, prepared, batch_size: int, new_tokens: int):
     """`generate` on left-padded batches with the hidden states of every step."""
     import torch
 
-    from utils.extract import encode_row
+    from utils.compute import encode_row
 
     rows = sorted(
         (encode_row(prepared, s).prompt_ids for s in prepared.samples), key=len, reverse=True

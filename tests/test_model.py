@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst_error
 
-from utils.config import Rope
-from utils.model import attend, attend_prompt, rope_frequencies
+from utils.attention import attend, attend_prompt, rope_frequencies
+from utils.rope import Rope
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.npz"))

@@ -2,18 +2,31 @@
 
 errors      the one exception that becomes a line on stderr and an exit code
 cli         parser, logging, signals and exit codes of every script
+request     what a run is asked to do: every flag's default, once
+flags       the flags that the inference scripts share
+disk        whether a folder can be written, and how much room it has
+jsonfile    a JSON file written item by item that appears when it is whole
 arc         tasks, pairs, grids; reading and writing ARC files
 rows        Hugging Face dataset rows -> tasks
-prompts     prompt formats: render with grid spans, parse the answer
+encodings   a grid as text, with the span of every cell, and back
+templates   chat templates and Jinja files, filled with placeholders for grids
+prompts     prompt formats: render with cell spans, parse the answer
 tokens      token ids, offsets, and the table that says which token holds which cell
+rope        the rotary embedding's configuration
 config      Hugging Face config.json -> ModelConfig; refuses what it does not know
 capture     which layers and hook points are captured, and what they are called
-mesh        the (data, model) device mesh and process identity
-weights     the table of Hugging Face name, Flax path, axes and sharding; safetensors -> params
+mesh        the (data, model) device mesh; the compilation cache
+attention   rotary embedding and grouped-query attention
 model       the Flax decoder, its KV cache, and the captured activations
+weights     the table of Hugging Face name, Flax path, axes and sharding; safetensors -> params
 batching    length buckets, padding, row identity
 generate    jitted prefill and decode loop, with capture
+prepare     a request, checked: samples, prompts and batches, before a model loads
 scoring     grids -> predictions, submission, accuracy
-shards      shard files and the manifest: writing, resuming, safe loading
+compute     batches through the engine, and what comes back as items
+items       what an item of a shard is, its exact bytes, and safe unpickling
+manifest    metadata.json and the journal of answers: reading, merging, comparing
+shards      shard files: writing, resuming, loading with verification
 extract     the run loop that the inference scripts share
+report      what a run prints: the plan of a dry run, the summary at the end
 """

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utils.attention import INVALID_POSITION
 from utils.batching import Bucket
-from utils.model import INVALID_POSITION, Cache, Decoder, captured, empty_cache
+from utils.model import Cache, Decoder, captured, empty_cache
 
 LOGIT_ROWS = 256  # answer positions whose vocabulary-wide logits exist at once
 

@@ -19,12 +19,12 @@ from utils import arc, tokens
 from utils.batching import Batch, Length, plan_batches
 from utils.capture import CaptureSpec
 from utils.config import ModelConfig
+from utils.disk import check_writable
 from utils.errors import UserError
 from utils.manifest import stem
 from utils.mesh import default_dtype
 from utils.prompts import PromptFormat, load_format
 from utils.request import Request
-from utils.shards import check_writable
 from utils.weights import Checkpoint
 
 

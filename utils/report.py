@@ -4,9 +4,9 @@ from collections import Counter
 from typing import Any
 
 from utils.batching import padding_share
+from utils.disk import free_bytes
 from utils.extract import plan_storage
 from utils.prepare import Prepared
-from utils.shards import free_bytes
 
 
 def print_plan(prepared: Prepared) -> None:

@@ -9,12 +9,11 @@ import itertools
 import json
 import os
 import pickle
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from utils.disk import check_writable, free_bytes
 from utils.errors import UserError
 from utils.items import (
     CELL_COLUMNS,
@@ -327,26 +326,3 @@ def _verify(file: BinaryIO, entry: dict[str, Any]) -> None:
     if (crc32c := checksum(file)) != entry["crc32c"]:
         raise pickle.UnpicklingError(f"damaged: its crc32c is {crc32c}, not {entry['crc32c']}")
     file.seek(0)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError unless files can be written to `folder`, made if need be; leaves nothing."""
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file: choose a folder")
-        with tempfile.TemporaryFile(dir=_existing(folder)) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; choose another folder"
-        ) from error
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space of the disk that `folder` is or will be on."""
-    return shutil.disk_usage(_existing(folder)).free
-
-
-def _existing(folder: Path) -> Path:
-    """`folder`, or the nearest above it that is there."""
-    return next(path for path in [folder, *folder.absolute().parents] if path.exists())

@@ -1,0 +1,30 @@
+"""Whether a folder can be written, and how much room it has, before anything is made there."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError unless files can be written to `folder`, made if need be; leaves nothing."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file: choose a folder")
+        with tempfile.TemporaryFile(dir=_existing(folder)) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space of the disk that `folder` is or will be on."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest above it that is there."""
+    return next(path for path in [folder, *folder.absolute().parents] if path.exists())
