@@ -1,9 +1,7 @@
-"""The library under the scripts, one small module a concern, in the order that data meets them.
+"""The library under the scripts; a module imports only from those above it.
 
 errors      the one exception that becomes a line on stderr and an exit code
 cli         parser, logging, signals and exit codes of every script
-request     what a run is asked to do: every flag's default, once
-flags       the flags that the inference scripts share
 disk        whether a folder can be written, and how much room it has
 jsonfile    a JSON file written item by item that appears when it is whole
 arc         tasks, pairs, grids; reading and writing ARC files
@@ -15,18 +13,20 @@ tokens      token ids, offsets, and the table that says which token holds which 
 rope        the rotary embedding's configuration
 config      Hugging Face config.json -> ModelConfig; refuses what it does not know
 capture     which layers and hook points are captured, and what they are called
+request     what a run is asked to do: every flag's default, once
+flags       the flags that the inference scripts share
 mesh        the (data, model) device mesh; the compilation cache
 attention   rotary embedding and grouped-query attention
 model       the Flax decoder, its KV cache, and the captured activations
 weights     the table of Hugging Face name, Flax path, axes and sharding; safetensors -> params
 batching    length buckets, padding, row identity
 generate    jitted prefill and decode loop, with capture
-prepare     a request, checked: samples, prompts and batches, before a model loads
 scoring     grids -> predictions, submission, accuracy
-compute     batches through the engine, and what comes back as items
 items       what an item of a shard is, its exact bytes, and safe unpickling
 manifest    metadata.json and the journal of answers: reading, merging, comparing
 shards      shard files: writing, resuming, loading with verification
+prepare     a request, checked: samples, prompts and batches, before a model loads
+compute     batches through the engine, and what comes back as items
 extract     the run loop that the inference scripts share
 report      what a run prints: the plan of a dry run, the summary at the end
 """
