@@ -4,10 +4,10 @@
 
 Without --model_path a random checkpoint of Qwen2-0.5B's shape is written to a temporary folder;
 its tokenizer is copied from --tokenizer. Needs requirements-torch.txt. Both sides use all cores,
-float32, the same token ids, and keep the same arrays: three layers of the residual stream for
-every token as float16, the log-probability of every answer token, and the logits at the last
-prompt position. Every figure is the best of --repeats, compilation left out, and each is printed
-beside the share of the machine's own matrix-product rate that its arithmetic amounts to.
+float32, the same token ids, and keep the same arrays: for every token the residual stream after
+the first, the middle and the last layer, as float16; the log-probability of every answer token;
+the logits at the last prompt position. Every figure is the best of --repeats, compilation left
+out; the share of the machine's matrix-product rate that its arithmetic amounts to stands beside.
 """
 
 import argparse
@@ -20,8 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
-
-LAYERS = (0, 11, 23)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +77,7 @@ def requests(args: argparse.Namespace, model_path: Path, **changes):
         "max_output_tokens": args.new_tokens,
         **changes,
     }
-    argv = ["--layers_to_extract", *map(str, LAYERS)]
+    argv = []
     for name, value in flags.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return prepare(Request.from_flags(script.parser().parse_args(argv)))
@@ -100,6 +98,10 @@ def ours(prepared):
     return run
 
 
+def captured_layers(prepared) -> list[int]:
+    return sorted(int(name.rpartition(".")[2]) for name in prepared.capture.names)
+
+
 def torch_loop(model, prepared, answer_logits_only: bool):
     """What a user writes with transformers: all hidden states, and the three layers kept."""
     import numpy as np
@@ -108,6 +110,9 @@ def torch_loop(model, prepared, answer_logits_only: bool):
     from utils.compute import encode_row
 
     rows = [encode_row(prepared, sample) for sample in prepared.samples]
+    layers = captured_layers(prepared)
+
+    kept = []
 
     @torch.no_grad()
     def run():
@@ -117,11 +122,11 @@ def torch_loop(model, prepared, answer_logits_only: bool):
             A = len(ids) - P
             keep = {"logits_to_keep": A + 1} if answer_logits_only else {}
             out = model(ids[None], output_hidden_states=True, use_cache=False, **keep)
-            states = [out.hidden_states[layer + 1][0].half().numpy() for layer in LAYERS]
+            states = [out.hidden_states[layer + 1][0].half().numpy() for layer in layers]
             logits = out.logits[0, -(A + 1) :]
             logprobs = torch.log_softmax(logits[:-1].float(), -1).gather(-1, ids[P:, None])
-            yield_ = (states, logprobs.numpy(), logits[0].half().numpy())
-            assert len(yield_[0]) == len(LAYERS)
+            kept.append((states, logprobs.numpy(), logits[0].half().numpy()))
+            kept.clear()  # as if written
 
     return run
 
@@ -157,7 +162,7 @@ def torch_generate(model, prepared, batch_size: int, new_tokens: int):
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-            for layer in LAYERS:
+            for layer in captured_layers(prepared):
                 states = [step[layer + 1] for step in out.hidden_states]
                 torch.cat(states, dim=1).half().numpy()
             logits = torch.stack(out.logits, 1).float()
@@ -263,14 +268,15 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
             )
             print(f"    cost of extraction: {captured / without - 1:+.1%}", flush=True)
 
+        middle = captured_layers(forced)[1]
         alone = requests(
-            args, folder, max_output_tokens=0, no_logits=True, layers_to_extract=LAYERS[1]
+            args, folder, max_output_tokens=0, no_logits=True, layers_to_extract=middle
         )
         tokens = sum(sample.length.total for sample in alone.samples)
-        flops = prefill_flops(alone, LAYERS[1] + 1, False)
+        flops = prefill_flops(alone, middle + 1, False)
         mine = best(ours(alone), args.repeats)
         report(
-            f"prompt-only extraction of layer {LAYERS[1]}, no logits",
+            f"prompt-only extraction of layer {middle}, no logits",
             tokens,
             mine,
             {},

@@ -1,0 +1,24 @@
+"""The benchmarks run; what they measure is for a quiet machine, not for a test."""
+
+import pytest
+from conftest import run_script
+
+
+@pytest.mark.slow
+def test_compare_transformers(tiny_model, tasks_file):
+    pytest.importorskip("torch", reason="torch is not installed: requirements-torch.txt")
+    flags = ["--tasks", 4, "--max_model_len", 700, "--new_tokens", 4, "--repeats", 1]
+    result = run_script(
+        *("benchmarks/compare_transformers.py", "--model_path", tiny_model),
+        *("--dataset_path", tasks_file, *flags),
+    )
+    assert result.returncode == 0, result.stderr
+    for words in ("teacher-forced", "batch 1", "batch 4", "cost of extraction", "no logits"):
+        assert words in result.stdout
+
+
+@pytest.mark.slow
+def test_transform_rows():
+    result = run_script("benchmarks/transform_rows.py", "--num_rows", 500)
+    assert result.returncode == 0, result.stderr
+    assert "rows/s" in result.stdout
