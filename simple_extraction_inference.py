@@ -14,7 +14,7 @@ from utils import cli, flags
 from utils.request import Request
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     flags.add_input_flags(parser)
     parser.add_argument(
@@ -52,4 +52,4 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, parser())
+    cli.run(main, build_parser())

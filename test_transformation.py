@@ -73,10 +73,10 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
         tasks.append(task)
         pairs = (*task.train, *task.test)
         sizes = [(len(g), len(g[0])) for p in pairs for g in (p.input, p.output) if g]
-        low, high = min(sizes), max(sizes)
+        heights, widths = zip(*sizes, strict=True)
         print(
-            f"  row {i}: {len(pairs)} valid pairs, grids {low[0]} x {low[1]} to"
-            f" {high[0]} x {high[1]}, task {task.task_id}"
+            f"  row {i}: {len(pairs)} valid pairs, height {min(heights)} to {max(heights)}, width"
+            f" {min(widths)} to {max(widths)}, task {task.task_id}"
         )
     colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for side in ("train", "test") if tasks else ():

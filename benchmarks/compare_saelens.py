@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from utils import cli
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--model_path", required=True, help="a checkpoint with its tokenizer")
     parser.add_argument("--dataset_path", required=True, help="ARC tasks")
@@ -160,4 +160,4 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, parser())
+    cli.run(main, build_parser())

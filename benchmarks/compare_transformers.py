@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from utils import cli
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--model_path", help="a checkpoint (default: random, Qwen2-0.5B's shape)")
     parser.add_argument("--tokenizer", help="folder with the tokenizer for a random checkpoint")
@@ -80,7 +80,7 @@ def requests(args: argparse.Namespace, model_path: Path, **changes):
     argv = []
     for name, value in flags.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return prepare(Request.from_flags(script.parser().parse_args(argv)))
+    return prepare(Request.from_flags(script.build_parser().parse_args(argv)))
 
 
 def ours(prepared):
@@ -286,4 +286,4 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, parser())
+    cli.run(main, build_parser())

@@ -47,7 +47,7 @@ def prepared(model, tasks, folder, *flags):
     argv = ["--model_path", model, "--dataset_path", tasks, "--dtype", "float32"]
     argv += ["--output_path", folder / "predictions.json", "--activations_dir", folder / "acts"]
     return prepare(
-        Request.from_flags(script.parser().parse_args([*map(str, argv), *map(str, flags)]))
+        Request.from_flags(script.build_parser().parse_args([*map(str, argv), *map(str, flags)]))
     )
 
 
@@ -263,7 +263,7 @@ def test_long_prompts_lose_whole_train_pairs(tiny_model, tasks_file, tmp_path):
     )
     assert {sample.num_train_pairs for sample in least.samples} == {1}
     assert len(least.samples) + len(least.skipped) == 8
-    assert "exceed" in least.skipped[0]["reason"]
+    assert "does not fit" in least.skipped[0]["reason"]
     manifest = run(least, NoSignals())
     assert manifest["skipped"] == least.skipped
     predictions = json.loads((tmp_path / "least" / "predictions.json").read_text())

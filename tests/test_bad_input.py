@@ -44,7 +44,7 @@ def shell(monkeypatch, capfd):
     def call(*flags):
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.run(script.main, script.parser(), list(map(str, flags)))
+            cli.run(script.main, script.build_parser(), list(map(str, flags)))
         return stop.value.code, *capfd.readouterr()
 
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -127,7 +127,10 @@ BAD_VALUES = [
     ({"max_train_pairs": 0}, "--max_train_pairs: 0 is below 1"),
     ({"max_model_len": 0}, "--max_model_len: 0 is below 1"),
     ({"max_model_len": 2000}, "--max_model_len 2000 is more than the model's 1024 positions"),
-    ({"max_model_len": 40}, r"none of the 8 samples can be run: .*exceed 40.*: lower --max_outp"),
+    (
+        {"max_model_len": 40},
+        r"none of the 8 samples can be run: does not fit in 40 tokens .8.: lower --max_outp",
+    ),
     ({"max_output_tokens": -1}, "--max_output_tokens: -1 is below 0"),
     ({"max_output_tokens": "1e3"}, "'1e3' is not a whole number"),
     ({"max_output_tokens": 1024}, "--max_output_tokens 1024 leaves no room .*: lower it"),
@@ -163,7 +166,7 @@ def test_a_bad_value_is_refused(refused, changed, message):
 
 def test_every_flag_has_a_bad_value_above():
     tried = {name for changed, _ in BAD_VALUES for name in changed}
-    names = {action.dest for action in script.parser()._actions}
+    names = {action.dest for action in script.build_parser()._actions}
     assert names == tried | SWITCHES
 
 
@@ -208,10 +211,9 @@ CONTRADICTIONS = [
         "--no_extraction with no answer to generate leaves nothing to do",
     ),
     (
-        {"teacher_forcing": True},
-        "--teacher_forcing runs the ground truth, .*: leave out --max_output_tokens",
+        {"teacher_forcing": True, "max_output_tokens": 0},
+        "--teacher_forcing runs the ground truth, and --max_output_tokens 0 .*: give one of them",
     ),
-    ({"teacher_forcing": True, "max_output_tokens": 0}, "leave out --max_output_tokens"),
     (
         {"token_positions": "answer", "max_output_tokens": 0},
         "--token_positions answer, but --max_output_tokens 0 makes no answer",
@@ -413,7 +415,9 @@ def test_teacher_forcing_without_ground_truth(refused, tmp_path, tasks_file):
     )
     others = tmp_path / "others.json"
     others.write_text('{"unheard_of": [[[1]]]}')
-    assert "others.json has any" in refused(dataset_path=alone, solutions_path=others, **changed)
+    assert "others.json has none of the 7 tasks" in refused(
+        dataset_path=alone, solutions_path=others, **changed
+    )
 
 
 # ------------------------------------------------------------------------------------- model
@@ -1024,7 +1028,13 @@ def test_stopped_and_resumed_without_extraction(long_flags, compiled, tmp_path):
     assert run_script(SCRIPT, *words).returncode == 2
     run = run_script(SCRIPT, *words, "--resume", env=compiled)
     assert run.returncode == 0, run.stderr
-    assert list(tmp_path.iterdir()) == [output]
+    assert [path.name for path in folder.iterdir()] == ["metadata.json"]
+    before = output.read_bytes()
+    again = run_script(SCRIPT, *words, "--resume", env=compiled)
+    assert again.returncode == 0 and "nothing to do" in again.stderr
+    other = run_script(SCRIPT, *words, "--resume", "--seed", 1, env=compiled)
+    assert other.returncode == 2 and "generation.seed was 0, is 1" in other.stderr
+    assert output.read_bytes() == before
     scored = json.loads(output.read_text())
     assert len(scored) == 60
     for task_id, _ in kept:

@@ -28,8 +28,7 @@ def commands() -> list[list[str]]:
 def test_commands_parse(command):
     script, *flags = command
     module = importlib.import_module(script.removesuffix(".py"))
-    parser = getattr(module, "build_parser", None) or module.parser
-    parser().parse_args(flags)
+    module.build_parser().parse_args(flags)
 
 
 def test_there_are_commands_for_every_script():

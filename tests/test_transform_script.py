@@ -221,7 +221,7 @@ def test_inspection_shows_columns_rows_picture_faults_and_the_next_command(datas
     assert result.returncode == 0, result.stderr
     for words in (
         r"examples +list\[list\[list\[list\[int\]\]\]\]",
-        r"row 0: 3 valid pairs, grids 1 x 1 to 1 x 2, task [0-9a-f]{16}",
+        r"row 0: 3 valid pairs, height 1 to 1, width 1 to 2, task [0-9a-f]{16}",
         r"row 3: no task",
         r"test pair 0: 1 x 2 -> 1 x 1\n  33    3",
         r"row 1, pair 1: input: cell out of range",

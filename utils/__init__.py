@@ -9,6 +9,7 @@ rows        Hugging Face dataset rows -> tasks
 encodings   a grid as text, with the span of every cell, and back
 templates   chat templates and Jinja files, filled with placeholders for grids
 prompts     prompt formats: render with cell spans, parse the answer
+items       what an item of a shard is, its exact bytes, and safe unpickling
 tokens      token ids, offsets, and the table that says which token holds which cell
 rope        the rotary embedding's configuration
 config      Hugging Face config.json -> ModelConfig; refuses what it does not know
@@ -22,7 +23,6 @@ weights     the table of Hugging Face name, Flax path, axes and sharding; safete
 batching    length buckets, padding, row identity
 generate    jitted prefill and decode loop, with capture
 scoring     grids -> predictions, submission, accuracy
-items       what an item of a shard is, its exact bytes, and safe unpickling
 manifest    metadata.json and the journal of answers: reading, merging, comparing
 shards      shard files: writing, resuming, loading with verification
 prepare     a request, checked: samples, prompts and batches, before a model loads

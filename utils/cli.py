@@ -118,7 +118,8 @@ class Signals:
         finally:
             self._depth -= 1
         if self._depth == 0 and self._pending is not None:
-            raise Interrupted(self._pending)
+            signum, self._pending = self._pending, None
+            raise Interrupted(signum)
 
 
 def run(

@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,10 @@ from utils.prepare import Prepared, Sample
 
 @dataclass
 class Row:
-    """What the model made of one sample: token ids int32 [T], captures name -> [rows, D]."""
+    """What the model made of one sample: token ids int32 [T], captures name -> [rows, D].
+
+    forced_cells: int32 [C, 7] of the answer that was forced, or None.
+    """
 
     sample: Sample
     prompt_ids: np.ndarray
@@ -33,16 +36,27 @@ class Row:
     logprobs: list[np.ndarray]
     captures: dict[str, np.ndarray]
     logits: np.ndarray | None
+    forced_cells: np.ndarray | None
 
 
 def encode_row(prepared: Prepared, sample: Sample) -> Row:
     """A sample's prompt, and the answer that is forced, before anything was computed."""
     prompt = prepared.fmt.render(sample.task, sample.sample_idx, sample.num_train_pairs)
     ids, cells = tokens.encode(prompt, prepared.tokenizer)
-    forced = []
-    if prepared.request.teacher_forcing:
-        forced = [tokens.encode_answer(prepared.fmt, sample.target, prepared.tokenizer)[0]]
-    return Row(sample, ids, cells, forced, [], {}, None)
+    if not prepared.request.teacher_forcing:
+        return Row(sample, ids, cells, [], [], {}, None, None)
+    answer, answer_cells = tokens.encode_answer(
+        prepared.fmt, sample.target, prepared.tokenizer, len(ids)
+    )
+    return Row(sample, ids, cells, [answer], [], {}, None, answer_cells)
+
+
+class Timing(NamedTuple):
+    """Of all batches so far: seconds of computing, of compiling; real tokens through the model."""
+
+    seconds: float
+    compile_seconds: float
+    tokens: int
 
 
 class Computation:
@@ -63,8 +77,8 @@ class Computation:
         self.tokens = 0
         self.seconds = 0.0
 
-    def __call__(self, batch: Batch) -> list[Row]:
-        """The rows of a batch that hold samples, in order."""
+    def __call__(self, batch: Batch) -> tuple[list[Row], Timing]:
+        """The rows of a batch that hold samples, in order, and the timing with it."""
         compiling = self.engine.compile_seconds
         start = time.perf_counter()
         rows = self._run(batch)
@@ -73,7 +87,7 @@ class Computation:
         self.tokens += sum(
             len(row.prompt_ids) + sum(len(answer) for answer in row.answers) for row in rows
         )
-        return rows
+        return rows, Timing(self.seconds, self.engine.compile_seconds, self.tokens)
 
     def _run(self, batch: Batch) -> list[Row]:
         prepared, request = self.prepared, self.prepared.request
@@ -101,9 +115,9 @@ class Computation:
             model = uncaptured if k else self.engine.model
             keys = np.array([_sample_key(request.seed, s, k) if s else 0 for s in samples])
             sampling = Sampling(request.max_output_tokens, self.prepared.stop_ids, temperature)
-            last = k + 1 == len(request.temperatures)
             result = self.engine.decode(
-                model, prefilled, lengths, keys.astype(np.uint32), sampling, keep_cache=not last
+                *(model, prefilled, lengths, keys.astype(np.uint32), sampling),
+                keep_cache=len(request.temperatures) > 1,
             )
             decoded.append(result)
         prefilled.cache = None
@@ -161,7 +175,7 @@ def to_item(row: Row, prepared: Prepared) -> tuple[dict[str, Any], dict[str, Any
     P = len(row.prompt_ids)
     cells, attempts, prediction, correct = [row.prompt_cells], [], None, None
     if request.teacher_forcing:
-        cells.append(tokens.encode_answer(prepared.fmt, sample.target, prepared.tokenizer, P)[1])
+        cells.append(row.forced_cells)
     elif request.generates:
         for ids, logprobs in zip(row.answers, row.logprobs, strict=True):
             said = tokens.answer_cells(ids, prepared.tokenizer, prepared.fmt, P, prepared.stop_ids)

@@ -167,12 +167,13 @@ class ModelConfig:
             return value
 
         def flag(name: str, default: bool = False) -> bool:
-            value = fields.get(name, default)
+            value = fields.get(name)
+            value = default if value is None else value
             if not isinstance(value, bool):
                 raise UserError(f"{name} must be true or false, not {value!r}")
             return value
 
-        if fields.get("hidden_act", "silu") not in ("silu", "swish"):
+        if (fields.get("hidden_act") or "silu") not in ("silu", "swish"):
             raise UserError(f"hidden_act {fields['hidden_act']!r} is not supported; only silu is")
         if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise UserError("partial_rotary_factor is not supported: all of a head is rotated")
@@ -232,7 +233,8 @@ def _sliding_windows(fields: dict[str, Any], num_layers: int) -> tuple[int | Non
     if layer_types is None:
         if fields["model_type"] == "mistral":
             return (window,) * num_layers
-        first = fields.get("max_window_layers", 28)  # the default of Qwen2Config and Qwen3Config
+        first = fields.get("max_window_layers")
+        first = 28 if first is None else first  # the default of Qwen2Config and Qwen3Config
         if window is not None and not isinstance(first, int):
             raise UserError(f"max_window_layers must be a whole number, not {first!r}")
         return tuple(window if window and i >= first else None for i in range(num_layers))

@@ -1,7 +1,11 @@
 """Whether a folder can be written, and how much room it has, before anything is made there."""
 
+import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import UserError
@@ -18,6 +22,31 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"cannot write to {folder}: {error.strerror}; choose another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """`folder`, made if need be, for this process alone; ends with the process at the latest.
+
+    Raises UserError while another process holds it. A file system without locks has none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}", exit_code=1) from error
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is writing to {folder}: wait for its end, or choose another "
+                    "folder"
+                ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def free_bytes(folder: Path) -> int:

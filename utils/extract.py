@@ -5,10 +5,10 @@ and a signal is answered while the device is busy.
 """
 
 import collections
+import contextlib
 import importlib.metadata
 import logging
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,13 +20,14 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import scoring
+from utils.arc import MAX_SIDE
 from utils.batching import Batch
-from utils.cli import Interrupted, Signals
-from utils.compute import Computation, Row, encode_row, kept_positions, to_item
-from utils.disk import free_bytes
+from utils.cli import Signals
+from utils.compute import Computation, Row, Timing, encode_row, kept_positions, to_item
+from utils.disk import free_bytes, locked
 from utils.errors import UserError
 from utils.manifest import read_answers, write_json_atomic
-from utils.prepare import Prepared, settings
+from utils.prepare import Prepared, settings, train_pairs
 from utils.shards import ShardWriter, planned_shards
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def open_writer(prepared: Prepared) -> ShardWriter:
         "devices": [str(device) for device in jax.devices()],
         "mesh_shape": [1, 1],
         "processes": jax.process_count(),
+        "train_pairs": train_pairs(prepared),
     }
     writer = ShardWriter(
         prepared.run_folder,
@@ -74,41 +76,40 @@ def run(prepared: Prepared, signals: Signals) -> dict[str, Any]:
     """
     request = prepared.request
     output, folder = Path(request.output_path), prepared.run_folder
-    ended = request.activations_dir is None and output.exists() and not folder.exists()
-    if request.resume and ended:  # without extraction the folder ends with its run
-        log.info("the run of %s is complete; there is nothing to do", output)
-        return {}
     writer = open_writer(prepared)
-    _check_disk(prepared, writer.done)
+    check_disk(prepared, writer.done)
     if writer.complete and output.exists():
         log.info("the run in %s is complete; there is nothing to do", folder)
         return {}
     todo = _without_done(prepared, writer)
     pool = ThreadPoolExecutor(1, "compute")
+    started = False
     try:
         computation = pool.submit(Computation, prepared).result() if todo else None
-        try:
+        with locked(folder):
             with signals.shielded():
                 writer.set_skipped(prepared.skipped)
                 writer.start()
+                started = True
+                if request.overwrite:
+                    output.unlink(missing_ok=True)
             _run_batches(prepared, todo, computation, pool, writer, signals)
             with signals.shielded():
                 return _finish(prepared, writer)
-        except Interrupted:
-            with signals.shielded():
-                writer.close_shard()
-            raise
-        except UserError as error:
+    except BaseException as error:
+        if started:
+            with contextlib.suppress(UserError), signals.shielded():
+                writer.close_shard()  # a disk that failed says so again
+            log.info("%d samples are stored; --resume does the rest", len(writer.done))
+        if isinstance(error, UserError) and started:
             error.exit_code = 1
-            raise
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            "the device ran out of memory: lower --batch_size, --max_model_len or "
-            "--max_output_tokens, then --resume",
-            exit_code=1,
-        ) from error
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError(
+                "the device ran out of memory: --resume with a lower --batch_size, or start again "
+                "(--overwrite) with a lower --max_model_len or --max_output_tokens",
+                exit_code=1,
+            ) from error
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -134,21 +135,18 @@ def _run_batches(
     signals: Signals,
 ) -> None:
     bar = tqdm(
-        total=len(prepared.samples), initial=len(writer.done), unit=" samples", desc="inference"
+        total=len(prepared.samples), initial=len(writer.done), unit="sample", desc="inference"
     )
-    waiting: collections.deque[Future[list[Row]]] = collections.deque()
+    waiting: collections.deque[Future[tuple[list[Row], Timing]]] = collections.deque()
 
     def store() -> None:
-        rows = waiting.popleft().result()
+        rows, timing = waiting.popleft().result()
         with signals.shielded():
+            writer.update_timing(*timing)
             for row in rows:
-                writer.update_timing(
-                    computation.seconds, computation.engine.compile_seconds, computation.tokens
-                )
                 writer.add(*to_item(row, prepared))
             bar.update(len(rows))
-            rate = computation.tokens / max(computation.seconds, 1e-9)
-            bar.set_postfix_str(f"{rate:.0f} tokens/s")
+            bar.set_postfix_str(f"{timing.tokens / timing.seconds:.0f} tokens/s")
 
     with bar:
         for batch in todo:
@@ -169,14 +167,17 @@ def _finish(prepared: Prepared, writer: ShardWriter) -> dict[str, Any]:
     write_json_atomic(request.output_path, predictions)
     manifest = writer.finish({"scores": scores} if request.generates else None)
     if request.activations_dir is None:
-        shutil.rmtree(prepared.run_folder)
+        # The manifest stays, for --resume to compare with; what it listed served its purpose.
+        write_json_atomic(prepared.run_folder / "metadata.json", {**manifest, "files": []})
+        for name in (*(entry["filename"] for entry in manifest["files"]), "answers.jsonl"):
+            (prepared.run_folder / name).unlink()
     return manifest
 
 
 def planned_items(prepared: Prepared) -> Iterator[dict[str, Any]]:
     """Items as the run will store them, in order, arrays zero: exact sizes unless it generates.
 
-    A generated answer is taken at its longest, without a grid.
+    A generated answer is taken at its longest, and as the largest grid that it could hold.
     """
     request, config = prepared.request, prepared.config
     for batch in prepared.batches:
@@ -191,7 +192,12 @@ def planned_items(prepared: Prepared) -> Iterator[dict[str, Any]]:
             row.captures = dict.fromkeys(prepared.capture.names, zeros)
             if not request.no_logits:
                 row.logits = np.zeros((1, config.vocab_size), request.activation_dtype)
-            yield to_item(row, prepared)[0]
+            item = to_item(row, prepared)[0]
+            if request.generates:
+                cells = min(A, MAX_SIDE**2)
+                item["cells"] = np.concatenate([item["cells"], np.zeros((cells, 7), np.int32)])
+                item["prediction"] = [[0] * MAX_SIDE] * -(-cells // MAX_SIDE)
+            yield item
 
 
 def plan_storage(prepared: Prepared) -> tuple[int, list[tuple[int, int]]]:
@@ -212,7 +218,7 @@ def plan_storage(prepared: Prepared) -> tuple[int, list[tuple[int, int]]]:
     return total, shards
 
 
-def _check_disk(prepared: Prepared, done: set[tuple[str, int]]) -> None:
+def check_disk(prepared: Prepared, done: set[tuple[str, int]]) -> None:
     """Raises UserError when even answers of one token would not fit on the disk."""
     request, need = prepared.request, 0
     item_size = np.dtype(request.activation_dtype).itemsize

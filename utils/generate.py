@@ -30,7 +30,6 @@ class Sampling:
     max_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float = 0.0
-    seed: int = 0
 
 
 @dataclass
@@ -126,7 +125,7 @@ def decode(
     B, A = len(prompt_lengths), sampling.max_tokens
     T = cache["positions"].shape[1] - A
     stops = jnp.array(sampling.stop_ids, jnp.int32)
-    base = jax.random.key(sampling.seed)
+    base = jax.random.key(0)
     keys = jax.vmap(partial(jax.random.fold_in, base))(sample_keys)
 
     def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """The (data, model) mesh that every run computes on."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def use_compilation_cache() -> None:
     a run that is resumed does not compile again."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path("~/.cache/arc-activations").expanduser()
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -1,7 +1,7 @@
 """A request, checked: everything that the user can get wrong, before a model loads.
 
 `prepare` reads the configuration, the tokenizer, the tasks and the headers of the weights, and
-plans every sample and batch. It writes nothing and knows no device.
+plans every sample and batch. It writes nothing, and of the device it knows the kind alone.
 """
 
 import collections
@@ -66,8 +66,8 @@ class Prepared:
 
     @property
     def run_folder(self) -> Path:
-        """Where shards, answers and manifest go; without extraction, a folder that ends with the
-        run and lets it be resumed until then."""
+        """Where shards, answers and manifest go; without extraction, a folder beside the output
+        that lets the run be resumed, and of which the manifest alone stays at its end."""
         request = self.request
         return Path(request.activations_dir or f"{request.output_path}.run")
 
@@ -103,7 +103,7 @@ def prepare(request: Request) -> Prepared:
         )
     samples, skipped = plan_samples(tasks, fmt, tokenizer, request, max_model_len)
     if not samples:
-        reasons = collections.Counter(entry["reason"] for entry in skipped)
+        reasons = collections.Counter(entry["reason"].partition(":")[0] for entry in skipped)
         raise UserError(
             f"none of the {len(skipped)} samples can be run: "
             + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
@@ -124,6 +124,15 @@ def prepare(request: Request) -> Prepared:
         request.dtype or default_dtype(),
         max_model_len,
     )
+
+
+def train_pairs(prepared: Prepared) -> dict[str, int]:
+    """How many train pairs the samples' tasks have, how many their prompts keep, and how many
+    samples keep fewer than there are, for want of room."""
+    there = [len(sample.task.train) for sample in prepared.samples]
+    kept = [sample.num_train_pairs for sample in prepared.samples]
+    shortened = sum(k < n for k, n in zip(kept, there, strict=True))
+    return {"available": sum(there), "kept": sum(kept), "samples_shortened": shortened}
 
 
 def check_paths(request: Request) -> None:
@@ -151,10 +160,18 @@ def check_paths(request: Request) -> None:
 
 def read_tasks(request: Request) -> list[arc.Task]:
     """The first `max_tasks` tasks, with ground truth where a solutions file holds it."""
-    tasks = list(islice(arc.read_tasks(request.dataset_path), request.max_tasks))
+    tasks = [
+        replace(task, train=task.train[: request.max_train_pairs])
+        for task in islice(arc.read_tasks(request.dataset_path), request.max_tasks)
+    ]
     path = request.solutions_path or arc.solutions_beside(request.dataset_path)
     if path is not None:
         solutions = arc.read_solutions(path)
+        if request.solutions_path and not any(task.task_id in solutions for task in tasks):
+            raise UserError(
+                f"{path} has none of the {len(tasks)} tasks: give the --solutions_path of "
+                f"{request.dataset_path}"
+            )
         tasks = [_with_solutions(task, solutions, path) for task in tasks]
     known = any(pair.output is not None for task in tasks for pair in task.test)
     if request.teacher_forcing and not known:
@@ -199,8 +216,6 @@ def plan_samples(
                     continue
                 answer = reserved = len(tokens.encode_answer(fmt, pair.output, tokenizer)[0])
             wanted = len(task.train)
-            if request.max_train_pairs is not None:
-                wanted = min(wanted, request.max_train_pairs)
             for pairs in range(wanted, min(wanted, 1) - 1, -1):
                 prompt = len(tokens.encode(fmt.render(task, index, pairs), tokenizer)[0])
                 if prompt + reserved <= max_model_len:
@@ -208,8 +223,8 @@ def plan_samples(
                     break
             else:
                 reason = (
-                    f"{prompt} prompt tokens with {pairs} train pairs and {reserved} for the "
-                    f"answer exceed {max_model_len}"
+                    f"does not fit in {max_model_len} tokens: {prompt} of the prompt with the last "
+                    f"train pair alone, {reserved} for the answer"
                 )
                 skipped.append(_skip(task, index, reason))
     return samples, skipped

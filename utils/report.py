@@ -5,8 +5,9 @@ from typing import Any
 
 from utils.batching import padding_share
 from utils.disk import free_bytes
-from utils.extract import plan_storage
-from utils.prepare import Prepared
+from utils.errors import UserError
+from utils.extract import check_disk, open_writer, plan_storage
+from utils.prepare import Prepared, train_pairs
 
 
 def print_plan(prepared: Prepared) -> None:
@@ -19,12 +20,10 @@ def print_plan(prepared: Prepared) -> None:
     print(f"model         {request.model_path}: {prepared.config.model_type}, {prepared.dtype}")
     print(f"tasks         {len(prepared.tasks)}")
     print(f"samples       {len(prepared.samples)}")
-    print_skipped(prepared.skipped)
+    print_shortfalls(prepared)
     print(f"prompt tokens {sum(length.prompt for length in lengths)}")
     print(f"batches       {len(prepared.batches)} of {request.batch_size}, {padding:.1%} padding")
-    print(
-        f"shapes        {', '.join(str(bucket.length) for bucket in sorted_shapes(shapes))} tokens"
-    )
+    print(f"shapes        {', '.join(map(str, sorted(bucket.length for bucket in shapes)))} tokens")
     tokens, shards = plan_storage(prepared)
     print(f"total tokens  {at_most}{tokens}")
     if request.activations_dir is not None:
@@ -32,17 +31,28 @@ def print_plan(prepared: Prepared) -> None:
         print(f"shards        {at_most}{len(shards)}")
         print(f"shard bytes   {at_most}{sum(size for _, size in shards)}")
     print(f"disk free     {free_bytes(prepared.run_folder)} bytes at {prepared.run_folder}")
+    try:
+        check_disk(prepared, open_writer(prepared).done)
+    except UserError as error:
+        print(f"would be refused: {error}")
     print("dry run: nothing was written")
 
 
-def sorted_shapes(shapes: Any) -> list[Any]:
-    return sorted(shapes, key=lambda bucket: bucket.length)
-
-
-def print_skipped(skipped: list[dict[str, Any]]) -> None:
-    if skipped:
-        (reason, count), *_ = Counter(entry["reason"] for entry in skipped).most_common()
-        print(f"skipped       {len(skipped)} ({count} x {reason})")
+def print_shortfalls(prepared: Prepared) -> None:
+    """What the run does not hold: samples skipped, train pairs left out, outputs without truth."""
+    if prepared.skipped:
+        reasons = Counter(entry["reason"].partition(":")[0] for entry in prepared.skipped)
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        print(f"skipped       {len(prepared.skipped)}: {listed}")
+    pairs = train_pairs(prepared)
+    if pairs["samples_shortened"]:
+        print(
+            f"train pairs   {pairs['samples_shortened']} of {len(prepared.samples)} samples lose "
+            f"some to fit in {prepared.max_model_len} tokens: {pairs['kept']} of "
+            f"{pairs['available']} kept"
+        )
+    known = [pair.output is not None for task in prepared.tasks for pair in task.test]
+    print(f"ground truth  {sum(known)} of {len(known)} test outputs")
 
 
 def print_summary(prepared: Prepared, manifest: dict[str, Any]) -> None:
@@ -51,7 +61,7 @@ def print_summary(prepared: Prepared, manifest: dict[str, Any]) -> None:
     if not manifest:
         return
     print(f"tasks         {len(prepared.tasks)}, samples {manifest['total_samples']}")
-    print_skipped(prepared.skipped)
+    print_shortfalls(prepared)
     if scores := manifest.get("scores"):
         names = {
             "outputs_solved": "test outputs solved within two attempts",

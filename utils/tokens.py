@@ -19,8 +19,6 @@ from utils.templates import assistant_turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CELL_COLUMNS = ("pair", "role", "row", "col", "color", "token_start", "token_stop")
-
 # Tokens that end a turn or a text wherever a vocabulary has them.
 END_TOKENS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
