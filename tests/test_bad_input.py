@@ -848,7 +848,8 @@ def test_without_extraction_the_predictions_are_guarded_alike(shell, flags, comp
     ended = run_script(SCRIPT, *line(flags), env=compiled)
     assert ended.returncode == 0, ended.stderr
     before = snapshot(tmp_path)
-    assert set(before) == {"out", "out/predictions.json"}
+    files = {"out/predictions.json", "out/predictions.json.run/metadata.json"}
+    assert set(before) == {"out", "out/predictions.json.run", *files}
     code, _, stderr = shell(*line(flags))
     assert code == 2 and "--resume" in one_line(stderr) and "--overwrite" in stderr
     ended = run_script(SCRIPT, *line(flags), "--resume")
