@@ -71,7 +71,7 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
         writer.start()
         for i, row in enumerate(rows):
             result = engine.prefill(
-                row[None], length, bucket=bucket, cache_slots=0, with_logits=False
+                row[None], length, 0 * length, bucket=bucket, cache_slots=0, with_logits=False
             )
             item = {
                 "task_id": "row",

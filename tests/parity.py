@@ -35,6 +35,7 @@ def prefill(engine, rows, length, answers=None, cache_slots=0, **kwargs):
     return engine.prefill(
         pad_rows(joined, length),
         lengths,
+        np.array([len(answer) for answer in answers], np.int32),
         bucket=bucket,
         cache_slots=cache_slots,
         with_logits=True,

@@ -146,12 +146,13 @@ def test_layers_after_the_last_captured_are_not_run(engine):
     from utils.batching import Bucket
 
     bucket = Bucket(len(ids), len(ids), 0)
-    found = short.prefill(tokens, lengths, bucket=bucket, **bucket_args)
+    none = np.zeros(1, np.int32)
+    found = short.prefill(tokens, lengths, none, bucket=bucket, **bucket_args)
     full = prefill(engine, [ids], len(ids))
     assert found.logits is None
     for name in names:
         np.testing.assert_array_equal(found.captures[name], full.captures[name])
-    engine.prefill(tokens, lengths, bucket=bucket, **bucket_args)
+    engine.prefill(tokens, lengths, none, bucket=bucket, **bucket_args)
 
     def flops(e):
         program = next(

@@ -11,7 +11,7 @@ import numpy as np
 
 MAX_SHAPES = 12
 MAX_PADDING = 0.10  # share of computed prompt tokens, unless MAX_SHAPES is reached first
-COMPILE_TOKENS = 2000  # tokens that could be computed while one more shape is compiled
+COMPILE_TOKENS = 500  # tokens that could be computed while one more shape is compiled
 ALIGNMENT = 16  # tokens; a shape's lengths are multiples of it
 
 

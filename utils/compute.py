@@ -96,9 +96,13 @@ class Computation:
         inputs = [row and np.concatenate([row.prompt_ids, *row.answers]) for row in rows]
         padded = pad_rows(inputs, batch.bucket.length)
         lengths = np.array([len(row.prompt_ids) if row else 1 for row in rows], np.int32)
+        answers = [sum(map(len, row.answers)) if row else 0 for row in rows]
         slots = batch.bucket.length + request.max_output_tokens if request.generates else 0
         prefilled = self.engine.prefill(
-            padded, lengths, bucket=batch.bucket, cache_slots=slots, with_logits=self.with_logits
+            *(padded, lengths, np.array(answers, np.int32)),
+            bucket=batch.bucket,
+            cache_slots=slots,
+            with_logits=self.with_logits,
         )
         decoded = self._decode(prefilled, lengths, samples) if request.generates else []
         self._fetch(rows, prefilled, decoded)

@@ -20,7 +20,7 @@ from utils.attention import INVALID_POSITION
 from utils.batching import Bucket
 from utils.model import Cache, Decoder, captured, empty_cache
 
-LOGIT_ROWS = 256  # answer positions whose vocabulary-wide logits exist at once
+LOGIT_ROWS = 64  # answer positions whose vocabulary-wide logits exist at once
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def prefill(
     params: Any,
     tokens: jax.Array,
     prompt_lengths: jax.Array,
+    answer_lengths: jax.Array,
     *,
     bucket: Bucket,
     cache_slots: int,
@@ -71,7 +72,8 @@ def prefill(
 ) -> Prefilled:
     """One pass over the prompts and, where `bucket.answer` > 0, the forced answers behind them.
 
-    tokens: int32 [B, T], right-padded; prompt_lengths: int32 [B]. `cache_slots` 0 keeps no cache.
+    tokens: int32 [B, T], right-padded; prompt_lengths, answer_lengths: int32 [B]. `cache_slots` 0
+    keeps no cache.
     """
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -102,7 +104,7 @@ def prefill(
         x = _rows(x, last + steps)
         targets = jnp.take_along_axis(tokens, jnp.minimum(last + 1 + steps, T - 1), axis=1)
 
-        result.logprobs = _forced_logprobs(model, params, x, targets)
+        result.logprobs = _forced_logprobs(model, params, x, targets, answer_lengths.max())
     return result
 
 
@@ -202,19 +204,28 @@ def decode(
     return state["result"], state["cache"]
 
 
-def _forced_logprobs(model: Decoder, params: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
+def _forced_logprobs(
+    model: Decoder, params: Any, x: jax.Array, targets: jax.Array, count: jax.Array
+) -> jax.Array:
     """log p of targets, int32 [B, A], after hidden states x, [B, A, D]; float32 [B, A].
 
-    In chunks: the logits of all positions would outweigh everything else in memory.
+    In chunks of positions, because the logits of all of them would outweigh everything else in
+    memory, and only as many as the longest answer, of `count` tokens, needs.
     """
-    rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    chunks = -(-len(wanted) // LOGIT_ROWS)
-    size = -(-len(wanted) // chunks)
-    missing = chunks * size - len(wanted)
-    rows = jnp.pad(rows, ((0, missing), (0, 0))).reshape(chunks, size, -1)
-    wanted = jnp.pad(wanted, (0, missing)).reshape(chunks, size)
-    logprobs = jax.lax.map(lambda c: _logprob(_logits(model, params, c[0]), c[1]), (rows, wanted))
-    return logprobs.reshape(-1)[: targets.size].reshape(targets.shape)
+    B, A = targets.shape
+    size = max(1, min(A, LOGIT_ROWS // B))
+    missing = -A % size
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, missing)))
+
+    def chunk(i: jax.Array, logprobs: jax.Array) -> jax.Array:
+        rows = jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1).reshape(B * size, -1)
+        wanted = jax.lax.dynamic_slice_in_dim(targets, i * size, size, axis=1).reshape(-1)
+        new = _logprob(_logits(model, params, rows), wanted).reshape(B, size)
+        return jax.lax.dynamic_update_slice_in_dim(logprobs, new, i * size, axis=1)
+
+    chunks = (count + size - 1) // size
+    return jax.lax.fori_loop(0, chunks, chunk, jnp.zeros(targets.shape, jnp.float32))[:, :A]
 
 
 def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:
@@ -257,9 +268,16 @@ class Engine:
     compile_seconds: float = 0.0
     _programs: dict[Any, Any] = field(default_factory=dict)
 
-    def prefill(self, tokens: np.ndarray, prompt_lengths: np.ndarray, **static: Any) -> Prefilled:
+    def prefill(
+        self,
+        tokens: np.ndarray,
+        prompt_lengths: np.ndarray,
+        answer_lengths: np.ndarray,
+        **static: Any,
+    ) -> Prefilled:
         """See `prefill`."""
-        return self._call(prefill, (), (self.params, tokens, prompt_lengths), static)
+        args = (self.params, tokens, prompt_lengths, answer_lengths)
+        return self._call(prefill, (), args, static)
 
     def decode(
         self,
