@@ -29,7 +29,8 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--no_extraction",
         action="store_true",
-        help="predictions only; --activations_dir is not touched",
+        help="predictions only; --activations_dir is not touched, and OUTPUT_PATH.run keeps what "
+        "--resume needs",
     )
     flags.add_model_flags(parser)
     flags.add_generation_flags(parser)

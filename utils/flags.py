@@ -48,7 +48,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="how a grid is written",
     )
     group.add_argument(
-        "--max_train_pairs", type=int_at_least(1), help="train pairs a prompt (default: all)"
+        "--max_train_pairs",
+        type=int_at_least(1),
+        help="take the first so many train pairs of a task (default: all)",
     )
     group.add_argument(
         "--max_model_len",
@@ -78,7 +80,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         help="of the answers after the first, or of the only one (default: 0, greedy, for one "
         "answer; 0.7 for those after the first)",
     )
-    group.add_argument("--seed", type=int, default=Request.seed, help="of sampling")
+    group.add_argument("--seed", type=int, default=Request.seed, help="of the random draws")
     group.add_argument(
         "--teacher_forcing",
         action="store_true",
@@ -139,9 +141,9 @@ def add_storage_flags(parser: argparse.ArgumentParser) -> None:
         "--max_shard_mb",
         type=float_at_least(1),
         default=Request.max_shard_mb,
-        help="megabytes a shard; the fuller limit counts",
+        help="megabytes a shard; it is closed at whichever limit comes first",
     )
-    group.add_argument("--resume", action="store_true", help="finish the run in the folder")
+    group.add_argument("--resume", action="store_true", help="do what the run in the folder lacks")
     group.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     group.add_argument(
         "--dry_run",
