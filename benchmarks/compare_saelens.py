@@ -54,15 +54,17 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
     from utils.capture import CaptureSpec
     from utils.config import ModelConfig
     from utils.generate import Engine
+    from utils.layout import Layout
     from utils.mesh import single_device_mesh
     from utils.model import Decoder
     from utils.shards import ShardWriter
     from utils.weights import Checkpoint
 
     config = ModelConfig.from_hf(args.model_path)
-    params = Checkpoint(args.model_path, config).load(single_device_mesh(), np.float32)
+    layout = Layout.of(config, single_device_mesh())
+    params = Checkpoint(args.model_path, config).load(layout, np.float32)
     name = f"resid_post.{args.layer}"
-    engine = Engine(Decoder(config, CaptureSpec((name,)), args.layer + 1), params)
+    engine = Engine(Decoder(config, layout, CaptureSpec((name,)), args.layer + 1), params)
     bucket = Bucket(args.context, args.context, 0)
     length = np.array([args.context], np.int32)
 
@@ -71,7 +73,7 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
         writer.start()
         for i, row in enumerate(rows):
             result = engine.prefill(
-                row[None], length, 0 * length, bucket=bucket, cache_slots=0, with_logits=False
+                row[None], length, 0 * length, bucket=bucket, answer_slots=0, with_logits=False
             )
             item = {
                 "task_id": "row",

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-# Before anything starts JAX: no cache of compiled programs may hide what a test compiles.
+# Before anything starts JAX: meshes are tested on virtual devices, of which a run on one device
+# takes the first.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

@@ -6,6 +6,7 @@ from utils.batching import Bucket, pad_rows
 from utils.capture import HOOK_POINTS, CaptureSpec
 from utils.config import ModelConfig
 from utils.generate import Engine, Sampling
+from utils.layout import Layout
 from utils.mesh import single_device_mesh
 from utils.model import Decoder
 from utils.weights import Checkpoint
@@ -13,17 +14,18 @@ from utils.weights import Checkpoint
 TOLERANCE = 1e-4  # of a row's norm; for log-probabilities, absolute
 
 
-def load_engine(folder, names=None, positions="all", dtype=np.float32) -> Engine:
+def load_engine(folder, names=None, positions="all", dtype=np.float32, mesh=None) -> Engine:
     """An engine that captures `names`, or every hook point of every layer."""
     config = ModelConfig.from_hf(folder)
     spec = CaptureSpec.from_flags(config, ["all"], HOOK_POINTS, positions)
     if names is not None:
         spec = CaptureSpec(tuple(names), positions)
-    params = Checkpoint(folder, config).load(single_device_mesh(), dtype)
-    return Engine(Decoder(config, spec), params)
+    layout = Layout.of(config, mesh or single_device_mesh())
+    params = Checkpoint(folder, config).load(layout, dtype)
+    return Engine(Decoder(config, layout, spec), params)
 
 
-def prefill(engine, rows, length, answers=None, cache_slots=0, **kwargs):
+def prefill(engine, rows, length, answers=None, answer_slots=0, **kwargs):
     """Prefill of `rows` (lists of ids, None for a padding row), padded to `length`."""
     answers = answers or [[]] * len(rows)
     joined = [
@@ -37,7 +39,7 @@ def prefill(engine, rows, length, answers=None, cache_slots=0, **kwargs):
         lengths,
         np.array([len(answer) for answer in answers], np.int32),
         bucket=bucket,
-        cache_slots=cache_slots,
+        answer_slots=answer_slots,
         with_logits=True,
         **kwargs,
     )
@@ -46,7 +48,7 @@ def prefill(engine, rows, length, answers=None, cache_slots=0, **kwargs):
 def generate(engine, rows, length, max_tokens, stops=(), temperature=0.0, keys=None, model=None):
     """Prefill and decode; (prefilled, decoded)."""
     lengths = np.array([1 if row is None else len(row) for row in rows], np.int32)
-    first = prefill(engine, rows, length, cache_slots=length + max_tokens)
+    first = prefill(engine, rows, length, answer_slots=max_tokens)
     if keys is None:
         keys = [0 if row is None else i + 1 for i, row in enumerate(rows)]
     decoded = engine.decode(
@@ -54,7 +56,8 @@ def generate(engine, rows, length, max_tokens, stops=(), temperature=0.0, keys=N
         first,
         lengths,
         np.array(keys, np.uint32),
-        Sampling(max_tokens, tuple(stops), temperature),
+        prompt_slots=length,
+        sampling=Sampling(max_tokens, tuple(stops), temperature),
         keep_cache=True,
     )
     return first, decoded

@@ -74,7 +74,7 @@ def test_the_loop_ends_with_the_last_row(engine, batch):
 
 
 def test_without_capture_the_last_token_is_not_run(engine, batch):
-    plain = Decoder(engine.model.config)
+    plain = Decoder(engine.model.config, engine.model.layout)
     _, decoded = generate(engine, PROMPTS, 80, 10, model=plain)
     assert decoded.tokens.tolist() == batch[1].tokens.tolist()
     assert (int(decoded.steps), int(batch[1].steps)) == (9, 10)
@@ -139,10 +139,12 @@ def test_layers_after_the_last_captured_are_not_run(engine):
     """Fewer layers, the same states, a cheaper program."""
     names = ("resid_post.0", "mlp_out.1")
     short = load_engine(CHECKPOINT, names)
-    short.model = Decoder(short.model.config, CaptureSpec(names), num_layers_run=2)
+    short.model = Decoder(
+        short.model.config, short.model.layout, CaptureSpec(names), num_layers_run=2
+    )
     ids = PROMPTS[1]
     tokens, lengths = np.array([ids], np.int32), np.array([len(ids)], np.int32)
-    bucket_args = {"cache_slots": 0, "with_logits": False}
+    bucket_args = {"answer_slots": 0, "with_logits": False}
     from utils.batching import Bucket
 
     bucket = Bucket(len(ids), len(ids), 0)

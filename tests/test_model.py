@@ -8,6 +8,8 @@ import pytest
 from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst_error
 
 from utils.attention import attend, attend_prompt, rope_frequencies
+from utils.layout import Layout
+from utils.mesh import single_device_mesh
 from utils.rope import Rope
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -133,7 +135,7 @@ def test_tiles_change_nothing(T, window):
     key, value = (jnp.asarray(rng.standard_normal((2, 2, T, 8)), jnp.float32) for _ in range(2))
     positions = jnp.broadcast_to(jnp.arange(T), (2, T))
     plain = attend(query, key, value, positions, positions, window)
-    tiled = attend_prompt(query, key, value, positions, window)
+    tiled = attend_prompt(query, key, value, positions, window, Layout(single_device_mesh(), True))
     np.testing.assert_allclose(tiled, plain, atol=2e-6)
 
 

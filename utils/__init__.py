@@ -17,7 +17,8 @@ capture     which layers and hook points are captured, and what they are called
 request     what a run is asked to do: every flag's default, once
 flags       the flags that the inference scripts share
 mesh        the (data, model) device mesh; the compilation cache
-attention   rotary embedding and grouped-query attention
+layout      where the arrays of a forward pass live on the mesh
+attention   rotary embedding and grouped-query attention, over prompts and over a cache
 model       the Flax decoder, its KV cache, and the captured activations
 weights     the table of Hugging Face name, Flax path, axes and sharding; safetensors -> params
 batching    length buckets, padding, row identity

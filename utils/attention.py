@@ -3,19 +3,22 @@
 # B batch   T query tokens   S key tokens   R rows: the queries of one key/value head
 # N query heads   K key/value heads   H head width
 
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from utils.layout import Layout
 from utils.rope import Rope
 
 INVALID_POSITION = np.int32(2**30)  # key slots that no query may see
-# Prompt attention goes tile by tile, so that scores stay in cache, within spans of queries, each of
-# which leaves out the keys that lie wholly in its future. More spans save more and compile longer.
+# Prompt attention goes tile by tile within spans of queries.
 QUERY_TILE = 64
 QUERY_SPANS = 4
+SCORE_BYTES = 2**28  # that an accelerator holds at once
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -107,26 +110,110 @@ def attend(
 
 
 def attend_prompt(
-    query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, window: int | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    window: int | None,
+    layout: Layout,
 ) -> jax.Array:
-    """`attend` over a prompt whose slots follow its positions, in spans and tiles of queries."""
+    """`attend` over a prompt that is split over the mesh; [B, T, N, H], split like query.
+
+    positions: int32 [B, T], those of the queries in the order that `Layout.deal` gives.
+    """
+    T = query.shape[1]
+    by_token, by_head = ("data", "model"), ("data", None, "model")
+    if layout.by_heads:
+        specs = (P(*by_head), P(*by_token), P(*by_token), P("data"))
+        out = P(*by_head)
+    else:
+        specs = (P(*by_token), P(*by_head), P(*by_head), P(*by_token))
+        out = P(*by_token)
+    spans = _spans(T, layout, window)
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, at: jax.Array) -> jax.Array:
+        if not layout.by_heads:
+            key, value = (_gathered(x, layout.stripes(T)) for x in (key, value))
+        outputs = []
+        for (start, stop), (first, last) in spans:
+            keys, values = key[:, :, first:last], value[:, :, first:last]
+            key_at = jnp.broadcast_to(jnp.arange(first, last), (len(key), last - first))
+            args = (query[:, start:stop], keys, values, at[:, start:stop], key_at, window)
+            outputs.append((_in_small_tiles if on_cpu else _in_large_tiles)(*args))
+        return jnp.concatenate(outputs, axis=1)
+
+    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return mapped(query, key, value, positions)
+
+
+def _gathered(x: jax.Array, stripes: int) -> jax.Array:
+    """The tokens of all devices in the order of the prompt: [B, K, T / M, H] -> [B, K, T, H]."""
+    B, K, _, H = x.shape
+    x = jax.lax.all_gather(x, "model")  # [M, B, K, C U, H]
+    M = len(x)
+    x = x.reshape(M, B, K, stripes, -1, H).transpose(1, 2, 3, 0, 4, 5)
+    return x.reshape(B, K, -1, H)
+
+
+def _spans(T: int, layout: Layout, window: int | None) -> list[tuple[tuple[int, int], ...]]:
+    """((start, stop) of the queries that a device holds, (first, last) of the keys they can see).
+
+    More spans leave out more of the keys that lie in the future, and compile longer.
+    """
+    if layout.by_heads or layout.model == 1:
+        span = QUERY_TILE * math.ceil(T / QUERY_SPANS / QUERY_TILE)
+        queries = [(start, min(start + span, T)) for start in range(0, T, span)]
+        begins = queries
+    else:
+        stripes = layout.stripes(T)
+        span, local = T // stripes, T // stripes // layout.model
+        queries = [(i * local, (i + 1) * local) for i in range(stripes)]
+        begins = [(i * span, (i + 1) * span) for i in range(stripes)]
+    keys = [(0 if window is None else max(0, a - window + 1), b) for a, b in begins]
+    return list(zip(queries, keys, strict=True))
+
+
+def _in_large_tiles(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """`attend` in as few tiles of queries as their scores fit in memory; not a loop, so that the
+    compiler's figures count them all."""
+    (B, T, N, _), S = query.shape, key.shape[2]
+    tiles = min(T, math.ceil(B * T * N * S * 4 / SCORE_BYTES))
+    bounds = [T * i // tiles for i in range(tiles + 1)]
+    parts = [
+        attend(query[:, i:j], key, value, positions[:, i:j], key_positions, window)
+        for i, j in itertools.pairwise(bounds)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _in_small_tiles(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """`attend` in tiles of QUERY_TILE queries, so that scores stay in a CPU's cache."""
     B, T, N, H = query.shape
-    span = QUERY_TILE * math.ceil(T / QUERY_SPANS / QUERY_TILE)
-    outputs = []
-    for start in range(0, T, span):
-        stop = min(start + span, T)
-        first = 0 if window is None else max(0, start - window + 1)
-        keys, values, at = key[:, :, first:stop], value[:, :, first:stop], positions[:, first:stop]
-        tiles = math.ceil((stop - start) / QUERY_TILE)
-        missing = tiles * QUERY_TILE - (stop - start)
+    size = min(T, QUERY_TILE)
+    tiles = math.ceil(T / size)
+    missing = tiles * size - T
 
-        def tiled(x: jax.Array, tiles: int = tiles, missing: int = missing) -> jax.Array:
-            x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-            return x.reshape(B, tiles, QUERY_TILE, *x.shape[2:]).swapaxes(0, 1)
+    def tiled(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(B, tiles, size, *x.shape[2:]).swapaxes(0, 1)
 
-        def tile(xs: tuple[jax.Array, jax.Array], keys=keys, values=values, at=at) -> jax.Array:
-            return attend(xs[0], keys, values, xs[1], at, window)
+    def tile(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return attend(xs[0], key, value, xs[1], key_positions, window)
 
-        y = jax.lax.map(tile, (tiled(query[:, start:stop]), tiled(positions[:, start:stop])))
-        outputs.append(y.swapaxes(0, 1).reshape(B, -1, N, H)[:, : stop - start])
-    return jnp.concatenate(outputs, axis=1)
+    y = jax.lax.map(tile, (tiled(query), tiled(positions)))
+    return y.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]

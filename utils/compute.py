@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from utils import scoring, tokens
-from utils.batching import Batch, pad_rows
+from utils.batching import Batch, Bucket, pad_rows
 from utils.generate import Decoded, Engine, Prefilled, Sampling
+from utils.layout import Layout
 from utils.mesh import single_device_mesh, use_compilation_cache
 from utils.model import Decoder
 from utils.prepare import Prepared, Sample
@@ -72,8 +73,9 @@ class Computation:
         if prepared.dtype == "float32":  # accelerators multiply float32 in fewer bits by default
             jax.config.update("jax_default_matmul_precision", "highest")
         use_compilation_cache()
-        params = prepared.checkpoint.load(single_device_mesh(), np.dtype(prepared.dtype))
-        self.engine = Engine(Decoder(prepared.config, capture, layers), params)
+        self.layout = Layout.of(prepared.config, single_device_mesh())
+        params = prepared.checkpoint.load(self.layout, np.dtype(prepared.dtype))
+        self.engine = Engine(Decoder(prepared.config, self.layout, capture, layers), params)
         self.tokens = 0
         self.seconds = 0.0
 
@@ -97,30 +99,37 @@ class Computation:
         padded = pad_rows(inputs, batch.bucket.length)
         lengths = np.array([len(row.prompt_ids) if row else 1 for row in rows], np.int32)
         answers = [sum(map(len, row.answers)) if row else 0 for row in rows]
-        slots = batch.bucket.length + request.max_output_tokens if request.generates else 0
         prefilled = self.engine.prefill(
             *(padded, lengths, np.array(answers, np.int32)),
             bucket=batch.bucket,
-            cache_slots=slots,
+            answer_slots=request.max_output_tokens if request.generates else 0,
             with_logits=self.with_logits,
         )
-        decoded = self._decode(prefilled, lengths, samples) if request.generates else []
+        decoded = (
+            self._decode(batch.bucket, prefilled, lengths, samples) if request.generates else []
+        )
         self._fetch(rows, prefilled, decoded)
         return [row for row in rows if row]
 
     def _decode(
-        self, prefilled: Prefilled, lengths: np.ndarray, samples: Sequence[Sample | None]
+        self,
+        bucket: Bucket,
+        prefilled: Prefilled,
+        lengths: np.ndarray,
+        samples: Sequence[Sample | None],
     ) -> list[Decoded]:
         """Each prediction from the one prefill; only the first is captured."""
         request = self.prepared.request
-        uncaptured = Decoder(self.prepared.config)
+        uncaptured = Decoder(self.prepared.config, self.layout)
         decoded = []
         for k, temperature in enumerate(request.temperatures):
             model = uncaptured if k else self.engine.model
             keys = np.array([_sample_key(request.seed, s, k) if s else 0 for s in samples])
             sampling = Sampling(request.max_output_tokens, self.prepared.stop_ids, temperature)
             result = self.engine.decode(
-                *(model, prefilled, lengths, keys.astype(np.uint32), sampling),
+                *(model, prefilled, lengths, keys.astype(np.uint32)),
+                prompt_slots=bucket.length,
+                sampling=sampling,
                 keep_cache=len(request.temperatures) > 1,
             )
             decoded.append(result)

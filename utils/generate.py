@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utils.attention import INVALID_POSITION
 from utils.batching import Bucket
-from utils.model import Cache, Decoder, captured, empty_cache
+from utils.model import Cache, Decoder, captured, filled_cache
 
-LOGIT_ROWS = 64  # answer positions whose vocabulary-wide logits exist at once
+LOGIT_ROWS = 64  # answer positions a device whose vocabulary-wide logits exist at once
 
 
 @dataclass(frozen=True)
@@ -67,44 +66,47 @@ def prefill(
     answer_lengths: jax.Array,
     *,
     bucket: Bucket,
-    cache_slots: int,
+    answer_slots: int,
     with_logits: bool,
 ) -> Prefilled:
     """One pass over the prompts and, where `bucket.answer` > 0, the forced answers behind them.
 
-    tokens: int32 [B, T], right-padded; prompt_lengths, answer_lengths: int32 [B]. `cache_slots` 0
-    keeps no cache.
+    tokens: int32 [B, T], right-padded; prompt_lengths, answer_lengths: int32 [B]. The cache has
+    room for `answer_slots` tokens behind the prompts; 0 keeps no cache.
     """
+    layout = model.layout
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    cache = None
-    if cache_slots:
-        cache = empty_cache(model.config, B, cache_slots, jax.tree.leaves(params)[0].dtype)
-    (x, cache), state = model.apply(
-        {"params": params}, tokens, positions, cache, mutable=["intermediates"]
+    dealt = layout.deal(positions)
+    (x, keys_values), state = model.apply(
+        {"params": params}, layout.deal(tokens), dealt, mutable=["intermediates"]
     )
-    if cache is not None:
-        # Slots behind a row's own prompt hold padding; nobody may attend to them.
-        slots = jnp.arange(cache_slots)
-        real = slots < prompt_lengths[:, None]
-        cache["positions"] = jnp.where(real, cache["positions"], INVALID_POSITION)
+
+    def whole(value: jax.Array) -> jax.Array:
+        """[B, T, D] with each row on one device, its tokens in order."""
+        return layout.collect(layout.split(value, layout.rows(B)))
+
     result = Prefilled(
         {
-            name: _select(value, model.capture.positions, prompt_lengths, bucket)
+            name: _select(whole(value), model.capture.positions, prompt_lengths, bucket)
             for name, value in captured(state.get("intermediates", {})).items()
             if model.capture.in_prefill or bucket.answer
-        },
-        cache=cache,
+        }
     )
+    if answer_slots:
+        result.cache = filled_cache(layout, keys_values, dealt, prompt_lengths, answer_slots)
     last = (prompt_lengths - 1)[:, None]
+    if with_logits or bucket.answer:
+        x = whole(x)
     if with_logits:
-        result.logits = _logits(model, params, _rows(x, last))[:, 0]
+        logits = _logits(model, params, _rows(x, last)[:, 0])
+        result.logits = layout.split(logits, layout.rows(B))
     if bucket.answer:
         steps = jnp.arange(bucket.answer)
         x = _rows(x, last + steps)
         targets = jnp.take_along_axis(tokens, jnp.minimum(last + 1 + steps, T - 1), axis=1)
-
-        result.logprobs = _forced_logprobs(model, params, x, targets, answer_lengths.max())
+        logprobs = _forced_logprobs(model, params, x, targets, answer_lengths.max())
+        result.logprobs = layout.split(logprobs, layout.rows(B))
     return result
 
 
@@ -116,16 +118,20 @@ def decode(
     prompt_lengths: jax.Array,
     sample_keys: jax.Array,
     *,
+    prompt_slots: int,
     sampling: Sampling,
 ) -> tuple[Decoded, Cache]:
-    """Generates until every row has ended; sample_keys: uint32 [B], 0 for padding rows.
+    """Generates until every row has ended; sample_keys: uint32 [B], 0 for padding rows;
+    prompt_slots: T of the prefill.
 
     Each step feeds one token a row, so the last token of an answer has been through the model too
     when its states are captured. What a row draws depends on its own key and step alone.
     The cache is returned so that a donated one is updated in place.
     """
+    layout = model.layout
     B, A = len(prompt_lengths), sampling.max_tokens
-    T = cache["positions"].shape[1] - A
+    S = cache["positions"].shape[1]
+    logits = layout.split(logits, "data", "model")
     stops = jnp.array(sampling.stop_ids, jnp.int32)
     base = jax.random.key(0)
     keys = jax.vmap(partial(jax.random.fold_in, base))(sample_keys)
@@ -134,10 +140,15 @@ def decode(
         """Token [B] and its log-probability at temperature 1 [B]."""
         if sampling.temperature:
             step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-            token = jax.vmap(jax.random.categorical)(step_keys, logits / sampling.temperature)
+            noise = jax.vmap(partial(jax.random.gumbel, shape=logits.shape[1:]))(step_keys)
+            token = _argmax(logits / sampling.temperature + noise)
         else:
-            token = jnp.argmax(logits, axis=-1)
+            token = _argmax(logits)
         return token.astype(jnp.int32), _logprob(logits, token)
+
+    def rows(x: jax.Array) -> jax.Array:
+        """Split as it will leave the mesh."""
+        return layout.split(x, layout.rows(B))
 
     def ended(token: jax.Array) -> jax.Array:
         return jnp.isin(token, stops)
@@ -152,7 +163,7 @@ def decode(
             tokens=jnp.zeros((B, A), jnp.int32).at[:, 0].set(token),
             counts=active.astype(jnp.int32),
             logprobs=jnp.zeros((B, A), jnp.float32).at[:, 0].set(logprob),
-            captures={name: jnp.zeros(shape, dtype) for name in names},
+            captures={name: rows(jnp.zeros(shape, dtype)) for name in names},
             steps=jnp.int32(0),
         ),
         "cache": cache,
@@ -174,12 +185,12 @@ def decode(
             token[:, None],
             (prompt_lengths + i)[:, None],
             state["cache"],
-            T + i,
+            layout.slot(i, prompt_slots, S),
             mutable=["intermediates"],
         )
         new = captured(sown.get("intermediates", {}))
         captures = {
-            name: jax.lax.dynamic_update_slice(result.captures[name], new[name], (0, i, 0))
+            name: jax.lax.dynamic_update_slice(result.captures[name], rows(new[name]), (0, i, 0))
             for name in names
         }
         next_token, logprob = choose(_logits(model, params, x[:, 0]), i + 1)
@@ -201,7 +212,10 @@ def decode(
         }
 
     state = jax.lax.while_loop(unfinished, step, state)
-    return state["result"], state["cache"]
+    result = state["result"]
+    for name in ("tokens", "counts", "logprobs"):
+        setattr(result, name, rows(getattr(result, name)))
+    return result, state["cache"]
 
 
 def _forced_logprobs(
@@ -213,7 +227,7 @@ def _forced_logprobs(
     memory, and only as many as the longest answer, of `count` tokens, needs.
     """
     B, A = targets.shape
-    size = max(1, min(A, LOGIT_ROWS // B))
+    size = max(1, min(A, LOGIT_ROWS * model.layout.mesh.size // B))
     missing = -A % size
     x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, missing)))
@@ -232,6 +246,14 @@ def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:
     """log p of token, int32 [N], under logits [N, V]; the other V - 1 are never normalised."""
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """Index of the first maximum of each row of [B, V]; in two reductions, of which a mesh that
+    splits V moves a number a row, where `jnp.argmax` moves indices as large as x."""
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    highest = x.max(axis=-1, keepdims=True)
+    return jnp.where(x == highest, index, x.shape[-1]).min(axis=-1)
 
 
 def _logits(model: Decoder, params: Any, x: jax.Array) -> jax.Array:
@@ -276,7 +298,8 @@ class Engine:
         **static: Any,
     ) -> Prefilled:
         """See `prefill`."""
-        args = (self.params, tokens, prompt_lengths, answer_lengths)
+        put = self.model.layout.put
+        args = (self.params, put(tokens), put(prompt_lengths), put(answer_lengths))
         return self._call(prefill, (), args, static)
 
     def decode(
@@ -285,13 +308,18 @@ class Engine:
         prefilled: Prefilled,
         prompt_lengths: np.ndarray,
         sample_keys: np.ndarray,
+        *,
+        prompt_slots: int,
         sampling: Sampling,
         keep_cache: bool,
     ) -> Decoded:
         """See `decode`. Unless `keep_cache`, the cache is given up to the loop."""
-        args = (self.params, prefilled.cache, prefilled.logits, prompt_lengths, sample_keys)
+        put = self.model.layout.put
+        lengths, keys = put(prompt_lengths), put(sample_keys)
+        args = (self.params, prefilled.cache, prefilled.logits, lengths, keys)
         donated = () if keep_cache else ("cache",)
-        return self._call(decode, donated, args, {"sampling": sampling}, model)[0]
+        static = {"prompt_slots": prompt_slots, "sampling": sampling}
+        return self._call(decode, donated, args, static, model)[0]
 
     def _call(
         self,

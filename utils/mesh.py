@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,11 +11,14 @@ from jax.sharding import AxisType, Mesh
 AXES = ("data", "model")
 
 
+def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (default: all of every process), ordered by their physical topology."""
+    return jax.make_mesh((data, model), AXES, devices=devices, axis_types=(AxisType.Auto,) * 2)
+
+
 def single_device_mesh() -> Mesh:
     """A 1 x 1 mesh on the first device of this process."""
-    return jax.make_mesh(
-        (1, 1), AXES, devices=jax.local_devices()[:1], axis_types=(AxisType.Auto,) * 2
-    )
+    return make_mesh(1, 1, jax.local_devices()[:1])
 
 
 def use_compilation_cache() -> None:

@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from utils.config import ModelConfig
 from utils.errors import UserError
+from utils.layout import Layout
+from utils.mesh import single_device_mesh
 from utils.model import Decoder
 
 P = PartitionSpec
@@ -33,12 +35,15 @@ P = PartitionSpec
 @dataclass(frozen=True)
 class Weight:
     """hf: pattern of the checkpoint's name. axes: the checkpoint's axes -> the parameter's, where
-    `(N H)` is one axis on disk that is two in the parameter."""
+    `(N H)` is one axis on disk that is two in the parameter. spec: the split over the mesh;
+    by_sequence: that of attention whose heads do not divide it, where different (`Layout`).
+    """
 
     hf: str
     path: str
     axes: str
     spec: PartitionSpec
+    by_sequence: PartitionSpec | None = None
 
 
 _LAYER, _BLOCK = r"model\.layers\.(\d+)\.", "layers_{0}/"
@@ -60,12 +65,14 @@ TABLE = (
                 _BLOCK + f"attention/{name}",
                 f"({heads} H) D -> D {heads} H",
                 P(None, "model", None),
+                P("model", None, None),
             ),
             Weight(
                 _ATTENTION + hf + r"_proj\.bias",
                 _BLOCK + f"attention/{name}_bias",
                 f"({heads} H) -> {heads} H",
                 P("model", None),
+                P(None, None),
             ),
         )
     ),
@@ -78,6 +85,7 @@ TABLE = (
         _BLOCK + "attention/out",
         "D (N H) -> N H D",
         P("model", None, None),
+        P(None, None, "model"),
     ),
     Weight(_ATTENTION + r"o_proj\.bias", _BLOCK + "attention/out_bias", "D -> D", P(None)),
     *(
@@ -109,10 +117,33 @@ def row_of(name: str) -> tuple[Weight, str] | None:
     return None
 
 
+@dataclass(frozen=True)
+class Placement:
+    """A parameter on the mesh: its shape there, and how it is split over it."""
+
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    padded: bool  # with zeros, where a width or the vocabulary does not divide the model axis
+
+
+def placement(path: str, shape: tuple[int, ...], layout: Layout) -> Placement:
+    """Of the parameter at a Flax path, whose shape in the checkpoint's model is `shape`."""
+    row, _ = row_of(_hf_name(path))
+    spec = row.spec if layout.by_heads or row.by_sequence is None else row.by_sequence
+    sizes, split = list(shape), list(spec)
+    for i, (axis, size) in enumerate(zip(_axes(row)[1], shape, strict=True)):
+        if split[i] == "model" and size % layout.model:
+            if axis in ("F", "V"):
+                sizes[i] = layout.padded(size)
+            else:
+                split[i] = None
+    return Placement(tuple(sizes), P(*split), tuple(sizes) != shape)
+
+
 def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Flax path -> shape of every parameter, nothing computed."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    model = Decoder(config)
+    model = Decoder(config, Layout.of(config, single_device_mesh()))
     tree = jax.eval_shape(
         lambda t: model.init(jax.random.key(0), t, t, method=Decoder.initialize), tokens
     )
@@ -222,17 +253,18 @@ class Checkpoint:
                     digest.update(block)
         return digest.hexdigest()
 
-    def load(self, mesh: Mesh, dtype: Any) -> dict[str, Any]:
-        """The parameter tree, each leaf of `dtype` and sharded over `mesh` as the table says."""
+    def load(self, layout: Layout, dtype: Any) -> dict[str, Any]:
+        """The parameter tree, each leaf of `dtype` and split over the mesh as the table says."""
 
         def leaf(path: str) -> jax.Array:
             row, _ = row_of(self._names[path])
-            sharding = NamedSharding(mesh, row.spec)
+            place = placement(path, self.shapes[path], layout)
+            sharding = layout.sharding(*place.spec)
 
             def part(index: tuple[slice, ...]) -> np.ndarray:
-                return self._part(path, row, index).astype(dtype)
+                return self._part(path, row, place.shape, index).astype(dtype)
 
-            return jax.make_array_from_callback(self.shapes[path], sharding, part)
+            return jax.make_array_from_callback(place.shape, sharding, part)
 
         # Two readers: one converts while the other waits for the disk, and no more than two
         # tensors exist twice at any time.
@@ -240,11 +272,16 @@ class Checkpoint:
             leaves = list(pool.map(leaf, self.shapes))
         return unflatten_dict(dict(zip(self.shapes, leaves, strict=True)), sep="/")
 
-    def _part(self, path: str, row: Weight, index: tuple[slice, ...]) -> np.ndarray:
-        """The block `index` of the parameter, in the parameter's axes."""
+    def _part(
+        self, path: str, row: Weight, padded: tuple[int, ...], index: tuple[slice, ...]
+    ) -> np.ndarray:
+        """The block `index` of the parameter of shape `padded`, in the parameter's axes."""
         stored, axes = _axes(row)
         shape = dict(zip(axes, self.shapes[path], strict=True))
-        block = {axis: s.indices(shape[axis])[:2] for axis, s in zip(axes, index, strict=True)}
+        wanted = [s.indices(size)[:2] for s, size in zip(index, padded, strict=True)]
+        block = {
+            a: (min(i, shape[a]), min(j, shape[a])) for a, (i, j) in zip(axes, wanted, strict=True)
+        }
         slices = []
         for group in stored:
             # Of an axis that is two in the parameter only the outer one is ever sharded.
@@ -254,7 +291,9 @@ class Checkpoint:
         tensor = self._read(self._names[path], tuple(slices))
         flat = [axis for group in stored for axis in group]
         tensor = tensor.reshape([block[axis][1] - block[axis][0] for axis in flat])
-        return tensor.transpose([flat.index(axis) for axis in axes])
+        tensor = tensor.transpose([flat.index(axis) for axis in axes])
+        room = [(0, j - i - n) for (i, j), n in zip(wanted, tensor.shape, strict=True)]
+        return np.pad(tensor, room) if any(after for _, after in room) else tensor
 
 
 def _axes(row: Weight) -> tuple[list[list[str]], list[str]]:
