@@ -20,12 +20,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--output_path", default=Request.output_path, help="predictions, a JSON file"
     )
-    parser.add_argument(
-        "--batch_size",
-        type=cli.int_at_least(1),
-        default=Request.batch_size,
-        help="samples a forward pass",
-    )
+    flags.add_batch_flags(parser, Request.batch_size, "")
     parser.add_argument(
         "--no_extraction",
         action="store_true",

@@ -14,10 +14,11 @@ from parity import TOLERANCE, log_softmax, worst_error
 
 import simple_extraction_inference as script
 from utils.cli import Signals
-from utils.extract import plan_storage, run
+from utils.extract import run
 from utils.prepare import prepare
 from utils.request import Request
 from utils.shards import iter_items
+from utils.storage import plan_storage
 
 PARITY_FAMILIES = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},

@@ -16,6 +16,7 @@ from utils.config import ModelConfig
 from utils.errors import UserError
 from utils.layout import Layout
 from utils.mesh import make_mesh, single_device_mesh
+from utils.processes import Peers
 from utils.weights import TABLE, Checkpoint, abstract_params, row_of, write_random_checkpoint
 
 
@@ -144,13 +145,13 @@ def test_damaged_file(folder):
 
 def test_fingerprint_sees_one_bit(folder):
     config = ModelConfig.from_hf(folder)
-    before = Checkpoint(folder, config).fingerprint()
-    assert before == Checkpoint(folder, config).fingerprint()
+    before = Checkpoint(folder, config).fingerprint(Peers())
+    assert before == Checkpoint(folder, config).fingerprint(Peers())
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert Checkpoint(folder, config).fingerprint() != before
+    assert Checkpoint(folder, config).fingerprint(Peers()) != before
 
 
 @pytest.mark.slow

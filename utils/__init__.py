@@ -16,11 +16,13 @@ config      Hugging Face config.json -> ModelConfig; refuses what it does not kn
 capture     which layers and hook points are captured, and what they are called
 request     what a run is asked to do: every flag's default, once
 flags       the flags that the inference scripts share
+processes   the processes of one run: agreeing, noticing who is gone, stopping together
 mesh        the (data, model) device mesh; the compilation cache
 layout      where the arrays of a forward pass live on the mesh
 attention   rotary embedding and grouped-query attention, over prompts and over a cache
 model       the Flax decoder, its KV cache, and the captured activations
 weights     the table of Hugging Face name, Flax path, axes and sharding; safetensors -> params
+memory      what a forward pass takes on a device; which mesh and how many rows fit
 batching    length buckets, padding, row identity
 generate    jitted prefill and decode loop, with capture
 scoring     grids -> predictions, submission, accuracy
@@ -28,6 +30,8 @@ manifest    metadata.json and the journal of answers: reading, merging, comparin
 shards      shard files: writing, resuming, loading with verification
 prepare     a request, checked: samples, prompts and batches, before a model loads
 compute     batches through the engine, and what comes back as items
+pipeline    launch, fetch and store batches, each in a thread
+storage     what a run will store, and whether there is room
 extract     the run loop that the inference scripts share
 report      what a run prints: the plan of a dry run, the summary at the end
 """

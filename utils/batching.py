@@ -4,8 +4,10 @@ Knows lengths, not texts. A row is identified by the index of its sample, which 
 batch; padding rows have index -1 and are never stored.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +19,14 @@ ALIGNMENT = 16  # tokens; a shape's lengths are multiples of it
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of a sample: its prompt, and the answer that is forced (0 when it is generated)."""
+    """Tokens of a sample: its prompt, and the answer that is forced (0 when it is generated).
+
+    expected: of a generated answer, a guess in any unit, so that like ones go together.
+    """
 
     prompt: int
     answer: int = 0
+    expected: int = 0
 
     @property
     def total(self) -> int:
@@ -38,36 +44,66 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Batch:
-    """rows: sample indices, -1 for padding rows; every batch of a run has as many."""
+    """rows: sample indices, -1 for padding rows."""
 
     bucket: Bucket
     rows: tuple[int, ...]
 
 
-def plan_batches(lengths: Sequence[Length], batch_size: int) -> list[Batch]:
+@dataclass(frozen=True)
+class Limits:
+    """What a batch can be: rows a multiple of `multiple`, at most `rows(bucket length)` of them,
+    and lengths a multiple of `alignment` tokens."""
+
+    rows: Callable[[int], int]
+    multiple: int = 1
+    alignment: int = 1
+
+    @classmethod
+    def of(cls, rows: int) -> "Limits":
+        """On one device, whatever the length."""
+        return cls(lambda length: rows)
+
+    def aligned(self, tokens: int) -> int:
+        unit = math.lcm(ALIGNMENT, self.alignment)
+        return -(-tokens // unit) * unit
+
+    def divide(self, groups: int | np.ndarray, length: int) -> tuple[Any, Any]:
+        """(batches, rows of each) that hold so many groups of `multiple` rows: as few batches as
+        the limits allow, with as few rows as then suffice."""
+        most = max(1, self.rows(int(length)) // self.multiple)
+        batches = -(-groups // most)
+        return batches, -(-groups // batches) * self.multiple
+
+
+def plan_batches(lengths: Sequence[Length], limits: Limits) -> list[Batch]:
     """Batches of samples of like length, longest first, in at most MAX_SHAPES shapes.
 
-    Longest first, so that a run that does not fit in memory ends at its start. Only the batch of
-    the shortest samples can have padding rows.
+    Longest first, so that a run that does not fit in memory ends at its start. Within a bucket,
+    samples whose answers are expected to be of like length go together, so that no row waits long
+    for another. The batches of a bucket have the same number of rows; the fewest that hold it in as
+    few batches as the limits allow.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i].total, i))
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    tops = _bucket_tops([lengths[group[0]].total for group in groups], batch_size)
-    by_top: dict[int, list[list[int]]] = {}
+    groups = [order[i : i + limits.multiple] for i in range(0, len(order), limits.multiple)]
+    real = sum(length.total for length in lengths)
+    tops = _bucket_tops([lengths[group[0]].total for group in groups], real, limits)
+    by_top: dict[int, list[int]] = {}
     for group in groups:
         top = min(t for t in tops if t >= lengths[group[0]].total)
-        by_top.setdefault(top, []).append(group)
+        by_top.setdefault(top, []).extend(group)
     batches = []
     for top, members in by_top.items():
-        rows = [i for group in members for i in group]
         bucket = Bucket(
             top,
-            min(top, _aligned(max(lengths[i].prompt for i in rows))),
-            _aligned(max(lengths[i].answer for i in rows)),
+            min(top, limits.aligned(max(lengths[i].prompt for i in members))),
+            limits.aligned(max(lengths[i].answer for i in members)),
         )
-        for group in members:
-            padded = group + [-1] * (batch_size - len(group))
-            batches.append(Batch(bucket, tuple(padded)))
+        members.sort(key=lambda i: (-lengths[i].expected, -lengths[i].total, i))
+        _, size = limits.divide(math.ceil(len(members) / limits.multiple), top)
+        for i in range(0, len(members), size):
+            rows = members[i : i + size]
+            batches.append(Batch(bucket, tuple(rows + [-1] * (size - len(rows)))))
     return batches
 
 
@@ -87,22 +123,19 @@ def pad_rows(rows: Sequence[np.ndarray | None], length: int) -> np.ndarray:
     return padded
 
 
-def _aligned(tokens: int) -> int:
-    return -(-tokens // ALIGNMENT) * ALIGNMENT
-
-
-def _bucket_tops(totals: Sequence[int], batch_size: int) -> list[int]:
+def _bucket_tops(totals: Sequence[int], real: int, limits: Limits) -> list[int]:
     """Bucket lengths that minimise padding plus compilation, over all ways to cut the lengths.
 
-    Exact, by dynamic programming over the distinct lengths: best[k][j] is the least padding with
-    which k buckets cover the j shortest lengths, the last of them ending at the j-th.
+    totals: the longest of each group of `limits.multiple` rows; real: tokens of all samples. Exact,
+    by dynamic programming over the distinct lengths: best[k][j] is the least padding with which k
+    buckets cover the j shortest lengths, the last of them ending at the j-th.
     """
-    sizes, counts = np.unique([_aligned(t) for t in totals], return_counts=True)
+    sizes, counts = np.unique([limits.aligned(t) for t in totals], return_counts=True)
     n = len(sizes)
     if n == 0:
         return []
-    rows = np.concatenate([[0], np.cumsum(counts)]) * batch_size
-    tokens = np.concatenate([[0], np.cumsum(counts * sizes)]) * batch_size
+    groups = np.concatenate([[0], np.cumsum(counts)])
+    tokens = np.concatenate([[0], np.cumsum(counts * sizes)]) * limits.multiple
     best = np.full(n + 1, np.inf)
     best[0] = 0
     choices: list[np.ndarray] = []
@@ -111,14 +144,15 @@ def _bucket_tops(totals: Sequence[int], batch_size: int) -> list[int]:
         new = np.full(n + 1, np.inf)
         cut = np.zeros(n + 1, int)
         for j in range(1, n + 1):
-            padding = best[:j] + sizes[j - 1] * (rows[j] - rows[:j]) - (tokens[j] - tokens[:j])
+            batches, rows = limits.divide(groups[j] - groups[:j], sizes[j - 1])
+            padding = best[:j] + sizes[j - 1] * batches * rows - (tokens[j] - tokens[:j])
             cut[j] = int(np.argmin(padding))
             new[j] = padding[cut[j]]
         best = new
         choices.append(cut)
         costs.append(best[n])
     computed = tokens[-1] + np.array(costs)
-    within = 1 - (sum(totals) * batch_size) / computed <= MAX_PADDING
+    within = 1 - real / computed <= MAX_PADDING
     penalised = np.array(costs) + COMPILE_TOKENS * np.arange(1, len(costs) + 1)
     k = int(np.argmin(np.where(within, penalised, np.inf))) if within.any() else len(costs) - 1
     tops, j = [], n

@@ -1,26 +1,29 @@
 """Batches through the engine, and what comes back as items: the model's side of the run loop.
 
-Knows no folders and no other process; `extract` stores what this makes.
+Knows no folders; `extract` stores what this makes.
 """
 
 # B batch   T prompt tokens, padded   A answer tokens   P prompt tokens   D model width
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from utils import scoring, tokens
 from utils.batching import Batch, Bucket, pad_rows
-from utils.generate import Decoded, Engine, Prefilled, Sampling
-from utils.layout import Layout
-from utils.mesh import single_device_mesh, use_compilation_cache
+from utils.generate import Decoded, Engine, Prefilled, Sampling, result_specs
+from utils.mesh import use_compilation_cache
 from utils.model import Decoder
 from utils.prepare import Prepared, Sample
+
+COMPILERS = 4  # shapes that are compiled at once
 
 
 @dataclass
@@ -39,6 +42,18 @@ class Row:
     logits: np.ndarray | None
     forced_cells: np.ndarray | None
 
+    @property
+    def num_tokens(self) -> int:
+        """That went through the model."""
+        return len(self.prompt_ids) + sum(len(answer) for answer in self.answers)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays that wait to be stored."""
+        return sum(states.nbytes for states in self.captures.values()) + (
+            0 if self.logits is None else self.logits.nbytes
+        )
+
 
 def encode_row(prepared: Prepared, sample: Sample) -> Row:
     """A sample's prompt, and the answer that is forced, before anything was computed."""
@@ -52,16 +67,30 @@ def encode_row(prepared: Prepared, sample: Sample) -> Row:
     return Row(sample, ids, cells, [answer], [], {}, None, answer_cells)
 
 
-class Timing(NamedTuple):
-    """Of all batches so far: seconds of computing, of compiling; real tokens through the model."""
+@dataclass
+class Launched:
+    """A batch on its way through the device; rows: place in the batch -> row of this process."""
 
-    seconds: float
-    compile_seconds: float
-    tokens: int
+    rows: dict[int, Row]
+    owned: dict[jax.Device, range]
+    prefilled: Prefilled
+    decoded: list[Decoded]
+
+
+@dataclass
+class Usage:
+    """Slots computed for rows of this process, and those of them that a sample's token took."""
+
+    prefill: int = 0
+    prefill_useful: int = 0
+    decode: int = 0
+    decode_useful: int = 0
 
 
 class Computation:
-    """Runs batches through the engine and brings what is kept to the host."""
+    """Batches through the engine: `launch` hands one to the devices, `fetch` brings what is kept of
+    it to the host; for one thread each. Every process launches the same batches in the same order.
+    """
 
     def __init__(self, prepared: Prepared):
         self.prepared = prepared
@@ -73,43 +102,81 @@ class Computation:
         if prepared.dtype == "float32":  # accelerators multiply float32 in fewer bits by default
             jax.config.update("jax_default_matmul_precision", "highest")
         use_compilation_cache()
-        self.layout = Layout.of(prepared.config, single_device_mesh())
+        self.layout = prepared.layout
         params = prepared.checkpoint.load(self.layout, np.dtype(prepared.dtype))
         self.engine = Engine(Decoder(prepared.config, self.layout, capture, layers), params)
-        self.tokens = 0
-        self.seconds = 0.0
+        self.usage = Usage()
+        self.compile_seconds = 0.0
 
-    def __call__(self, batch: Batch) -> tuple[list[Row], Timing]:
-        """The rows of a batch that hold samples, in order, and the timing with it."""
-        compiling = self.engine.compile_seconds
+    def compile(self, batches: Sequence[Batch]) -> None:
+        """Every shape that the batches need, before the first is launched."""
         start = time.perf_counter()
-        rows = self._run(batch)
-        compiling = self.engine.compile_seconds - compiling
-        self.seconds += time.perf_counter() - start - compiling
-        self.tokens += sum(
-            len(row.prompt_ids) + sum(len(answer) for answer in row.answers) for row in rows
-        )
-        return rows, Timing(self.seconds, self.engine.compile_seconds, self.tokens)
+        shapes = dict.fromkeys((batch.bucket, len(batch.rows)) for batch in batches)
+        with (
+            ThreadPoolExecutor(COMPILERS, "compile") as pool,
+            tqdm(total=len(shapes), desc="compiling", unit=" shapes", disable=None) as bar,
+        ):
+            for done in [pool.submit(self._compile, *shape) for shape in shapes]:
+                done.result()
+                bar.update()
+        self.compile_seconds = time.perf_counter() - start
 
-    def _run(self, batch: Batch) -> list[Row]:
+    def _compile(self, bucket: Bucket, rows: int) -> None:
+        program = self.engine.prefill_program(rows, bucket.length, **self._static(bucket))
+        if self.prepared.request.generates:
+            prefilled = result_specs(program)
+            cache_and_logits = (prefilled.cache, prefilled.logits)
+            for model, static in self._decoders(bucket):
+                self.engine.decode_program(model, cache_and_logits, **static)
+
+    def _static(self, bucket: Bucket) -> dict[str, Any]:
+        """Arguments of a prefill."""
+        request = self.prepared.request
+        return {
+            "bucket": bucket,
+            "answer_slots": request.max_output_tokens if request.generates else 0,
+            "with_logits": self.with_logits,
+        }
+
+    def _decoders(self, bucket: Bucket) -> Iterator[tuple[Decoder, dict[str, Any]]]:
+        """The model and the arguments of each prediction; only the first is captured."""
+        request = self.prepared.request
+        several = len(request.temperatures) > 1
+        for k, temperature in enumerate(request.temperatures):
+            model = Decoder(self.prepared.config, self.layout) if k else self.engine.model
+            sampling = Sampling(request.max_output_tokens, self.prepared.stop_ids, temperature)
+            yield (
+                model,
+                {"prompt_slots": bucket.length, "sampling": sampling, "keep_cache": several},
+            )
+
+    def launch(self, batch: Batch) -> Launched:
+        """Returns without waiting for the devices."""
         prepared, request = self.prepared, self.prepared.request
-        samples = [prepared.samples[i] if i >= 0 else None for i in batch.rows]
+        B = len(batch.rows)
+        needed = self.layout.needed(B)
+        samples = [
+            prepared.samples[i] if i >= 0 and b in needed else None
+            for b, i in enumerate(batch.rows)
+        ]
         rows = [sample and encode_row(prepared, sample) for sample in samples]
         inputs = [row and np.concatenate([row.prompt_ids, *row.answers]) for row in rows]
         padded = pad_rows(inputs, batch.bucket.length)
         lengths = np.array([len(row.prompt_ids) if row else 1 for row in rows], np.int32)
         answers = [sum(map(len, row.answers)) if row else 0 for row in rows]
         prefilled = self.engine.prefill(
-            *(padded, lengths, np.array(answers, np.int32)),
-            bucket=batch.bucket,
-            answer_slots=request.max_output_tokens if request.generates else 0,
-            with_logits=self.with_logits,
+            *(padded, lengths, np.array(answers, np.int32)), **self._static(batch.bucket)
         )
-        decoded = (
-            self._decode(batch.bucket, prefilled, lengths, samples) if request.generates else []
-        )
-        self._fetch(rows, prefilled, decoded)
-        return [row for row in rows if row]
+        decoded = []
+        if request.generates:
+            decoded = self._decode(batch.bucket, prefilled, lengths, samples)
+        if request.no_logits:
+            prefilled.logits = None
+        owned = self.layout.owned(B)
+        mine = {b: rows[b] for span in owned.values() for b in span if rows[b]}
+        self.usage.prefill += batch.bucket.length * sum(map(len, owned.values()))
+        self.usage.prefill_useful += sum(len(inputs[b]) for b in mine)
+        return Launched(mine, owned, prefilled, decoded)
 
     def _decode(
         self,
@@ -118,62 +185,61 @@ class Computation:
         lengths: np.ndarray,
         samples: Sequence[Sample | None],
     ) -> list[Decoded]:
-        """Each prediction from the one prefill; only the first is captured."""
-        request = self.prepared.request
-        uncaptured = Decoder(self.prepared.config, self.layout)
+        """Each prediction from the one prefill."""
         decoded = []
-        for k, temperature in enumerate(request.temperatures):
-            model = uncaptured if k else self.engine.model
-            keys = np.array([_sample_key(request.seed, s, k) if s else 0 for s in samples])
-            sampling = Sampling(request.max_output_tokens, self.prepared.stop_ids, temperature)
-            result = self.engine.decode(
-                *(model, prefilled, lengths, keys.astype(np.uint32)),
-                prompt_slots=bucket.length,
-                sampling=sampling,
-                keep_cache=len(request.temperatures) > 1,
-            )
-            decoded.append(result)
+        for k, (model, static) in enumerate(self._decoders(bucket)):
+            seed = self.prepared.request.seed
+            keys = np.array([_sample_key(seed, s, k) if s else 0 for s in samples], np.uint32)
+            decoded.append(self.engine.decode(model, prefilled, lengths, keys, **static))
         prefilled.cache = None
         return decoded
 
-    def _fetch(
-        self, rows: Sequence[Row | None], prefilled: Prefilled, decoded: Sequence[Decoded]
-    ) -> None:
-        """Device to host: of the decode buffers only the steps that were run."""
+    def fetch(self, launched: Launched) -> list[Row]:
+        """Waits for the batch; of the decode buffers only the steps that were run are copied."""
         positions = self.prepared.capture.positions
-        logits = None if self.prepared.request.no_logits else prefilled.logits
-        prompt_captures, logits, logprobs = jax.device_get(
-            (prefilled.captures, logits, prefilled.logprobs)
-        )
+
+        def host(x: jax.Array | None, stop: int | None = None) -> dict[int, np.ndarray]:
+            """Place in the batch -> that row, of the rows that this process keeps."""
+            found = {}
+            for shard in [] if x is None else x.addressable_shards:
+                if (span := launched.owned.get(shard.device)) is not None:
+                    block = np.asarray(shard.data if stop is None else shard.data[:, :stop])
+                    found.update(zip(span, block, strict=True))
+            return found
+
+        prompt_captures = {n: host(value) for n, value in launched.prefilled.captures.items()}
+        logits, logprobs = host(launched.prefilled.logits), host(launched.prefilled.logprobs)
         results = []
-        for result in decoded:
-            counts, ids, answer_logprobs = jax.device_get(
-                (result.counts, result.tokens, result.logprobs)
-            )
+        for result in launched.decoded:
             # Rounded up, so that slicing compiles for few sizes.
-            steps = min(-(-int(result.steps) // 128) * 128, ids.shape[1])
-            captures = jax.device_get({n: v[:, :steps] for n, v in result.captures.items()})
-            results.append((counts, ids, answer_logprobs, captures))
-        for b, row in enumerate(rows):
-            if row is None:
-                continue
+            steps = int(result.steps.addressable_data(0))
+            stop = min(-(-steps // 128) * 128, result.tokens.shape[1])
+            captures = {name: host(value, stop) for name, value in result.captures.items()}
+            counts = host(result.counts)
+            results.append((counts, host(result.tokens), host(result.logprobs), captures))
+            self.usage.decode += steps * sum(map(len, launched.owned.values()))
+            self.usage.decode_useful += sum(min(int(counts[b]), steps) for b in launched.rows)
+        for b, row in launched.rows.items():
             P = len(row.prompt_ids)
             forced = len(row.answers[0]) if row.answers else 0
             take = {"all": P + forced, "prompt": P, "last": 1, "answer": forced}[positions]
-            parts = {name: [value[b, :take]] for name, value in prompt_captures.items()}
+            parts = {name: [value[b][:take]] for name, value in prompt_captures.items()}
             if forced:
-                row.logprobs = [logprobs[b, :forced]]
+                row.logprobs = [logprobs[b][:forced]]
             for counts, ids, answer_logprobs, captures in results:
                 n = int(counts[b])
-                row.answers.append(ids[b, :n])
-                row.logprobs.append(answer_logprobs[b, :n])
+                row.answers.append(ids[b][:n])
+                row.logprobs.append(answer_logprobs[b][:n])
                 for name, value in captures.items():
-                    parts.setdefault(name, []).append(value[b, :n])
+                    parts.setdefault(name, []).append(value[b][:n])
             # Copies, so that a stored row does not keep the whole batch in memory.
             row.captures = {
                 name: np.concatenate(parts[name]) for name in self.prepared.capture.names
             }
-            row.logits = None if logits is None else logits[b : b + 1].copy()
+            row.logits = None
+            if b in logits:
+                row.logits = logits[b][None, : self.prepared.config.vocab_size].copy()
+        return list(launched.rows.values())
 
 
 def _sample_key(seed: int, sample: Sample, prediction: int) -> int:

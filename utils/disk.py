@@ -16,7 +16,7 @@ def check_writable(folder: Path) -> None:
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file: choose a folder")
-        with tempfile.TemporaryFile(dir=_existing(folder)) as probe:
+        with tempfile.TemporaryFile(dir=existing(folder)) as probe:
             probe.write(b"x")
     except OSError as error:
         raise UserError(
@@ -51,9 +51,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def free_bytes(folder: Path) -> int:
     """Free space of the disk that `folder` is or will be on."""
-    return shutil.disk_usage(_existing(folder)).free
+    return shutil.disk_usage(existing(folder)).free
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """`folder`, or the nearest above it that is there."""
     return next(path for path in [folder, *folder.absolute().parents] if path.exists())

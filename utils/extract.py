@@ -1,41 +1,55 @@
 """The run loop that the inference scripts share: tasks in; predictions, shards and manifest out.
 
-Batches are computed in a thread of their own, so that storing one overlaps with computing the next
-and a signal is answered while the device is busy.
+One process or several, it is the same loop: each computes its part of every batch and stores the
+rows that its own devices hold.
 """
 
-import collections
 import contextlib
 import importlib.metadata
+import json
 import logging
+import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from utils import scoring
-from utils.arc import MAX_SIDE
 from utils.batching import Batch
 from utils.cli import Signals
-from utils.compute import Computation, Row, Timing, encode_row, kept_positions, to_item
-from utils.disk import free_bytes, locked
+from utils.compute import Computation, Row, Usage, to_item
+from utils.disk import locked
 from utils.errors import UserError
-from utils.manifest import read_answers, write_json_atomic
+from utils.manifest import (
+    Manifest,
+    SampleKey,
+    merge_manifests,
+    read_answers,
+    read_manifests,
+    stem,
+    write_json_atomic,
+)
+from utils.pipeline import Pipeline
 from utils.prepare import Prepared, settings, train_pairs
-from utils.shards import ShardWriter, planned_shards
+from utils.processes import Peers
+from utils.shards import ShardWriter
+from utils.storage import check_disk
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 12  # for the sample that is being stored when a run is stopped
 
-def open_writer(prepared: Prepared) -> ShardWriter:
+
+def open_writer(prepared: Prepared, peers: Peers) -> ShardWriter:
     """The run's folder, checked against what is there already; nothing is changed yet."""
-    request = prepared.request
+    request, mesh = prepared.request, prepared.layout.mesh
     output = Path(request.output_path)
     if output.exists() and not (request.resume or request.overwrite):
         raise UserError(
@@ -45,57 +59,69 @@ def open_writer(prepared: Prepared) -> ShardWriter:
     facts = {
         "arguments": request.arguments,
         "versions": _versions(),
-        "devices": [str(device) for device in jax.devices()],
-        "mesh_shape": [1, 1],
-        "processes": jax.process_count(),
+        "devices": [str(device) for device in mesh.devices.flat],
+        "mesh_shape": [prepared.layout.data, prepared.layout.model],
+        "processes": peers.count,
         "train_pairs": train_pairs(prepared),
     }
     writer = ShardWriter(
         prepared.run_folder,
-        settings(prepared),
+        settings(prepared, peers),
         facts,
         activation_dtype=request.activation_dtype,
         save_every_n_samples=request.save_every_n_samples,
         max_shard_mb=request.max_shard_mb,
         resume=request.resume,
         overwrite=request.overwrite,
+        host=peers.index if peers.count > 1 else None,
+        num_hosts=peers.count,
     )
-    if output.exists() and request.resume and not writer.continues:
+    if output.exists() and request.resume and not writer.continues and peers.index == 0:
         raise UserError(
             f"{output} exists, but there is no run to resume in {prepared.run_folder}: choose "
-            "another --output_path, or replace it with --overwrite"
+            f"another {request.output_flag}, or replace it with --overwrite"
         )
     return writer
 
 
-def run(prepared: Prepared, signals: Signals) -> dict[str, Any]:
+def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dict[str, Any]:
     """Computes and stores what is not there yet, then writes `output_path`.
 
-    Returns the finished manifest. Raises UserError (exit code 1 from the first write on) and
-    Interrupted; in both cases what was committed stays, and `--resume` does the rest.
+    Returns the finished manifest; of several processes, all call this, and the first gets that of
+    all. Raises UserError (exit code 1 from the first write on) and Interrupted; in both cases what
+    was committed stays, and `--resume` does the rest.
     """
+    peers = peers or Peers()
     request = prepared.request
     output, folder = Path(request.output_path), prepared.run_folder
-    writer = open_writer(prepared)
-    check_disk(prepared, writer.done)
-    if writer.complete and output.exists():
+    with peers.together("checking"):
+        writer = open_writer(prepared, peers)
+    shared = peers.sharing(folder)
+    done = peers.union(writer.done)
+    with peers.together("checking the disk"):
+        check_disk(prepared, done, shared.members / peers.count)
+    if all(peers.exchange("complete", [writer.complete, output.exists()])[0]):
         log.info("the run in %s is complete; there is nothing to do", folder)
         return {}
-    todo = _without_done(prepared, writer)
-    pool = ThreadPoolExecutor(1, "compute")
+    todo = _without_done(prepared, done)
     started = False
     try:
-        computation = pool.submit(Computation, prepared).result() if todo else None
-        with locked(folder):
-            with signals.shielded():
-                writer.set_skipped(prepared.skipped)
-                writer.start()
-                started = True
-                if request.overwrite:
-                    output.unlink(missing_ok=True)
-            _run_batches(prepared, todo, computation, pool, writer, signals)
-            with signals.shielded():
-                return _finish(prepared, writer)
+        with peers.together("loading the model"):
+            computation = _load(prepared, todo) if todo else None
+        with locked(folder) if shared.leader else contextlib.nullcontext():
+            # In a shared folder the leader clears away what is not part of the run, then the others
+            # begin.
+            for turn in (True, False):
+                with peers.together("starting"), signals.shielded():
+                    if shared.leader is turn:
+                        writer.set_skipped(prepared.skipped)
+                        writer.start(leads=turn)
+                        started = True
+                        if request.overwrite and peers.index == 0:
+                            output.unlink(missing_ok=True)
+            usage = _run_batches(prepared, todo, done, computation, writer, peers)
+            with signals.shielded(), peers.together("finishing"):
+                return _finish(prepared, writer, usage, peers, shared.leader)
     except BaseException as error:
         if started:
             with contextlib.suppress(UserError), signals.shielded():
@@ -105,21 +131,35 @@ def run(prepared: Prepared, signals: Signals) -> dict[str, Any]:
             error.exit_code = 1
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(
-                "the device ran out of memory: --resume with a lower --batch_size, or start again "
-                "(--overwrite) with a lower --max_model_len or --max_output_tokens",
+                "the device ran out of memory: --resume with a lower --max_batch_tokens or "
+                "--batch_size, or start again (--overwrite) with a lower --max_model_len or "
+                "--max_output_tokens",
                 exit_code=1,
             ) from error
         raise
+
+
+def _load(prepared: Prepared, todo: Sequence[Batch]) -> Computation:
+    """The model, and every program that is needed. In a thread, so that a signal is answered."""
+
+    def load() -> Computation:
+        computation = Computation(prepared)
+        computation.compile(todo)
+        return computation
+
+    pool = ThreadPoolExecutor(1, "load")
+    try:
+        return pool.submit(load).result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _without_done(prepared: Prepared, writer: ShardWriter) -> list[Batch]:
+def _without_done(prepared: Prepared, done: set[SampleKey]) -> list[Batch]:
     """The batches with a row still to do; the shapes stay, rows that are done become padding."""
     todo = []
     for batch in prepared.batches:
         rows = tuple(
-            i if i >= 0 and prepared.samples[i].key not in writer.done else -1 for i in batch.rows
+            i if i >= 0 and prepared.samples[i].key not in done else -1 for i in batch.rows
         )
         if max(rows) >= 0:
             todo.append(Batch(batch.bucket, rows))
@@ -129,112 +169,126 @@ def _without_done(prepared: Prepared, writer: ShardWriter) -> list[Batch]:
 def _run_batches(
     prepared: Prepared,
     todo: Sequence[Batch],
+    done: set[SampleKey],
     computation: Computation | None,
-    pool: ThreadPoolExecutor,
     writer: ShardWriter,
-    signals: Signals,
-) -> None:
-    bar = tqdm(
-        total=len(prepared.samples), initial=len(writer.done), unit="sample", desc="inference"
-    )
-    waiting: collections.deque[Future[tuple[list[Row], Timing]]] = collections.deque()
-
-    def store() -> None:
-        rows, timing = waiting.popleft().result()
-        with signals.shielded():
-            writer.update_timing(*timing)
-            for row in rows:
-                writer.add(*to_item(row, prepared))
-            bar.update(len(rows))
-            bar.set_postfix_str(f"{timing.tokens / timing.seconds:.0f} tokens/s")
-
-    with bar:
-        for batch in todo:
-            waiting.append(pool.submit(computation, batch))
-            if len(waiting) > 1:  # the next one computes while this one is stored
-                store()
-        while waiting:
-            store()
-
-
-def _finish(prepared: Prepared, writer: ShardWriter) -> dict[str, Any]:
+    peers: Peers,
+) -> Usage:
+    """Stores this process's share of every batch in `todo`."""
+    if computation is None:
+        return Usage()
     request = prepared.request
+    begin = time.perf_counter()
+    tokens, stored_batches, told = 0, 0, False
+    # Of several processes the first one's bar counts its own share.
+    share = sum(len(batch.rows) - batch.rows.count(-1) for batch in todo) / peers.count
+    bar = tqdm(
+        total=len(done) + round(share),
+        initial=len(done),
+        unit="sample",
+        desc="inference",
+        disable=peers.index > 0,
+    )
+
+    def store(rows: list[Row]) -> None:
+        nonlocal tokens, stored_batches, told
+        tokens += sum(row.num_tokens for row in rows)
+        seconds = time.perf_counter() - begin
+        writer.update_timing(seconds, computation.compile_seconds, tokens)
+        for row in rows:
+            writer.add(*to_item(row, prepared))
+        stored_batches += 1
+        if request.save_every_n_batches and stored_batches % request.save_every_n_batches == 0:
+            writer.close_shard()
+        bar.update(len(rows))
+        bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
+        if not told and seconds > 10 and pipeline.disk_wait > 0.1 * seconds:
+            told = True
+            log.warning("the disk is the bottleneck: %s", _disk_words(pipeline.disk_wait, seconds))
+
+    pipeline = Pipeline(todo, computation.launch, computation.fetch, store, lambda row: row.nbytes)
+    pipeline.start()
+    try:
+        with bar:
+            while not pipeline.wait(0.2):
+                peers.check()
+    except BaseException as error:
+        cause = peers.explain(error)
+        peers.leaving(cause)
+        if not pipeline.stop(STOP_SECONDS):
+            raise UserError(f"{writer.folder} took more than {STOP_SECONDS} s to write") from error
+        raise cause from error
+    seconds = time.perf_counter() - begin
+    if pipeline.disk_wait > 0.1 * seconds:
+        log.warning("the disk was the bottleneck: %s", _disk_words(pipeline.disk_wait, seconds))
+    return computation.usage
+
+
+def _disk_words(waited: float, seconds: float) -> str:
+    return f"the device waited {waited:.0f} of {seconds:.0f} s for what was computed to be stored"
+
+
+def _finish(
+    prepared: Prepared, writer: ShardWriter, usage: Usage, peers: Peers, leads: bool
+) -> dict[str, Any]:
+    """Closes the last shard; the first process writes the output and the manifest of all."""
+    request, folder = prepared.request, prepared.run_folder
     writer.close_shard()
-    answers = read_answers(prepared.run_folder)
-    targets = {task.task_id: [pair.output for pair in task.test] for task in prepared.tasks}
-    predictions = scoring.predictions(targets, answers, generated=request.generates)
-    scores = scoring.accuracy(predictions)
-    write_json_atomic(request.output_path, predictions)
-    manifest = writer.finish({"scores": scores} if request.generates else None)
-    if request.activations_dir is None:
+    usages = peers.exchange("usage", asdict(usage))
+    stored: dict[str, Any] = {"manifests": {}, "answers": []}
+    if leads:  # for all that write to this folder
+        stored["manifests"] = read_manifests(folder)
+        stored["answers"] = list(read_answers(folder).values())
+    parts = [json.loads(part) for part in peers.gather(json.dumps(stored).encode())]
+    extra: dict[str, Any] = {"useful_slots": _useful(usages)}
+    if peers.index == 0:
+        answers = {(a["task_id"], a["sample_idx"]): a for part in parts for a in part["answers"]}
+        targets = {task.task_id: [pair.output for pair in task.test] for task in prepared.tasks}
+        predictions = scoring.predictions(targets, answers, generated=request.generates)
+        if request.generates:
+            extra["scores"] = scoring.accuracy(predictions)
+        submission = scoring.submission(targets, answers) if request.distributed else predictions
+        write_json_atomic(request.output_path, submission)
+    manifest = writer.finish(extra)
+    if peers.count > 1 and peers.index == 0:
+        manifest = _merge(parts, stored["manifests"], manifest)
+        write_json_atomic(folder / "metadata.json", manifest)
+    peers.exchange("finished", None)
+    if request.activations_dir is None and leads:
         # The manifest stays, for --resume to compare with; what it listed served its purpose.
-        write_json_atomic(prepared.run_folder / "metadata.json", {**manifest, "files": []})
-        for name in (*(entry["filename"] for entry in manifest["files"]), "answers.jsonl"):
-            (prepared.run_folder / name).unlink()
+        if peers.index == 0:
+            write_json_atomic(folder / "metadata.json", {**manifest, "files": []})
+        for name in os.listdir(folder):
+            if stem(name) and name != "metadata.json":
+                (folder / name).unlink()
     return manifest
 
 
-def planned_items(prepared: Prepared) -> Iterator[dict[str, Any]]:
-    """Items as the run will store them, in order, arrays zero: exact sizes unless it generates.
-
-    A generated answer is taken at its longest, and as the largest grid that it could hold.
-    """
-    request, config = prepared.request, prepared.config
-    for batch in prepared.batches:
-        for i in (i for i in batch.rows if i >= 0):
-            row = encode_row(prepared, prepared.samples[i])
-            if request.generates:
-                row.answers = [np.zeros(request.max_output_tokens, np.int32)]
-            P, A = len(row.prompt_ids), sum(len(answer) for answer in row.answers)
-            row.logprobs = [np.zeros(A, np.float32)] * len(row.answers)
-            kept = len(kept_positions(prepared.capture.positions, P, P + A))
-            zeros = np.zeros((kept, config.hidden_size), request.activation_dtype)
-            row.captures = dict.fromkeys(prepared.capture.names, zeros)
-            if not request.no_logits:
-                row.logits = np.zeros((1, config.vocab_size), request.activation_dtype)
-            item = to_item(row, prepared)[0]
-            if request.generates:
-                cells = min(A, MAX_SIDE**2)
-                item["cells"] = np.concatenate([item["cells"], np.zeros((cells, 7), np.int32)])
-                item["prediction"] = [[0] * MAX_SIDE] * -(-cells // MAX_SIDE)
-            yield item
+def _merge(parts: list[dict[str, Any]], here: dict[str, Manifest], manifest: Manifest) -> Manifest:
+    """The manifest of all processes, whether their folders are this one or not."""
+    manifests = {name: m for part in reversed(parts) for name, m in part["manifests"].items()}
+    at_hand = {entry["filename"] for m in here.values() for entry in m["files"]}
+    merged = merge_manifests(manifests)
+    for entry in merged["files"]:
+        if entry["filename"] not in at_hand:
+            entry["elsewhere"] = True  # in the folder of another process
+    own = {key: value for key, value in manifest.items() if key not in merged}
+    return {**merged, **own, "status": "complete", **_taken(manifest)}
 
 
-def plan_storage(prepared: Prepared) -> tuple[int, list[tuple[int, int]]]:
-    """Total tokens, and (samples, bytes) of each shard; see `planned_items`."""
-    total = 0
-
-    def counted() -> Iterator[dict[str, Any]]:
-        nonlocal total
-        for item in tqdm(planned_items(prepared), total=len(prepared.samples), desc="planning"):
-            total += len(item["input_ids"])
-            yield item
-
-    request = prepared.request
-    shards = planned_shards(
-        counted(), request.activation_dtype, request.save_every_n_samples, request.max_shard_mb
-    )
-    shards = list(shards)
-    return total, shards
+def _taken(manifest: Manifest) -> Manifest:
+    """What the first process's manifest says for all."""
+    return {key: manifest[key] for key in ("useful_slots", "scores") if key in manifest}
 
 
-def check_disk(prepared: Prepared, done: set[tuple[str, int]]) -> None:
-    """Raises UserError when even answers of one token would not fit on the disk."""
-    request, need = prepared.request, 0
-    item_size = np.dtype(request.activation_dtype).itemsize
-    for sample in prepared.samples:
-        if sample.key not in done:
-            length = sample.length.total
-            kept = kept_positions(prepared.capture.positions, sample.length.prompt, length)
-            values = len(kept) * prepared.config.hidden_size * len(prepared.capture.names)
-            if prepared.capture.names and not request.no_logits:
-                values += prepared.config.vocab_size
-            need += values * item_size
-    if need > (free := free_bytes(prepared.run_folder)):
-        raise UserError(
-            f"{prepared.run_folder} needs at least {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB "
-            "free: free space, or take fewer layers, --token_positions or tasks"
-        )
+def _useful(usages: list[dict[str, int]]) -> dict[str, float | None]:
+    """Share of the computed slots, of prefill and of decoding, that held a sample's token."""
+    total = {key: sum(usage[key] for usage in usages) for key in usages[0]}
+
+    def share(kind: str) -> float | None:
+        return total[f"{kind}_useful"] / total[kind] if total[kind] else None
+
+    return {"prefill": share("prefill"), "decode": share("decode")}
 
 
 def _versions() -> dict[str, str | None]:

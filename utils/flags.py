@@ -27,6 +27,68 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_batch_flags(group: argparse._ActionsContainer, default: int, unit: str) -> None:
+    group.add_argument(
+        "--batch_size", type=int_at_least(1), default=default, help=f"samples a forward pass{unit}"
+    )
+    group.add_argument(
+        "--max_batch_tokens",
+        type=int_at_least(1),
+        help=f"tokens a forward pass{unit}: long prompts go in smaller batches (default: as many "
+        "as the memory of the device is estimated to hold)",
+    )
+
+
+def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("devices and processes")
+    group.add_argument(
+        "--mesh_shape",
+        nargs="+",
+        default=["auto"],
+        metavar="D M",
+        help="devices that share a batch, and devices that share a sample; their product is the "
+        "number of devices that JAX sees (on v4 and v5p one a chip, half the cores in the slice's "
+        "name); `auto` takes the smallest second number with which the run fits in memory; --plan "
+        "compares several pairs",
+    )
+    add_batch_flags(group, 8, " and device")
+    group.add_argument(
+        "--coordinator_address",
+        metavar="HOST:PORT",
+        help="where process 0 listens; with --num_processes and --process_id, where the "
+        "surroundings (TPU pod, Slurm, GKE) do not tell",
+    )
+    group.add_argument("--num_processes", type=int_at_least(1), help="processes of the run")
+    group.add_argument("--process_id", type=int_at_least(0), help="this one's number, from 0")
+    group.add_argument(
+        "--coordinator_timeout",
+        type=int_at_least(1),
+        default=300,
+        help="seconds to wait for all processes to come together",
+    )
+    group.add_argument(
+        "--shard_id",
+        type=int_at_least(0),
+        default=Request.shard_id,
+        help="which of --num_shards parts of the tasks this run takes, from 0, for hosts that do "
+        "not talk to each other; `python -m utils.merge` joins the results",
+    )
+    group.add_argument(
+        "--num_shards", type=int_at_least(1), default=Request.num_shards, help="parts of the tasks"
+    )
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--plan",
+        metavar="SLICE",
+        help="compile the run for a TPU slice (v4-8 .. v4-64, v5e-8 .. v5e-256, v5p-8 .., v6e-8 ..)"
+        ", print memory, FLOPs, time and storage, and stop; needs no TPU, but jax[tpu]",
+    )
+    group.add_argument("--plan_json", metavar="FILE", help="write the plan there too")
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and prompt")
     group.add_argument(
@@ -88,7 +150,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_capture_flags(parser: argparse.ArgumentParser) -> None:
+def add_capture_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("what is extracted")
     group.add_argument(
         "--layers_to_extract",
@@ -122,9 +184,12 @@ def add_capture_flags(parser: argparse.ArgumentParser) -> None:
         help="leave out output_logits; with --max_output_tokens 0 the pass ends after the last "
         "captured layer",
     )
+    return group
 
 
-def add_storage_flags(parser: argparse.ArgumentParser) -> None:
+def add_storage_flags(
+    parser: argparse.ArgumentParser, save_every_n_samples: int | None = Request.save_every_n_samples
+) -> None:
     group = parser.add_argument_group("storage")
     group.add_argument(
         "--activations_dir",
@@ -134,14 +199,17 @@ def add_storage_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save_every_n_samples",
         type=int_at_least(1),
-        default=Request.save_every_n_samples,
+        default=save_every_n_samples,
         help="samples a shard; a kill loses at most those of the open one",
+    )
+    group.add_argument(
+        "--save_every_n_batches", type=int_at_least(1), help="batches a shard; see above"
     )
     group.add_argument(
         "--max_shard_mb",
         type=float_at_least(1),
         default=Request.max_shard_mb,
-        help="megabytes a shard; it is closed at whichever limit comes first",
+        help="megabytes a shard; it is closed at whichever of the three limits comes first",
     )
     group.add_argument("--resume", action="store_true", help="do what the run in the folder lacks")
     group.add_argument("--overwrite", action="store_true", help="replace the run in the folder")

@@ -7,7 +7,6 @@ rows, at the position that follows their own prompt; the cache remembers each sl
 
 # B batch   T prompt tokens, padded   A answer tokens at most   D model width   V vocabulary
 
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -278,16 +277,29 @@ def _select(
     return value
 
 
+def specs(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays, for which a program is compiled."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def result_specs(program: Any) -> Any:
+    """Those of what a compiled program returns."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        program.out_info,
+        program.output_shardings,
+    )
+
+
 @dataclass
 class Engine:
-    """The compiled programs of one model; compiles each shape once and keeps the time of it.
+    """The compiled programs of one model; each shape is compiled once.
 
-    compile_seconds: total so far.
+    params: arrays, or their specs where nothing is to be run.
     """
 
     model: Decoder
     params: Any
-    compile_seconds: float = 0.0
     _programs: dict[Any, Any] = field(default_factory=dict)
 
     def prefill(
@@ -298,9 +310,13 @@ class Engine:
         **static: Any,
     ) -> Prefilled:
         """See `prefill`."""
-        put = self.model.layout.put
-        args = (self.params, put(tokens), put(prompt_lengths), put(answer_lengths))
-        return self._call(prefill, (), args, static)
+        arrays = [self.model.layout.put(x) for x in (tokens, prompt_lengths, answer_lengths)]
+        return self.prefill_program(*tokens.shape, **static)(self.params, *arrays)
+
+    def prefill_program(self, batch: int, length: int, **static: Any) -> Any:
+        """`prefill`, compiled for prompts of `length` slots in `batch` rows."""
+        args = (self._rows((batch, length)), self._rows((batch,)), self._rows((batch,)))
+        return self._program(prefill, (), self.model, args, static)
 
     def decode(
         self,
@@ -308,33 +324,44 @@ class Engine:
         prefilled: Prefilled,
         prompt_lengths: np.ndarray,
         sample_keys: np.ndarray,
+        **static: Any,
+    ) -> Decoded:
+        """See `decode`, and `decode_program` for `static`."""
+        program = self.decode_program(model, specs((prefilled.cache, prefilled.logits)), **static)
+        arrays = [self.model.layout.put(x) for x in (prompt_lengths, sample_keys)]
+        return program(self.params, prefilled.cache, prefilled.logits, *arrays)[0]
+
+    def decode_program(
+        self,
+        model: Decoder,
+        cache_and_logits: Any,
         *,
         prompt_slots: int,
         sampling: Sampling,
         keep_cache: bool,
-    ) -> Decoded:
-        """See `decode`. Unless `keep_cache`, the cache is given up to the loop."""
-        put = self.model.layout.put
-        lengths, keys = put(prompt_lengths), put(sample_keys)
-        args = (self.params, prefilled.cache, prefilled.logits, lengths, keys)
-        donated = () if keep_cache else ("cache",)
+    ) -> Any:
+        """`decode`, compiled for a prefill's cache and logits. Unless `keep_cache`, the cache is
+        given up to the loop."""
+        batch = cache_and_logits[1].shape[:1]
+        args = (*cache_and_logits, self._rows(batch), self._rows(batch, jnp.uint32))
         static = {"prompt_slots": prompt_slots, "sampling": sampling}
-        return self._call(decode, donated, args, static, model)[0]
+        return self._program(decode, () if keep_cache else ("cache",), model, args, static)
 
-    def _call(
+    def _rows(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.model.layout.sharding("data"))
+
+    def _program(
         self,
         function: Any,
         donated: tuple[str, ...],
+        model: Decoder,
         args: tuple[Any, ...],
         static: dict[str, Any],
-        model: Decoder | None = None,
     ) -> Any:
-        model = self.model if model is None else model
-        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args[1:]))
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
         key = (function.__name__, donated, model, tuple(static.items()), shapes)
         if key not in self._programs:
-            start = time.perf_counter()
             jitted = jax.jit(function, static_argnames=("model", *static), donate_argnames=donated)
-            self._programs[key] = jitted.lower(model, *args, **static).compile()
-            self.compile_seconds += time.perf_counter() - start
-        return self._programs[key](*args)
+            lowered = jitted.lower(model, specs(self.params), *args, **static)
+            self._programs[key] = lowered.compile()
+        return self._programs[key]

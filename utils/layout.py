@@ -75,6 +75,23 @@ class Layout:
         them, or `data` alone for a batch that is too small, whose rows then have replicas."""
         return ROWS if batch % self.mesh.size == 0 else "data"
 
+    def owned(self, batch: int) -> dict[jax.Device, range]:
+        """This process's devices -> the rows of a batch that they bring to its host, each row of
+        the batch once in all processes."""
+        axes = self.rows(batch)
+        size = batch // (self.mesh.size if axes == ROWS else self.data)
+        devices = self.mesh.devices.flat if axes == ROWS else self.mesh.devices[:, 0]
+        return {
+            device: range(i * size, (i + 1) * size)
+            for i, device in enumerate(devices)
+            if device.process_index == jax.process_index()
+        }
+
+    def needed(self, batch: int) -> set[int]:
+        """The rows of a batch that this process's devices compute with."""
+        indices = self.sharding("data").addressable_devices_indices_map((batch,))
+        return {i for (rows,) in indices.values() for i in range(*rows.indices(batch))}
+
     def put(self, x: np.ndarray) -> jax.Array:
         """A host array, split over `data` by its first axis; each process needs its own rows."""
         return jax.make_array_from_callback(x.shape, self.sharding("data"), lambda index: x[index])

@@ -134,14 +134,14 @@ def resumable_run(
             f"{folder} holds a run ({run['status']}, {run['total_samples']} samples): "
             "--resume continues it, --overwrite replaces it"
         )
-    if changes := _differences({key: run.get(key) for key in settings}, settings):
+    if changes := differences({key: run.get(key) for key in settings}, settings):
         raise UserError(
-            f"cannot resume {folder} with other settings: {_some(changes)}; go back to the former, "
+            f"cannot resume {folder} with other settings: {some(changes)}; go back to the former, "
             "choose another folder, or --overwrite"
         )
     if damaged := [entry["filename"] for entry in run["files"] if not _is_there(folder, entry)]:
         raise UserError(
-            f"cannot resume {folder}, shards are missing or damaged: {_some(damaged)}; put them "
+            f"cannot resume {folder}, shards are missing or damaged: {some(damaged)}; put them "
             "back, or --overwrite"
         )
     return run
@@ -149,10 +149,12 @@ def resumable_run(
 
 def _is_there(folder: Path, entry: dict[str, Any]) -> bool:
     path = folder / entry["filename"]
+    if entry.get("elsewhere"):  # in the folder of another process, which looks after it
+        return True
     return path.stat().st_size == entry["size_bytes"] if path.is_file() else entry["uploaded"]
 
 
-def _some(texts: list[str], most: int = 5) -> str:
+def some(texts: list[str], most: int = 5) -> str:
     more = f", and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
 
@@ -173,7 +175,7 @@ def timing(manifest: Manifest) -> tuple[float, float, float]:
     return seconds, compile_seconds, rate * seconds
 
 
-def _differences(was: Any, now: Any, name: str = "") -> list[str]:
+def differences(was: Any, now: Any, name: str = "") -> list[str]:
     """`model.hash was 'a', is 'b'` for each entry that differs; keys named `path` do not count."""
     if not isinstance(was, dict) or not isinstance(now, dict):
         return [] if was == now else [f"{name} was {was!r:.80}, is {now!r:.80}"]
@@ -181,7 +183,7 @@ def _differences(was: Any, now: Any, name: str = "") -> list[str]:
         change
         for key in {**was, **now}
         if key != "path"  # what is read matters, not where it lies
-        for change in _differences(was.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        for change in differences(was.get(key), now.get(key), f"{name}.{key}".lstrip("."))
     ]
 
 

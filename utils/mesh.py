@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+from utils.errors import UserError
 
 AXES = ("data", "model")
 
 
 def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The devices (default: all of every process), ordered by their physical topology."""
-    return jax.make_mesh((data, model), AXES, devices=devices, axis_types=(AxisType.Auto,) * 2)
+    ordered = mesh_utils.create_device_mesh((data, model), devices, allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def single_device_mesh() -> Mesh:
@@ -34,6 +38,27 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def default_dtype() -> str:
+def default_dtype(devices: Sequence[jax.Device]) -> str:
     """bfloat16 where there is an accelerator, float32 on CPU."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if devices[0].platform == "cpu" else "bfloat16"
+
+
+def shapes_of(devices: int) -> list[tuple[int, int]]:
+    """Every (data, model) that takes all devices."""
+    return [(devices // m, m) for m in range(1, devices + 1) if devices % m == 0]
+
+
+def check_shape(data: int, model: int, devices: Sequence[jax.Device]) -> None:
+    """Raises UserError unless a mesh of data x model takes exactly these devices."""
+    count = len(devices)
+    if data * model == count:
+        return
+    kind = devices[0].device_kind
+    note = ""
+    if kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v5", "TPU v5p") and data * model == 2 * count:
+        note = "; the number in this slice's name counts cores, of which a chip has two"
+    fitting = ", ".join(f"{d} {m}" for d, m in shapes_of(count))
+    raise UserError(
+        f"--mesh_shape {data} {model} takes {data * model} devices, and JAX sees {count} ({kind})"
+        f"{note}: shapes that fit are {fitting}, or auto"
+    )

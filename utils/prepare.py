@@ -7,22 +7,28 @@ plans every sample and batch. It writes nothing, and of the device it knows the 
 import collections
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from tqdm import tqdm
 
 from utils import arc, tokens
-from utils.batching import Batch, Length, plan_batches
+from utils.batching import Batch, Length, Limits, plan_batches
 from utils.capture import CaptureSpec
 from utils.config import ModelConfig
 from utils.disk import check_writable
 from utils.errors import UserError
-from utils.manifest import stem
-from utils.mesh import default_dtype
+from utils.layout import Layout
+from utils.manifest import differences, some, stem
+from utils.memory import Workload, choose_model_axis, device_bytes, rows_that_fit
+from utils.mesh import check_shape, default_dtype, make_mesh
+from utils.processes import Peers
 from utils.prompts import PromptFormat, load_format
 from utils.request import Request
 from utils.weights import Checkpoint
@@ -60,9 +66,16 @@ class Prepared:
     tasks: list[arc.Task]
     samples: list[Sample]
     skipped: list[dict[str, Any]]
-    batches: list[Batch]
     dtype: str
     max_model_len: int
+    layout: Layout
+    batches: list[Batch]
+
+    @property
+    def workload(self) -> Workload:
+        request = self.request
+        answer = request.max_output_tokens if request.generates else 0
+        return Workload(self.config, self.capture, answer, np.dtype(self.dtype).itemsize)
 
     @property
     def run_folder(self) -> Path:
@@ -72,9 +85,17 @@ class Prepared:
         return Path(request.activations_dir or f"{request.output_path}.run")
 
 
-def prepare(request: Request) -> Prepared:
-    """Reads and checks everything but the weights' values. Raises UserError; writes nothing."""
+def prepare(request: Request, devices: Sequence[jax.Device] | None = None) -> Prepared:
+    """Reads and checks everything but the weights' values. Raises UserError; writes nothing.
+
+    devices: what the run computes on (default: the first of this process, or with
+    `request.distributed` those of all processes).
+    """
     request.check()
+    if devices is None:
+        devices = jax.devices() if request.distributed else jax.local_devices()[:1]
+    if request.mesh_shape is not None:
+        check_shape(*request.mesh_shape, devices)
     check_paths(request)
     config = ModelConfig.from_hf(request.model_path)
     capture = CaptureSpec()
@@ -109,7 +130,7 @@ def prepare(request: Request) -> Prepared:
             + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
             + ": lower --max_output_tokens, or raise --max_model_len where it is set"
         )
-    return Prepared(
+    prepared = Prepared(
         request,
         config,
         checkpoint,
@@ -120,10 +141,86 @@ def prepare(request: Request) -> Prepared:
         tasks,
         samples,
         skipped,
-        plan_batches([sample.length for sample in samples], min(request.batch_size, len(samples))),
-        request.dtype or default_dtype(),
+        request.dtype or default_dtype(devices),
         max_model_len,
+        Layout.of(config, make_mesh(1, len(devices), devices)),
+        [],
     )
+    return on_mesh(prepared, request.mesh_shape, devices)
+
+
+def on_mesh(
+    prepared: Prepared, shape: tuple[int, int] | None, devices: Sequence[jax.Device]
+) -> Prepared:
+    """The run on a mesh of that shape, or of the best one, with the batches that fit there."""
+    request, work = prepared.request, prepared.workload
+    limit = device_bytes(devices[0])
+    lengths = [sample.length for sample in prepared.samples]
+    longest = max(length.total for length in lengths)
+
+    def layout_of(model: int) -> Layout:
+        mesh = make_mesh(len(devices) // model, model, devices)
+        return Layout.of(prepared.config, mesh)
+
+    model = shape[1] if shape else choose_model_axis(work, len(devices), longest, limit, layout_of)
+    layout = layout_of(model)
+    most = min(
+        request.batch_size * len(devices), math.ceil(len(lengths) / layout.data) * layout.data
+    )
+    fitting = rows_that_fit(work, layout, limit, most)
+
+    def rows(length: int) -> int:
+        if request.max_batch_tokens is None:
+            return fitting(length)
+        budget = request.max_batch_tokens * len(devices) // length // layout.data * layout.data
+        return min(fitting(length), budget)
+
+    limits = Limits(rows, layout.data, layout.alignment)
+    if not rows(limits.aligned(longest)):
+        why = f"--max_batch_tokens {request.max_batch_tokens}"
+        if not fitting(limits.aligned(longest)):
+            why = f"{limit / 1e9:.1f} GB a device"
+        raise UserError(
+            f"the longest sample, {longest} tokens, does not fit in {why} on a mesh of "
+            f"{layout.data} x {layout.model}: raise the second number of --mesh_shape, lower "
+            "--max_model_len or the layers, or raise --max_batch_tokens where it is set"
+        )
+    return replace(prepared, layout=layout, batches=plan_batches(lengths, limits))
+
+
+def agree(prepared: Prepared, peers: Peers) -> None:
+    """Raises UserError where the processes of a run were not asked for the same, or do not read
+    the same. Paths may differ."""
+    request = prepared.request
+    own = {"process_id", "num_processes", "coordinator_address", "verbose"}
+    said = {
+        "arguments": {
+            f"--{name}": value
+            for name, value in request.arguments.items()
+            if name not in own and not name.endswith(("_path", "_dir"))
+        },
+        "tasks": tasks_hash(prepared.tasks),
+        "prompt": prepared.fmt.template_hash,
+        "tokens": [sum(sample.length.total for sample in prepared.samples), prepared.stop_ids],
+        "config": asdict(prepared.config),
+        "batches": hashlib.sha256(repr(prepared.batches).encode()).hexdigest(),
+    }
+    everyone = peers.exchange("request", json.loads(json.dumps(said)))
+    for index, theirs in enumerate(everyone):
+        if changes := differences(everyone[0], theirs):
+            changes = [change.removeprefix("arguments.") for change in changes]
+            raise UserError(
+                f"process {index} was started differently than process 0: {some(changes)}; start "
+                "all with the same flags and files"
+            )
+
+
+def tasks_hash(tasks: Sequence[arc.Task]) -> str:
+    """sha256 of the tasks with their ground truth."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(json.dumps(asdict(task)).encode())
+    return digest.hexdigest()
 
 
 def train_pairs(prepared: Prepared) -> dict[str, int]:
@@ -137,22 +234,22 @@ def train_pairs(prepared: Prepared) -> dict[str, int]:
 
 def check_paths(request: Request) -> None:
     """Raises UserError where output could not be written, or would replace what the run reads."""
-    output = Path(request.output_path)
+    output, flag = Path(request.output_path), request.output_flag
     try:
         if output.is_dir():
-            raise UserError(f"{output} is a folder: give --output_path the path of a file")
+            raise UserError(f"{output} is a folder: give {flag} the path of a file")
         solutions = request.solutions_path or arc.solutions_beside(request.dataset_path)
         for path in filter(None, (request.dataset_path, solutions)):
             if output.exists() and Path(path).exists() and output.samefile(path):
-                raise UserError(f"{path} is read by this run: choose another --output_path")
+                raise UserError(f"{path} is read by this run: choose another {flag}")
         check_writable(output.parent)
         if request.activations_dir is None:
             return
         folder = Path(request.activations_dir)
         if output.absolute() in (folder.absolute(), *folder.absolute().parents):
-            raise UserError(f"{output} is on the way to {folder}: choose another --output_path")
+            raise UserError(f"{output} is on the way to {folder}: choose another {flag}")
         if output.absolute().parent == folder.absolute() and stem(output.name):
-            raise UserError(f"{output} is a file of the run itself: choose another --output_path")
+            raise UserError(f"{output} is a file of the run itself: choose another {flag}")
         check_writable(folder)
     except OSError as error:  # of the paths themselves: too long a name, or no permission
         raise UserError(f"cannot write {output}: {error.strerror}; choose another path") from error
@@ -164,6 +261,12 @@ def read_tasks(request: Request) -> list[arc.Task]:
         replace(task, train=task.train[: request.max_train_pairs])
         for task in islice(arc.read_tasks(request.dataset_path), request.max_tasks)
     ]
+    shards = request.num_shards
+    tasks = [task for task in tasks if shard_of(task.task_id, shards) == request.shard_id]
+    if not tasks:
+        raise UserError(
+            f"shard {request.shard_id} of {shards} has no task: take fewer --num_shards"
+        )
     path = request.solutions_path or arc.solutions_beside(request.dataset_path)
     if path is not None:
         solutions = arc.read_solutions(path)
@@ -180,6 +283,12 @@ def read_tasks(request: Request) -> list[arc.Task]:
             f"{path or 'a file beside it'} has any for these tasks: give its --solutions_path"
         )
     return tasks
+
+
+def shard_of(task_id: str, num_shards: int) -> int:
+    """Which of the shards a task belongs to: by its id alone, so that hosts that do not talk to
+    each other agree, whatever else their files hold."""
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8]) % num_shards
 
 
 def _with_solutions(
@@ -219,7 +328,8 @@ def plan_samples(
             for pairs in range(wanted, min(wanted, 1) - 1, -1):
                 prompt = len(tokens.encode(fmt.render(task, index, pairs), tokenizer)[0])
                 if prompt + reserved <= max_model_len:
-                    samples.append(Sample(task, index, pairs, Length(prompt, answer)))
+                    expected = 0 if request.teacher_forcing else expected_cells(task, index)
+                    samples.append(Sample(task, index, pairs, Length(prompt, answer, expected)))
                     break
             else:
                 reason = (
@@ -228,6 +338,18 @@ def plan_samples(
                 )
                 skipped.append(_skip(task, index, reason))
     return samples, skipped
+
+
+def expected_cells(task: arc.Task, index: int) -> int:
+    """Cells that the answer is likely to have: as many for each cell of its input as the train
+    pairs have on average."""
+
+    def cells(grid: arc.Grid) -> int:
+        return len(grid) * len(grid[0])
+
+    seen = sum(cells(pair.input) for pair in task.train)
+    made = sum(cells(pair.output) for pair in task.train)
+    return round(cells(task.test[index].input) * made / seen) if seen else 0
 
 
 def _skip(task: arc.Task, index: int, reason: str) -> dict[str, Any]:
@@ -246,12 +368,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def settings(prepared: Prepared) -> dict[str, Any]:
+def settings(prepared: Prepared, peers: Peers) -> dict[str, Any]:
     """The manifest entries that decide what is computed; a resumed run must have the same."""
     request, config = prepared.request, prepared.config
-    tasks_hash = hashlib.sha256()
-    for task in prepared.tasks:
-        tasks_hash.update(json.dumps(asdict(task)).encode())
     return {
         "model": {
             "path": request.model_path,
@@ -260,11 +379,11 @@ def settings(prepared: Prepared) -> dict[str, Any]:
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
             "dtype": prepared.dtype,
-            "hash": prepared.checkpoint.fingerprint(),
+            "hash": prepared.checkpoint.fingerprint(peers),
         },
         "dataset": {
             "path": request.dataset_path,
-            "hash": tasks_hash.hexdigest(),
+            "hash": tasks_hash(prepared.tasks),
             "tasks": len(prepared.tasks),
         },
         "prompt": {

@@ -6,8 +6,10 @@ from typing import Any
 from utils.batching import padding_share
 from utils.disk import free_bytes
 from utils.errors import UserError
-from utils.extract import check_disk, open_writer, plan_storage
+from utils.extract import open_writer
 from utils.prepare import Prepared, train_pairs
+from utils.processes import Peers
+from utils.storage import check_disk, plan_storage
 
 
 def print_plan(prepared: Prepared) -> None:
@@ -32,7 +34,7 @@ def print_plan(prepared: Prepared) -> None:
         print(f"shard bytes   {at_most}{sum(size for _, size in shards)}")
     print(f"disk free     {free_bytes(prepared.run_folder)} bytes at {prepared.run_folder}")
     try:
-        check_disk(prepared, open_writer(prepared).done)
+        check_disk(prepared, open_writer(prepared, Peers()).done)
     except UserError as error:
         print(f"would be refused: {error}")
     print("dry run: nothing was written")

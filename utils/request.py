@@ -21,6 +21,11 @@ class Request:
     activations_dir: str | None = "results/activations"  # None extracts nothing
     max_tasks: int | None = None
     batch_size: int = 1
+    max_batch_tokens: int | None = None
+    distributed: bool = False  # on all devices and processes; writes submission.json
+    mesh_shape: tuple[int, int] | None = None  # None chooses
+    shard_id: int = 0
+    num_shards: int = 1
     dtype: str | None = None
     prompt_format: str = "chat"
     grid_encoding: str = "digits"
@@ -38,6 +43,7 @@ class Request:
     activation_dtype: str = "float16"
     no_logits: bool = False
     save_every_n_samples: int | None = 50
+    save_every_n_batches: int | None = None
     max_shard_mb: float = 512
     resume: bool = False
     overwrite: bool = False
@@ -45,12 +51,19 @@ class Request:
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> "Request":
-        """Takes the flags that have a field; `--no_extraction` is an `activations_dir` of None."""
+        """Takes the flags that have a field; without extraction `activations_dir` is None."""
         names = {field.name for field in fields(cls)}
         values = {name: value for name, value in vars(args).items() if name in names}
-        if getattr(args, "no_extraction", False):
+        values["mesh_shape"] = None
+        if words := getattr(args, "mesh_shape", None):
+            (values["mesh_shape"], *_) = mesh_shapes(words)
+        if getattr(args, "no_extraction", False) or not getattr(args, "extract_activations", True):
             values["activations_dir"] = None
         return cls(**values, arguments=vars(args))
+
+    @property
+    def output_flag(self) -> str:
+        return "--output_filepath" if self.distributed else "--output_path"
 
     @property
     def generates(self) -> bool:
@@ -68,7 +81,13 @@ class Request:
         """Raises UserError for flags that are empty or contradict one another."""
         for name in ("model_path", "dataset_path", "output_path", "activations_dir"):
             if getattr(self, name) == "":
-                raise UserError(f"--{name} is empty: give a path")
+                flag = self.output_flag if name == "output_path" else f"--{name}"
+                raise UserError(f"{flag} is empty: give a path")
+        if self.shard_id >= self.num_shards:
+            raise UserError(
+                f"--shard_id {self.shard_id} does not exist: of --num_shards {self.num_shards} "
+                f"the ids are 0..{self.num_shards - 1}"
+            )
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
         if self.activations_dir is None:
@@ -79,6 +98,8 @@ class Request:
                 "no_logits": self.no_logits,
             }
             if names := [f"--{name}" for name, is_given in given.items() if is_given]:
+                if self.distributed:
+                    raise UserError(f"{', '.join(names)}: give --extract_activations too")
                 raise UserError(f"--no_extraction extracts nothing: leave out {', '.join(names)}")
         if self.predictions_per_task > 1 and not self.generates:
             raise UserError("--predictions_per_task needs answers that are generated")
@@ -91,7 +112,8 @@ class Request:
         if self.temperature and not self.generates:
             raise UserError("--temperature needs answers that are generated")
         if self.activations_dir is None and not self.generates:
-            raise UserError("--no_extraction with no answer to generate leaves nothing to do")
+            why = "no --extract_activations and" if self.distributed else "--no_extraction with"
+            raise UserError(f"{why} no answer to generate leaves nothing to do")
         if self.teacher_forcing and self.max_output_tokens == 0:
             raise UserError(
                 "--teacher_forcing runs the ground truth, and --max_output_tokens 0 the prompt "
@@ -99,3 +121,15 @@ class Request:
             )
         if self.token_positions == "answer" and self.max_output_tokens == 0:
             raise UserError("--token_positions answer, but --max_output_tokens 0 makes no answer")
+
+
+def mesh_shapes(words: Sequence[str]) -> list[tuple[int, int] | None]:
+    """The values of --mesh_shape as (data, model) pairs; `auto` is [None]. Raises UserError."""
+    if list(words) == ["auto"]:
+        return [None]
+    if len(words) % 2 or not all(word.isdigit() and int(word) for word in words):
+        raise UserError(
+            f"--mesh_shape {' '.join(words)} is not `auto` or two whole numbers: data and model"
+        )
+    numbers = [int(word) for word in words]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))

@@ -106,8 +106,8 @@ class ShardWriter:
         `activations`, ...), nested dicts; a resumed run must have the same, but for keys named
         `path`. facts: entries that a resumed run may change (`arguments`, `versions`, `devices`,
         `mesh_shape`, `processes`).
-    host: this process's number among several, None for the only one. In a shared folder every
-        process constructs, then process 0 starts, then the others.
+    host: this process's number among `num_hosts`, None for the only one. In a folder that several
+        share every process constructs, then the one that leads starts, then the others.
     done: samples that the folder's manifests list, and those added since. continues: a run that
         the folder holds is resumed. complete: that run is; there is nothing to start.
     Raises UserError, exit code 2 from the constructor, 1 from `start` on when the disk fails.
@@ -125,6 +125,7 @@ class ShardWriter:
         resume: bool = False,
         overwrite: bool = False,
         host: int | None = None,
+        num_hosts: int = 1,
     ):
         if resume and overwrite:
             raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
@@ -132,6 +133,7 @@ class ShardWriter:
         self.activation_dtype = activation_dtype
         self._overwrite = overwrite
         self._suffix = "" if host is None else f"_host{host:03d}"
+        self._others = {f"_host{i:03d}" for i in range(num_hosts)} if host is not None else set()
         self._manifest_path = self.folder / f"metadata{self._suffix}.json"
         self._journal_path = self.folder / f"answers{self._suffix}.jsonl"
         settings = json.loads(json.dumps(settings))  # as the manifest gives them back
@@ -158,17 +160,22 @@ class ShardWriter:
         self._skipped: list[dict[str, Any]] = earlier.get("skipped", [])
         self._earlier = timing(earlier)
 
-    def start(self) -> None:
-        """Clear away what is not part of the run, and write the first manifest."""
+    def start(self, leads: bool = True) -> None:
+        """Clear away what is not part of the run, and write the first manifest.
+
+        leads: the first, or only, process that writes to this folder, which clears away after
+        processes that take no part any more.
+        """
         with self._disk():
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in os.listdir(self.folder):
                 if not (whole_name := stem(name)):
                     continue
-                mine = self.host is None or owner_of(whole_name) == self._suffix
+                owner = owner_of(whole_name)
+                mine = owner == self._suffix or (leads and owner not in self._others)
                 orphan = SHARD.fullmatch(whole_name) and whole_name not in self._listed
                 stale = name != whole_name or orphan
-                if (mine or self.host == 0) if self._overwrite else (mine and stale):
+                if leads if self._overwrite else (mine and stale):
                     (self.folder / name).unlink()
             self._commit(self._files, "running")
             with open(self._journal_path, "a+b") as journal:

@@ -28,6 +28,7 @@ from utils.errors import UserError
 from utils.layout import Layout
 from utils.mesh import single_device_mesh
 from utils.model import Decoder
+from utils.processes import Peers
 
 P = PartitionSpec
 
@@ -106,6 +107,7 @@ TABLE = (
 )
 # Buffers that old checkpoints carry and the configuration already determines.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+_BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
 _STORED_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -243,15 +245,36 @@ class Checkpoint:
         with safe_open(self._files[name], "numpy") as tensors:
             return tensors.get_slice(name)[index]
 
-    def fingerprint(self) -> str:
-        """sha256 over names, shapes, dtypes and all bytes of config and weights."""
-        digest = sha256((self.folder / "config.json").read_bytes())
-        for file in sorted(set(self._files.values())):
-            digest.update(file.name.encode())
+    def fingerprint(self, peers: Peers) -> str:
+        """sha256 over the sha256 of every block of config and weights; each process reads its share
+        of the blocks, and some bytes of every block, in which all must agree.
+
+        Raises UserError naming a process whose files differ.
+        """
+        own, seen = {}, sha256()
+        files = [self.folder / "config.json", *sorted(set(self._files.values()))]
+        blocks = [
+            (file, start)
+            for file in files
+            for start in range(0, max(1, file.stat().st_size), _BLOCK_BYTES)
+        ]
+        for number, (file, start) in enumerate(blocks):
+            mine = number % peers.count == peers.index
             with file.open("rb") as stream:
-                while block := stream.read(1 << 24):
-                    digest.update(block)
-        return digest.hexdigest()
+                stream.seek(start)
+                block = stream.read(_BLOCK_BYTES if mine else _SAMPLE_BYTES)
+            seen.update(f"{file.name} {file.stat().st_size}".encode() + block[:_SAMPLE_BYTES])
+            if mine:
+                own[number] = sha256(file.name.encode() + block).hexdigest()
+        said = peers.exchange("weights", [seen.hexdigest(), own])
+        for index, (other, _) in enumerate(said):
+            if other != said[0][0]:
+                raise UserError(
+                    f"process {index} has other weights in {self.folder} than process 0: copy the "
+                    "model there again"
+                )
+        digests = {int(number): digest for _, part in said for number, digest in part.items()}
+        return sha256("".join(digests[i] for i in range(len(blocks))).encode()).hexdigest()
 
     def load(self, layout: Layout, dtype: Any) -> dict[str, Any]:
         """The parameter tree, each leaf of `dtype` and split over the mesh as the table says."""
