@@ -34,4 +34,5 @@ pipeline    launch, fetch and store batches, each in a thread
 storage     what a run will store, and whether there is room
 extract     the run loop that the inference scripts share
 report      what a run prints: the plan of a dry run, the summary at the end
+plan        the run compiled ahead of time for a TPU slice
 """

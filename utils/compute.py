@@ -90,9 +90,11 @@ class Usage:
 class Computation:
     """Batches through the engine: `launch` hands one to the devices, `fetch` brings what is kept of
     it to the host; for one thread each. Every process launches the same batches in the same order.
+
+    params: default, those of the checkpoint; their specs, where nothing is to be run.
     """
 
-    def __init__(self, prepared: Prepared):
+    def __init__(self, prepared: Prepared, params: Any = None):
         self.prepared = prepared
         request, capture = prepared.request, prepared.capture
         layers = None
@@ -101,9 +103,10 @@ class Computation:
             layers = capture.last_layer + 1
         if prepared.dtype == "float32":  # accelerators multiply float32 in fewer bits by default
             jax.config.update("jax_default_matmul_precision", "highest")
-        use_compilation_cache()
         self.layout = prepared.layout
-        params = prepared.checkpoint.load(self.layout, np.dtype(prepared.dtype))
+        if params is None:
+            use_compilation_cache()
+            params = prepared.checkpoint.load(self.layout, np.dtype(prepared.dtype))
         self.engine = Engine(Decoder(prepared.config, self.layout, capture, layers), params)
         self.usage = Usage()
         self.compile_seconds = 0.0
@@ -116,18 +119,23 @@ class Computation:
             ThreadPoolExecutor(COMPILERS, "compile") as pool,
             tqdm(total=len(shapes), desc="compiling", unit=" shapes", disable=None) as bar,
         ):
-            for done in [pool.submit(self._compile, *shape) for shape in shapes]:
+            for done in [pool.submit(self.programs, *shape) for shape in shapes]:
                 done.result()
                 bar.update()
         self.compile_seconds = time.perf_counter() - start
 
-    def _compile(self, bucket: Bucket, rows: int) -> None:
+    def programs(self, bucket: Bucket, rows: int) -> list[Any]:
+        """The compiled prefill of a shape, and the decoding of each prediction."""
         program = self.engine.prefill_program(rows, bucket.length, **self._static(bucket))
+        decodes = []
         if self.prepared.request.generates:
             prefilled = result_specs(program)
             cache_and_logits = (prefilled.cache, prefilled.logits)
-            for model, static in self._decoders(bucket):
+            decodes = [
                 self.engine.decode_program(model, cache_and_logits, **static)
+                for model, static in self._decoders(bucket)
+            ]
+        return [program, *decodes]
 
     def _static(self, bucket: Bucket) -> dict[str, Any]:
         """Arguments of a prefill."""

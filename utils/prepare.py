@@ -85,18 +85,21 @@ class Prepared:
         return Path(request.activations_dir or f"{request.output_path}.run")
 
 
-def prepare(request: Request, devices: Sequence[jax.Device] | None = None) -> Prepared:
+def prepare(
+    request: Request, devices: Sequence[jax.Device] | None = None, writes: bool = True
+) -> Prepared:
     """Reads and checks everything but the weights' values. Raises UserError; writes nothing.
 
     devices: what the run computes on (default: the first of this process, or with
-    `request.distributed` those of all processes).
+    `request.distributed` those of all processes). writes: whether a run is to follow.
     """
     request.check()
     if devices is None:
         devices = jax.devices() if request.distributed else jax.local_devices()[:1]
     if request.mesh_shape is not None:
         check_shape(*request.mesh_shape, devices)
-    check_paths(request)
+    if writes:
+        check_paths(request)
     config = ModelConfig.from_hf(request.model_path)
     capture = CaptureSpec()
     if request.activations_dir is not None:

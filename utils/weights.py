@@ -342,6 +342,23 @@ def _hf_name(path: str) -> str:
     raise KeyError(path)
 
 
+def outline(folder: str | Path) -> None:
+    """Writes `model.safetensors` for the `config.json` of a folder, bfloat16, all zeros and, where
+    the file system knows sparse files, taking no room: for planning runs of a model not at hand."""
+    folder, header, size = Path(folder), {}, 0
+    for path, shape in abstract_params(ModelConfig.from_hf(folder)).items():
+        name = _hf_name(path)
+        stored = _stored_shape(row_of(name)[0], shape)
+        end = size + 2 * int(np.prod(stored))
+        header[name] = {"dtype": "BF16", "shape": stored, "data_offsets": [size, end]}
+        size = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+
+
 def write_random_checkpoint(folder: str | Path, fields: dict[str, Any], seed: int = 0) -> None:
     """Writes `config.json` with `fields` and random bfloat16 weights in one safetensors file.
 

@@ -1,0 +1,113 @@
+"""What TPU slices can reach, by their compiler: the table of README_DISTRIBUTED_INFERENCE.md.
+
+    pip install "jax[tpu]" && python benchmarks/plan_table.py --tokenizer FOLDER
+
+Compiles the run of each model's shape for each slice, ahead of time, with no TPU and no weights:
+three layers captured, prompts of about 2,000 tokens, answers of at most 400. FOLDER holds any
+tokenizer with a chat template; the models' own vocabulary sizes are used. Minutes a line.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.shapes import LLAMA_3_1_8B, QWEN2_0_5B, QWEN2_5_7B
+
+MODELS = {"Qwen2-0.5B": QWEN2_0_5B, "Qwen2.5-7B": QWEN2_5_7B, "Llama-3.1-8B": LLAMA_3_1_8B}
+SLICES = ["v4-8", "v4-64", "v5e-8", "v5e-64"]
+
+
+def write_tasks(path: Path, count: int) -> None:
+    """Tasks of six pairs of 12 x 12 grids: prompts of equal length, so one shape to compile."""
+    rng = random.Random(0)
+
+    def grid() -> list[list[int]]:
+        return [[rng.randint(0, 9) for _ in range(12)] for _ in range(12)]
+
+    tasks = {}
+    for i in range(count):
+        pairs = [{"input": grid(), "output": grid()} for _ in range(6)]
+        tasks[f"task{i:05}"] = {"train": pairs, "test": [{"input": grid()}]}
+    path.write_text(json.dumps(tasks))
+
+
+def write_outline(folder: Path, fields: dict, tokenizer: Path) -> None:
+    """A checkpoint whose weights are a hole in a sparse file: shapes, no values."""
+    from utils.weights import outline
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+    outline(folder)
+    for file in tokenizer.iterdir():
+        if file.name != "config.json" and not file.name.endswith(".safetensors"):
+            shutil.copy(file, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--slices", nargs="+", default=SLICES)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--mesh_shape", nargs="+", default=["auto"])
+    args = parser.parse_args()
+
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from utils import plan
+    from utils.prepare import prepare
+    from utils.request import Request, mesh_shapes
+
+    print(
+        "| model | slice | mesh | GB a device | prefill tokens/s | share of peak | decode step ms |"
+    )
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            scratch = Path(scratch)
+            write_outline(scratch / "model", MODELS[name], args.tokenizer)
+            for slice_name in args.slices:
+                devices = plan.slice_devices(slice_name)
+                write_tasks(scratch / "tasks.json", args.batch_size * len(devices))
+                request = Request(
+                    str(scratch / "model"),
+                    str(scratch / "tasks.json"),
+                    distributed=True,
+                    batch_size=args.batch_size,
+                    mesh_shape=mesh_shapes(args.mesh_shape)[0],
+                    max_output_tokens=400,
+                )
+                p = plan.plan(prepare(request, devices, writes=False), slice_name)
+                mesh = "x".join(map(str, p["mesh_shape"]))
+                if not p["fits"]:
+                    print(f"| {name} | {slice_name} | {mesh} | does not fit | | | |", flush=True)
+                    continue
+                (bucket,) = p["buckets"]
+                prefill, step = bucket["prefill"], bucket["decode_step_seconds"]
+                peak = plan.CHIPS[slice_name.partition("-")[0]].flops
+                share = prefill["flops_per_device"] / peak / bucket["prefill_seconds"]
+                bytes_seconds = prefill["bytes_accessed_per_device"] / (
+                    plan.CHIPS[slice_name.partition("-")[0]].memory
+                )
+                slower = p["estimated_prefill_tokens_per_second"] * min(
+                    1, bucket["prefill_seconds"] / bytes_seconds
+                )
+                print(
+                    f"| {name} | {slice_name} | {mesh}, {bucket['rows']} x {bucket['length']} | "
+                    f"{p['hbm_bytes_per_device'] / 1e9:.1f} | "
+                    f"{p['estimated_prefill_tokens_per_second']:,.0f} ({slower:,.0f}) | "
+                    f"{share:.0%} | {step * 1e3:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
