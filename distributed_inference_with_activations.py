@@ -15,7 +15,7 @@ same command with --resume, on the same mesh or another, does the rest. Before m
 
 import argparse
 
-from utils import cli, flags
+from utils import cli, flags, supervise
 from utils.request import Request, mesh_shapes
 
 
@@ -48,12 +48,23 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
         from utils import plan
 
         return plan.main(request, args.plan, mesh_shapes(args.mesh_shape), args.plan_json)
+    here = (args.coordinator_address, args.num_processes, args.process_id)
+    supervise.check_flags(*here)
+    if supervise.several_possible(*here) and not args.dry_run:
+        words = supervise.unreachable(
+            args.coordinator_address, args.process_id, args.coordinator_timeout
+        )
+        supervise.fork(words, supervise.LOST)
     from utils import processes, report
     from utils.extract import run
     from utils.prepare import agree, prepare
 
     peers = processes.connect(
-        args.coordinator_address, args.num_processes, args.process_id, args.coordinator_timeout
+        args.coordinator_address,
+        args.num_processes,
+        args.process_id,
+        args.coordinator_timeout,
+        args.peer_timeout,
     )
     with processes.parting(peers):
         with peers.together("checking the request"):

@@ -16,6 +16,7 @@ config      Hugging Face config.json -> ModelConfig; refuses what it does not kn
 capture     which layers and hook points are captured, and what they are called
 request     what a run is asked to do: every flag's default, once
 flags       the flags that the inference scripts share
+supervise   a process that waits outside, and puts JAX's aborts into words
 processes   the processes of one run: agreeing, noticing who is gone, stopping together
 mesh        the (data, model) device mesh; the compilation cache
 layout      where the arrays of a forward pass live on the mesh
@@ -28,6 +29,7 @@ generate    jitted prefill and decode loop, with capture
 scoring     grids -> predictions, submission, accuracy
 manifest    metadata.json and the journal of answers: reading, merging, comparing
 shards      shard files: writing, resuming, loading with verification
+merge       the folders of separate hosts' runs, as one (python -m utils.shards merge)
 prepare     a request, checked: samples, prompts and batches, before a model loads
 compute     batches through the engine, and what comes back as items
 pipeline    launch, fetch and store batches, each in a thread

@@ -67,11 +67,17 @@ def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
         help="seconds to wait for all processes to come together",
     )
     group.add_argument(
+        "--peer_timeout",
+        type=int_at_least(6),
+        default=45,
+        help="seconds of silence after which a process counts as dead, and the others stop",
+    )
+    group.add_argument(
         "--shard_id",
         type=int_at_least(0),
         default=Request.shard_id,
         help="which of --num_shards parts of the tasks this run takes, from 0, for hosts that do "
-        "not talk to each other; `python -m utils.merge` joins the results",
+        "not talk to each other; `python -m utils.shards merge` joins the results",
     )
     group.add_argument(
         "--num_shards", type=int_at_least(1), default=Request.num_shards, help="parts of the tasks"

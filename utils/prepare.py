@@ -195,7 +195,7 @@ def agree(prepared: Prepared, peers: Peers) -> None:
     """Raises UserError where the processes of a run were not asked for the same, or do not read
     the same. Paths may differ."""
     request = prepared.request
-    own = {"process_id", "num_processes", "coordinator_address", "verbose"}
+    own = {"process_id", "coordinator_address", "coordinator_timeout", "peer_timeout", "verbose"}
     said = {
         "arguments": {
             f"--{name}": value

@@ -25,11 +25,11 @@ import jax
 from utils.cli import Interrupted
 from utils.disk import existing
 from utils.errors import UserError
+from utils.supervise import tell_connected, unreachable
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 2.0
-SILENCE_SECONDS = 45.0  # after which a process counts as dead
 FAREWELL_SECONDS = 8.0
 CHUNK_BYTES = 1 << 20  # of what is gathered; a message of the store holds 4 MB at most
 
@@ -83,10 +83,10 @@ class Peers:
 
 
 class ConnectedPeers(Peers):
-    """One of several processes; see `Peers`."""
+    """One of several processes; see `Peers`. After `silence` seconds unheard, one is dead."""
 
-    def __init__(self, client: Any, index: int, count: int):
-        self.index, self.count = index, count
+    def __init__(self, client: Any, index: int, count: int, silence: float):
+        self.index, self.count, self._silence = index, count, silence
         self._client = client
         self._sequence = 0
         self._ends: dict[int, dict[str, Any]] = {}
@@ -207,7 +207,7 @@ class ConnectedPeers(Peers):
             raise UserError(f"{self._name(other)} failed: {end['error']}", end["exit_code"])
         now = time.monotonic()
         for other, (_, seen) in self._beats.items():
-            if now - seen > SILENCE_SECONDS and other != self.index:
+            if now - seen > self._silence and other != self.index:
                 raise UserError(
                     f"{self._name(other)} has not been heard of for {now - seen:.0f} s: it died, "
                     "or its network did; start all processes again with --resume",
@@ -223,7 +223,7 @@ class ConnectedPeers(Peers):
     def explain(self, error: BaseException) -> BaseException:
         if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(error):
             return error
-        deadline = time.monotonic() + SILENCE_SECONDS + 3 * BEAT_SECONDS
+        deadline = time.monotonic() + self._silence + 3 * BEAT_SECONDS
         while time.monotonic() < deadline:
             try:
                 self.check()
@@ -250,7 +250,7 @@ class ConnectedPeers(Peers):
             deadline = time.monotonic() + FAREWELL_SECONDS
             while self.index == 0 and time.monotonic() < deadline:
                 now = time.monotonic()
-                dead = {i for i, (_, seen) in self._beats.items() if now - seen > SILENCE_SECONDS}
+                dead = {i for i, (_, seen) in self._beats.items() if now - seen > self._silence}
                 gone = {
                     int(k.rpartition("/")[2]) for k, _ in self._client.key_value_dir_get("gone/")
                 }
@@ -272,34 +272,19 @@ def parting(peers: Peers) -> Iterator[None]:
 
 
 def connect(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    timeout: int,
+    silence: int,
 ) -> Peers:
     """Joins the run's processes; alone where neither a flag nor the surroundings (a TPU pod, Slurm,
     GKE) say that there are several. Before anything touches a device.
 
-    timeout: seconds to wait for the coordinator. Raises UserError when it does not answer.
+    timeout: seconds to wait for the coordinator. silence: seconds after which a process that is not
+    heard of counts as dead.
     """
-    by_hand = (coordinator_address, num_processes, process_id)
-    if any(value is not None for value in by_hand):
-        if None in by_hand:
-            raise UserError(
-                "--coordinator_address, --num_processes and --process_id belong together: give all "
-                "three, or none where the surroundings tell (TPU pod, Slurm, GKE)"
-            )
-        host, _, port = coordinator_address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise UserError(
-                f"--coordinator_address {coordinator_address} is not HOST:PORT: give the address "
-                "of process 0 and a free port there"
-            )
-        if process_id >= num_processes:
-            raise UserError(
-                f"--process_id {process_id} does not exist: of --num_processes {num_processes} the "
-                f"ids are 0..{num_processes - 1}"
-            )
-        if num_processes == 1:
-            return Peers()
-    elif not _surrounded():
+    if num_processes == 1 or (coordinator_address is None and not _surrounded()):
         return Peers()
     from jax._src import distributed  # the store has no public name yet
 
@@ -311,20 +296,14 @@ def connect(
             coordinator_address, num_processes, process_id, initialization_timeout=timeout
         )
     except (RuntimeError, ValueError) as error:
-        where = coordinator_address or "(found by itself)"
-        first = str(error).splitlines()[0][:200]
-        if process_id == 0:
-            raise UserError(
-                f"not all {num_processes} processes came to {where} within {timeout} s, or the "
-                f"port is taken ({first}): start all of them with the same --coordinator_address"
-            ) from error
         raise UserError(
-            f"the coordinator {where} does not answer within {timeout} s ({first}): is process 0 "
-            "running, its address right and the port open?"
+            f"{unreachable(coordinator_address, process_id, timeout)} ({error!s:.200})"
         ) from error
+    tell_connected()
     if jax.process_count() == 1:
         return Peers()
-    return ConnectedPeers(distributed.global_state.client, jax.process_index(), jax.process_count())
+    client = distributed.global_state.client
+    return ConnectedPeers(client, jax.process_index(), jax.process_count(), silence)
 
 
 def _surrounded() -> bool:

@@ -333,3 +333,9 @@ def _verify(file: BinaryIO, entry: dict[str, Any]) -> None:
     if (crc32c := checksum(file)) != entry["crc32c"]:
         raise pickle.UnpicklingError(f"damaged: its crc32c is {crc32c}, not {entry['crc32c']}")
     file.seek(0)
+
+
+if __name__ == "__main__":  # python -m utils.shards merge DIR...
+    from utils import cli, merge
+
+    cli.run(merge.main, merge.build_parser())
