@@ -16,6 +16,7 @@ same command with --resume, on the same mesh or another, does the rest. Before m
 import argparse
 
 from utils import cli, flags, supervise
+from utils.errors import UserError
 from utils.request import Request, mesh_shapes
 
 
@@ -44,10 +45,16 @@ def build_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     request = Request.from_flags(args)
+    shapes = mesh_shapes(args.mesh_shape)
     if args.plan is not None:
         from utils import plan
 
-        return plan.main(request, args.plan, mesh_shapes(args.mesh_shape), args.plan_json)
+        return plan.main(request, args.plan, shapes, args.plan_json)
+    if args.plan_json is not None:
+        raise UserError("--plan_json needs --plan SLICE")
+    if len(shapes) > 1:
+        words = " ".join(args.mesh_shape)
+        raise UserError(f"--mesh_shape {words} is several shapes, which --plan alone compares")
     here = (args.coordinator_address, args.num_processes, args.process_id)
     supervise.check_flags(*here)
     if supervise.several_possible(*here) and not args.dry_run:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -17,10 +18,12 @@ from conftest import ROOT, TINY, random_task
 from parity import TOLERANCE, worst_error
 
 import distributed_inference_with_activations as script
+from utils import cli
 from utils.cli import Signals
+from utils.errors import UserError
 from utils.extract import run
 from utils.manifest import read_answers, read_manifest
-from utils.prepare import prepare
+from utils.prepare import prepare, shard_of
 from utils.request import Request
 from utils.shards import iter_items
 
@@ -404,3 +407,142 @@ def test_a_coordinator_that_does_not_answer(models, tasks, tmp_path):
     run = start(models["14-2"], tasks, folder, process_id=0, coordinator_timeout=3, **nobody)
     run.finish(2)
     assert "not all processes came" in run.last_line(0)
+
+
+@pytest.fixture
+def shell(monkeypatch, capfd):
+    """Call it with flags: runs the script in this process; exit code, stdout, stderr."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    def call(flags):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.run(script.main, script.build_parser(), words(flags))
+        return stop.value.code, *capfd.readouterr()
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(os, "_exit", leave)
+    yield call
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+BAD_VALUES = [
+    ({"mesh_shape": [8, 8]}, r"--mesh_shape 8 8 takes 64 devices, and JAX sees 8 \(cpu\): .* 2 4"),
+    ({"mesh_shape": [3, 2]}, "--mesh_shape 3 2 takes 6 devices"),
+    ({"mesh_shape": ["x", 2]}, "--mesh_shape x 2 is not `auto` or two whole numbers"),
+    ({"mesh_shape": [8]}, "--mesh_shape 8 is not `auto` or two whole numbers"),
+    ({"mesh_shape": [0, 8]}, "--mesh_shape 0 8 is not"),
+    ({"mesh_shape": [8, 1, 4, 2]}, "--mesh_shape 8 1 4 2 .* --plan"),
+    ({"batch_size": 0}, "--batch_size: 0 is below 1"),
+    ({"max_batch_tokens": 10}, r"the longest sample, \d+ tokens, .* --max_batch_tokens 10"),
+    ({"save_every_n_batches": 0}, "--save_every_n_batches: 0 is below 1"),
+    ({"shard_id": 3, "num_shards": 3}, r"--shard_id 3 does not exist: .* 0\.\.2"),
+    ({"shard_id": -1}, "--shard_id: -1 is below 0"),
+    ({"num_shards": 400, "shard_id": 7}, "shard 7 of 400 has no task"),
+    ({"process_id": 0}, "--coordinator_address, --num_processes and --process_id belong together"),
+    (
+        {"coordinator_address": "host", "num_processes": 2, "process_id": 0},
+        "--coordinator_address host is not HOST:PORT",
+    ),
+    (
+        {"coordinator_address": "h:1", "num_processes": 2, "process_id": 2},
+        r"--process_id 2 does not exist: .* 0\.\.1",
+    ),
+    ({"peer_timeout": 1}, "--peer_timeout: 1 is below 6"),
+    ({"coordinator_timeout": 0}, "--coordinator_timeout: 0 is below 1"),
+    ({"output_filepath": ""}, "--output_filepath is empty"),
+    ({"output_filepath": "."}, "is a folder: give --output_filepath the path of a file"),
+    ({"plan": "v5e-65"}, "--plan v5e-65 is not a slice: there are v4-8, .*v6e-256"),
+    ({"plan": "v5e-64", "plan_json": "."}, r"\. is a folder: give --plan_json the path"),
+    ({"plan_json": "p.json"}, "--plan_json needs --plan SLICE"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), BAD_VALUES, ids=str)
+def test_bad_values(shell, models, tasks, tmp_path, monkeypatch, changed, message):
+    monkeypatch.chdir(tmp_path)
+    paths = {"output_filepath": "submission.json", "activations_dir": "acts"}
+    flags = {"model_path": models["14-2"], "dataset_path": tasks, **paths, **FLAGS, **changed}
+    code, out, err = shell(flags)
+    assert (code, out) == (2, ""), err
+    assert re.fullmatch(r"error: \S.+\n", err) and re.search(message, err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_of_extraction_without_it(shell, models, tasks, tmp_path):
+    paths = {"output_filepath": tmp_path / "submission.json"}
+    flags = {"model_path": models["14-2"], "dataset_path": tasks, **paths, "layers_to_extract": [0]}
+    code, _, err = shell(flags)
+    assert (code, err) == (2, "error: --layers_to_extract: give --extract_activations too\n")
+
+
+@pytest.mark.parametrize("what", ["model", "tasks", "capture"])
+def test_resuming_with_another(shell, models, tasks, tmp_path, what):
+    in_process(models["14-2"], tasks, tmp_path, mesh_shape=[8, 1])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    changed = {
+        "model": {"model_path": models["16-8"]},
+        "tasks": {"max_tasks": 24},
+        "capture": {"layers_to_extract": [1]},
+    }[what]
+    paths = {"output_filepath": tmp_path / "submission.json", "activations_dir": tmp_path / "acts"}
+    flags = {"model_path": models["14-2"], "dataset_path": tasks, **paths, **FLAGS, **changed}
+    code, _, err = shell({**flags, "resume": True})
+    names = {"model": "model.", "tasks": "dataset.hash", "capture": "activations.resid_post.0"}
+    assert code == 2 and "with other settings" in err and names[what] in err, err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+# -------------------------------------------------------------------------------- by hand
+
+
+def test_shards_of_the_tasks_are_joined(models, tasks, tmp_path, reference, capsys):
+    """Disjoint, complete, stable; the folders and the submissions become one."""
+    from utils import merge
+
+    def join(*parts, **flags):
+        argv = ["merge", *map(str, parts), *words(flags)]
+        return merge.main(merge.build_parser().parse_args(argv), NoSignals())
+
+    shape = {"mesh_shape": [4, 2], "num_shards": 3}
+    folders = [tmp_path / str(i) for i in range(3)]
+    parts = [
+        in_process(models["14-2"], tasks, folder, shard_id=i, **shape)
+        for i, folder in enumerate(folders)
+    ]
+    assert sum(len(items) for items, _ in parts) == 29
+    activations = [folder / "acts" for folder in folders]
+    with pytest.raises(UserError, match="of 3 shards these are missing: 2"):
+        join(*activations[:2], into=tmp_path / "all")
+    with pytest.raises(UserError, match="both hold shard 1"):
+        join(*activations[:2], activations[1].parent / ".." / "1" / "acts", into=tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+    (tmp_path / "all").mkdir()
+    joint = {"into": tmp_path / "all" / "acts", "output_filepath": tmp_path / "all/submission.json"}
+    assert join(*activations, verify=True, **joint) == 0
+    assert_same(result_of(tmp_path / "all"), reference)
+    assert read_manifest(tmp_path / "all" / "acts")["dataset"]["tasks"] == 25
+    join(*(f / "submission.json" for f in folders), output_filepath=tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == reference[1]
+    with pytest.raises(UserError, match="is there already"):
+        join(*activations, into=tmp_path / "all" / "acts")
+    with pytest.raises(UserError, match="holds tasks that another holds too"):
+        join(*(2 * [folders[0] / "submission.json"]), output_filepath=tmp_path / "twice.json")
+    os.truncate(next(activations[2].glob("*.pkl")), 100)
+    with pytest.raises(UserError, match="lacks shards, or holds parts of them"):
+        join(*activations, into=tmp_path / "more")
+    manifest = json.loads((activations[0] / "metadata.json").read_text())
+    (activations[0] / "metadata.json").write_text(json.dumps({**manifest, "status": "running"}))
+    with pytest.raises(UserError, match="is not complete: finish its run"):
+        join(*activations, into=tmp_path / "more")
+
+
+def test_a_task_stays_in_its_shard():
+    """By its id alone: adding tasks, or reading them in another order, moves none."""
+    names = [f"task{i}" for i in range(1000)]
+    parts = [[name for name in names if shard_of(name, 4) == i] for i in range(4)]
+    assert sum(map(len, parts)) == 1000 and min(map(len, parts)) > 200
+    assert [shard_of(name, 4) for name in ("007bbfb7", "00d62c1b", "017c7c7b")] == [0, 0, 3]
