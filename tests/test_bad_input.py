@@ -116,6 +116,9 @@ BAD_VALUES = [
     ({"output_path": "x" * 300}, "name too long"),
     ({"activations_dir": ""}, "--activations_dir is empty"),
     ({"activations_dir": "x" * 300}, "name too long"),
+    ({"max_batch_tokens": 0}, "--max_batch_tokens: 0 is below 1"),
+    ({"max_batch_tokens": 5}, r"the longest sample, \d+ tokens, .* --max_batch_tokens 5"),
+    ({"save_every_n_batches": "x"}, "--save_every_n_batches: 'x' is not a whole number"),
     ({"max_tasks": "x"}, "--max_tasks: 'x' is not a whole number"),
     ({"max_tasks": 0}, "--max_tasks: 0 is below 1"),
     ({"batch_size": 0}, "--batch_size: 0 is below 1"),
@@ -1082,7 +1085,8 @@ def test_a_signal_before_the_run_leaves_nothing(long_flags, tmp_path):
     assert snapshot(tmp_path) == {}
 
 
-TIMES = ("seconds", "compile_seconds", "tokens_per_second")
+# and the shares of slots that were useful since the last start
+TIMES = ("seconds", "compile_seconds", "tokens_per_second", "useful_slots")
 
 
 def assert_equal_runs(folder: Path, other: Path) -> None:

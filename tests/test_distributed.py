@@ -274,8 +274,16 @@ def reference(models, tasks, tmp_path_factory):
     return in_process(models["14-2"], tasks, tmp_path_factory.mktemp("one"), mesh_shape=[4, 2])
 
 
-@pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
-@pytest.mark.parametrize(("count", "shape"), [(2, [2, 4]), (4, [1, 8])], ids=["2", "4"])
+@pytest.mark.parametrize(
+    ("count", "shape", "separate"),
+    [
+        (2, [2, 4], False),
+        (2, [2, 4], True),
+        pytest.param(4, [1, 8], False, marks=pytest.mark.slow),
+        (4, [1, 8], True),
+    ],
+    ids=["2 shared", "2 separate", "4 shared", "4 separate"],
+)
 def test_processes_store_each_sample_once(
     models, tasks, tmp_path, reference, count, shape, separate
 ):
@@ -306,8 +314,16 @@ def test_processes_store_each_sample_once(
 LONG = {"max_output_tokens": 300, "save_every_n_samples": 1}
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "told to stop"])
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("which", "sent"),
+    [
+        (0, signal.SIGKILL),
+        (1, signal.SIGKILL),
+        (0, signal.SIGTERM),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+    ids=["0 killed", "1 killed", "0 told to stop", "1 told to stop"],
+)
 def test_the_end_of_one_is_the_end_of_all(models, tasks, tmp_path, sent, which):
     """And another number of processes, on another mesh, does the rest: each sample once."""
     folder = tmp_path / "run"

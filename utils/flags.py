@@ -56,10 +56,18 @@ def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
         "--coordinator_address",
         metavar="HOST:PORT",
         help="where process 0 listens; with --num_processes and --process_id, where the "
-        "surroundings (TPU pod, Slurm, GKE) do not tell",
+        "surroundings do not tell (default: what a TPU pod, Slurm or GKE says)",
     )
-    group.add_argument("--num_processes", type=int_at_least(1), help="processes of the run")
-    group.add_argument("--process_id", type=int_at_least(0), help="this one's number, from 0")
+    group.add_argument(
+        "--num_processes",
+        type=int_at_least(1),
+        help="processes of the run (default: see --coordinator_address)",
+    )
+    group.add_argument(
+        "--process_id",
+        type=int_at_least(0),
+        help="this one's number, from 0 (default: see --coordinator_address)",
+    )
     group.add_argument(
         "--coordinator_timeout",
         type=int_at_least(1),
@@ -90,9 +98,12 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--plan",
         metavar="SLICE",
         help="compile the run for a TPU slice (v4-8 .. v4-64, v5e-8 .. v5e-256, v5p-8 .., v6e-8 ..)"
-        ", print memory, FLOPs, time and storage, and stop; needs no TPU, but jax[tpu]",
+        ", print memory, FLOPs, time and storage, and stop; needs jax[tpu], but no TPU (default: "
+        "run)",
     )
-    group.add_argument("--plan_json", metavar="FILE", help="write the plan there too")
+    group.add_argument(
+        "--plan_json", metavar="FILE", help="write the plan there too (default: nowhere)"
+    )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -206,10 +217,11 @@ def add_storage_flags(
         "--save_every_n_samples",
         type=int_at_least(1),
         default=save_every_n_samples,
-        help="samples a shard; a kill loses at most those of the open one",
+        help="samples a shard; a kill loses at most those of the open one"
+        + ("" if save_every_n_samples else " (default: any)"),
     )
     group.add_argument(
-        "--save_every_n_batches", type=int_at_least(1), help="batches a shard; see above"
+        "--save_every_n_batches", type=int_at_least(1), help="batches a shard (default: any)"
     )
     group.add_argument(
         "--max_shard_mb",
