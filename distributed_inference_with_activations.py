@@ -77,7 +77,7 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
         with peers.together("checking the request"):
             prepared = prepare(request)
         agree(prepared, peers)
-        if args.verbose:
+        if args.verbose and peers.index == 0:
             report.print_placements(prepared)
         if args.dry_run:
             if peers.index == 0:

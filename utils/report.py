@@ -1,5 +1,6 @@
 """What a run says on stdout: the plan of a dry run, and the summary at its end."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -10,13 +11,14 @@ from utils.extract import open_writer
 from utils.prepare import Prepared, train_pairs
 from utils.processes import Peers
 from utils.storage import check_disk, plan_storage
+from utils.weights import abstract_params, placement
 
 
 def print_plan(prepared: Prepared) -> None:
     """Samples, tokens, shapes, shards and bytes, and the free space of the disk."""
     request = prepared.request
     lengths = [sample.length for sample in prepared.samples]
-    shapes = {batch.bucket for batch in prepared.batches}
+    shapes = {(batch.bucket.length, len(batch.rows)) for batch in prepared.batches}
     padding = padding_share(lengths, prepared.batches)
     at_most = "at most " if request.generates else ""
     print(f"model         {request.model_path}: {prepared.config.model_type}, {prepared.dtype}")
@@ -24,8 +26,12 @@ def print_plan(prepared: Prepared) -> None:
     print(f"samples       {len(prepared.samples)}")
     print_shortfalls(prepared)
     print(f"prompt tokens {sum(length.prompt for length in lengths)}")
-    print(f"batches       {len(prepared.batches)} of {request.batch_size}, {padding:.1%} padding")
-    print(f"shapes        {', '.join(map(str, sorted(bucket.length for bucket in shapes)))} tokens")
+    layout = prepared.layout
+    if request.distributed:
+        print(f"mesh          {layout.data} x {layout.model} (data x model)")
+    print(f"batches       {len(prepared.batches)}, {padding:.1%} padding")
+    sizes = sorted((length, rows) for length, rows in shapes)
+    print(f"shapes        {', '.join(f'{rows} x {length}' for length, rows in sizes)} tokens")
     tokens, shards = plan_storage(prepared)
     print(f"total tokens  {at_most}{tokens}")
     if request.activations_dir is not None:
@@ -38,6 +44,23 @@ def print_plan(prepared: Prepared) -> None:
     except UserError as error:
         print(f"would be refused: {error}")
     print("dry run: nothing was written")
+
+
+def print_placements(prepared: Prepared) -> None:
+    """How each kind of tensor lies on the mesh, layers alike in one line."""
+    layout = prepared.layout
+    print(f"mesh          {layout.data} x {layout.model} (data x model), attention "
+          f"{'by heads' if layout.by_heads else 'by tokens'}")  # fmt: skip
+    seen = {}
+    for path, shape in abstract_params(prepared.config).items():
+        seen.setdefault(re.sub(r"layers_\d+", "layers_*", path), (path, shape))
+    for kind, (path, shape) in seen.items():
+        place = placement(path, shape, layout)
+        split = [i for i, axis in enumerate(place.spec) if axis == "model"]
+        words = f"split by axis {split[0]}" if split and layout.model > 1 else "whole on each"
+        if place.padded:
+            words += f", padded from {list(shape)}"
+        print(f"  {kind:36} {list(place.shape)!s:24} {words}")
 
 
 def print_shortfalls(prepared: Prepared) -> None:
@@ -81,7 +104,12 @@ def print_summary(prepared: Prepared, manifest: dict[str, Any]) -> None:
         f"tokens        {manifest['total_tokens']}, {manifest['tokens_per_second']:.0f} tokens/s "
         f"over {manifest['seconds']:.1f} s (compiling: {manifest['compile_seconds']:.1f} s more)"
     )
-    print(f"predictions   {request.output_path}")
+    useful = manifest.get("useful_slots") or {}
+    if useful.get("prefill"):
+        decoding = "" if useful["decode"] is None else f", {useful['decode']:.1%} of decoding"
+        print(f"useful        {useful['prefill']:.1%} of the slots of prefill{decoding}")
+    kind = "submission   " if request.distributed else "predictions  "
+    print(f"{kind} {request.output_path}")
     if request.activations_dir is not None:
         size = sum(entry["size_bytes"] for entry in manifest["files"])
         count = manifest["total_batches"]
