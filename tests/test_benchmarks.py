@@ -22,3 +22,14 @@ def test_transform_rows():
     result = run_script("benchmarks/transform_rows.py", "--num_rows", 500)
     assert result.returncode == 0, result.stderr
     assert "rows/s" in result.stdout
+
+
+@pytest.mark.slow
+def test_overlap(tiny_model, tasks_file):
+    result = run_script(
+        *("benchmarks/overlap.py", "--model_path", tiny_model, "--dataset_path", tasks_file),
+        *("--new_tokens", 4, "--repeats", 1, "--max_model_len", 700, "--batch_size", 1),
+    )
+    assert result.returncode == 0, result.stderr
+    for words in ("cost of extraction", "device idle"):
+        assert words in result.stdout

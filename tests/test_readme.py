@@ -10,15 +10,20 @@ from conftest import ROOT
 from utils.items import CELL_COLUMNS
 
 README = (ROOT / "README.md").read_text()
+DISTRIBUTED = (ROOT / "README_DISTRIBUTED_INFERENCE.md").read_text()
 
 
 def commands() -> list[list[str]]:
     """Every `python SCRIPT ...` of the shell blocks, continuation lines joined."""
     found = []
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+    for block in re.findall(r"```bash\n(.*?)```", README + DISTRIBUTED, re.S):
+        if block.startswith(("gcloud", "for ")):
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
                 words = shlex.split(command)
+                while words and "=" in words[0]:  # the environment
+                    words.pop(0)
                 if words[:1] == ["python"] and words[1].endswith(".py"):
                     found.append(words[1:])
     return found
@@ -40,7 +45,7 @@ def test_files_exist():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.S)[1]
     named = [line.split()[0] for line in tree.splitlines() if not line.startswith(" ")]
     assert len(named) > 5
-    for name in named + re.findall(r"`((?:tests|benchmarks)/\w+\.py)`", README):
+    for name in named + re.findall(r"`((?:tests|benchmarks)/\w+\.py)`", README + DISTRIBUTED):
         assert (ROOT / name).exists(), name
 
 
