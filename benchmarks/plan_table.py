@@ -1,16 +1,15 @@
 """What TPU slices can reach, by their compiler: the table of README_DISTRIBUTED_INFERENCE.md.
 
-    pip install "jax[tpu]" && python benchmarks/plan_table.py --tokenizer FOLDER
+    pip install -r requirements-tpu.txt && python benchmarks/plan_table.py
 
 Compiles the run of each model's shape for each slice, ahead of time, with no TPU and no weights:
-three layers captured, prompts of about 2,000 tokens, answers of at most 400. FOLDER holds any
-tokenizer with a chat template; the models' own vocabulary sizes are used. Minutes a line.
+three layers captured, prompts of about 2,000 tokens (one a character), answers of at most 400.
+Minutes a line.
 """
 
 import argparse
 import json
 import random
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -37,23 +36,21 @@ def write_tasks(path: Path, count: int) -> None:
     path.write_text(json.dumps(tasks))
 
 
-def write_outline(folder: Path, fields: dict, tokenizer: Path) -> None:
+def write_outline(folder: Path, fields: dict) -> None:
     """A checkpoint whose weights are a hole in a sparse file: shapes, no values."""
+    from tests.tokenizers_for_tests import character_tokenizer
     from utils.weights import outline
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     outline(folder)
-    for file in tokenizer.iterdir():
-        if file.name != "config.json" and not file.name.endswith(".safetensors"):
-            shutil.copy(file, folder)
+    character_tokenizer().save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--slices", nargs="+", default=SLICES)
     parser.add_argument("--batch_size", type=int, default=8)
@@ -73,7 +70,7 @@ def main() -> None:
     for name in args.models:
         with tempfile.TemporaryDirectory() as scratch:
             scratch = Path(scratch)
-            write_outline(scratch / "model", MODELS[name], args.tokenizer)
+            write_outline(scratch / "model", MODELS[name])
             for slice_name in args.slices:
                 devices = plan.slice_devices(slice_name)
                 write_tasks(scratch / "tasks.json", args.batch_size * len(devices))
