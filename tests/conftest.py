@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from utils import cli
 
 # Before anything starts JAX: meshes are tested on virtual devices, of which a run on one device
 # takes the first.
@@ -77,6 +80,34 @@ def tasks_file(tmp_path_factory) -> Path:
     solutions = {name: grids for name, (_, grids) in made.items()}
     (folder / "test_outputs_train.json").write_text(json.dumps(solutions))
     return path
+
+
+class NoSignals(cli.Signals):
+    """For a run in the test's own process: leaves the test runner's signal handlers alone."""
+
+    def __init__(self):
+        self._depth, self._pending = 0, None
+
+
+@pytest.fixture
+def in_shell(monkeypatch, capfd):
+    """Call it with a script's module and flags: runs it in this process, its exit included; gives
+    exit code, stdout and stderr."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    def call(script, flags):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.run(script.main, script.build_parser(), list(map(str, flags)))
+        return stop.value.code, *capfd.readouterr()
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(os, "_exit", leave)
+    yield call
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 def run_script(*args, cwd=None, env=None, timeout=300) -> subprocess.CompletedProcess:

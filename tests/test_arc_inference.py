@@ -9,11 +9,10 @@ import textwrap
 
 import numpy as np
 import pytest
-from conftest import SHARED, TINY, run_script
+from conftest import SHARED, TINY, NoSignals, run_script
 from parity import TOLERANCE, log_softmax, worst_error
 
 import simple_extraction_inference as script
-from utils.cli import Signals
 from utils.extract import run
 from utils.prepare import prepare
 from utils.request import Request
@@ -35,13 +34,6 @@ PARITY_FAMILIES = {
     },
     "mistral": {"model_type": "mistral", "sliding_window": 50},
 }
-
-
-class NoSignals(Signals):
-    """Leaves the test runner's signal handlers alone."""
-
-    def __init__(self):
-        self._depth, self._pending = 0, None
 
 
 def prepared(model, tasks, folder, *flags):

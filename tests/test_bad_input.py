@@ -23,7 +23,6 @@ import pytest
 from conftest import ROOT, TINY, random_task, run_script
 
 import simple_extraction_inference as script
-from utils import cli
 from utils.config import _READ, MODEL_TYPES, ModelConfig
 from utils.errors import UserError
 from utils.manifest import read_answers, read_manifest
@@ -35,23 +34,9 @@ HEAVY = {"jax", "flax", "transformers", "tokenizers", "datasets", "torch", "matp
 
 
 @pytest.fixture
-def shell(monkeypatch, capfd):
+def shell(in_shell):
     """Call it with flags: runs the script in this process; gives exit code, stdout and stderr."""
-
-    def leave(code):
-        raise SystemExit(code)
-
-    def call(*flags):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.run(script.main, script.build_parser(), list(map(str, flags)))
-        return stop.value.code, *capfd.readouterr()
-
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(os, "_exit", leave)
-    yield call
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    return lambda *flags: in_shell(script, flags)
 
 
 @pytest.fixture

@@ -14,12 +14,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, random_task
+from conftest import ROOT, TINY, NoSignals, random_task
 from parity import TOLERANCE, worst_error
 
 import distributed_inference_with_activations as script
-from utils import cli
-from utils.cli import Signals
 from utils.errors import UserError
 from utils.extract import run
 from utils.manifest import read_answers, read_manifest
@@ -45,13 +43,6 @@ HEADS = {
     },
     "16-8": {"model_type": "llama", "num_attention_heads": 16, "num_key_value_heads": 8},
 }
-
-
-class NoSignals(Signals):
-    """Leaves the test runner's signal handlers alone."""
-
-    def __init__(self):
-        self._depth, self._pending = 0, None
 
 
 def words(flags: dict) -> list[str]:
@@ -425,26 +416,6 @@ def test_a_coordinator_that_does_not_answer(models, tasks, tmp_path):
     assert "not all processes came" in run.last_line(0)
 
 
-@pytest.fixture
-def shell(monkeypatch, capfd):
-    """Call it with flags: runs the script in this process; exit code, stdout, stderr."""
-
-    def leave(code):
-        raise SystemExit(code)
-
-    def call(flags):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.run(script.main, script.build_parser(), words(flags))
-        return stop.value.code, *capfd.readouterr()
-
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(os, "_exit", leave)
-    yield call
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-
-
 BAD_VALUES = [
     ({"mesh_shape": [8, 8]}, r"--mesh_shape 8 8 takes 64 devices, and JAX sees 8 \(cpu\): .* 2 4"),
     ({"mesh_shape": [3, 2]}, "--mesh_shape 3 2 takes 6 devices"),
@@ -478,25 +449,25 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("changed", "message"), BAD_VALUES, ids=str)
-def test_bad_values(shell, models, tasks, tmp_path, monkeypatch, changed, message):
+def test_bad_values(in_shell, models, tasks, tmp_path, monkeypatch, changed, message):
     monkeypatch.chdir(tmp_path)
     paths = {"output_filepath": "submission.json", "activations_dir": "acts"}
     flags = {"model_path": models["14-2"], "dataset_path": tasks, **paths, **FLAGS, **changed}
-    code, out, err = shell(flags)
+    code, out, err = in_shell(script, words(flags))
     assert (code, out) == (2, ""), err
     assert re.fullmatch(r"error: \S.+\n", err) and re.search(message, err), err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flags_of_extraction_without_it(shell, models, tasks, tmp_path):
+def test_flags_of_extraction_without_it(in_shell, models, tasks, tmp_path):
     paths = {"output_filepath": tmp_path / "submission.json"}
     flags = {"model_path": models["14-2"], "dataset_path": tasks, **paths, "layers_to_extract": [0]}
-    code, _, err = shell(flags)
+    code, _, err = in_shell(script, words(flags))
     assert (code, err) == (2, "error: --layers_to_extract: give --extract_activations too\n")
 
 
 @pytest.mark.parametrize("what", ["model", "tasks", "capture"])
-def test_resuming_with_another(shell, models, tasks, tmp_path, what):
+def test_resuming_with_another(in_shell, models, tasks, tmp_path, what):
     in_process(models["14-2"], tasks, tmp_path, mesh_shape=[8, 1])
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     changed = {
@@ -506,7 +477,7 @@ def test_resuming_with_another(shell, models, tasks, tmp_path, what):
     }[what]
     paths = {"output_filepath": tmp_path / "submission.json", "activations_dir": tmp_path / "acts"}
     flags = {"model_path": models["14-2"], "dataset_path": tasks, **paths, **FLAGS, **changed}
-    code, _, err = shell({**flags, "resume": True})
+    code, _, err = in_shell(script, words({**flags, "resume": True}))
     names = {"model": "model.", "tasks": "dataset.hash", "capture": "activations.resid_post.0"}
     assert code == 2 and "with other settings" in err and names[what] in err, err
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

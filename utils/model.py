@@ -209,10 +209,12 @@ class Decoder(nn.Module):
         """Final norm and unembedding: [B, D] -> float32 [B, V]; -inf where V is padded."""
         x = self.layout.split(self.final_norm(x), "data")
         if self.config.tie_word_embeddings:
-            logits = jnp.einsum("BD,VD->BV", x, self.embedding)
+            axes, kernel = "BD,VD->BV", self.embedding
         else:
-            logits = jnp.einsum("BD,DV->BV", x, self.head)
-        logits = self.layout.split(logits.astype(jnp.float32), "data", "model")
+            axes, kernel = "BD,DV->BV", self.head
+        # Not rounded to the model's dtype: bfloat16 makes the highest of them equal too often.
+        logits = jnp.einsum(axes, x, kernel, preferred_element_type=jnp.float32)
+        logits = self.layout.split(logits, "data", "model")
         if logits.shape[-1] == self.config.vocab_size:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -jnp.inf)

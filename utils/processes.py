@@ -91,7 +91,8 @@ class ConnectedPeers(Peers):
         self._sequence = 0
         self._ends: dict[int, dict[str, Any]] = {}
         self._hosts: dict[int, str] = {}
-        self._beats: dict[int, tuple[str, float]] = {}
+        now = time.monotonic()
+        self._beats: dict[int, tuple[str, float]] = dict.fromkeys(range(count), ("", now))
         self._lost = False
         self._left = False
         self._watching = True
@@ -184,7 +185,7 @@ class ConnectedPeers(Peers):
                 for key, value in self._client.key_value_dir_get("beat/"):
                     other = int(key.rpartition("/")[2])
                     number, _, self._hosts[other] = value.partition(" ")
-                    if self._beats.get(other, ("", 0))[0] != number:
+                    if self._beats[other][0] != number:
                         self._beats[other] = (number, now)
                 for key, value in self._client.key_value_dir_get("end/"):
                     self._ends[int(key.rpartition("/")[2])] = json.loads(value)
@@ -213,7 +214,7 @@ class ConnectedPeers(Peers):
                     "or its network did; start all processes again with --resume",
                     exit_code=1,
                 )
-        if self._lost and now - self._beats.get(0, ("", now))[1] > BEAT_SECONDS * 4:
+        if self._lost and now - self._beats[0][1] > BEAT_SECONDS * 4:
             raise UserError(
                 f"{self._name(0)}, which the others meet at, does not answer: start all processes "
                 "again with --resume",
