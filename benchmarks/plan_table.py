@@ -64,9 +64,7 @@ def main() -> None:
     from utils.prepare import prepare
     from utils.request import Request, mesh_shapes
 
-    print(
-        "| model | slice | mesh | GB a device | prefill tokens/s | share of peak | decode step ms |"
-    )
+    print("| model | slice | mesh, batch | GB | prefill tokens/s | by bytes | step ms |")
     for name in args.models:
         with tempfile.TemporaryDirectory() as scratch:
             scratch = Path(scratch)
