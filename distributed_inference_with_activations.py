@@ -57,11 +57,11 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
         raise UserError(f"--mesh_shape {words} is several shapes, which --plan alone compares")
     here = (args.coordinator_address, args.num_processes, args.process_id)
     supervise.check_flags(*here)
-    if supervise.several_possible(*here) and not args.dry_run:
+    if supervise.several_possible(*here):
         words = supervise.unreachable(
             args.coordinator_address, args.process_id, args.coordinator_timeout
         )
-        supervise.fork(words, supervise.LOST)
+        supervise.fork(words)
     from utils import processes, report
     from utils.extract import run
     from utils.prepare import agree, prepare

@@ -86,7 +86,10 @@ class NoSignals(cli.Signals):
     """For a run in the test's own process: leaves the test runner's signal handlers alone."""
 
     def __init__(self):
-        self._depth, self._pending = 0, None
+        self._depth, self._pending, self._raised = 0, None, False
+
+    def ignore(self):
+        pass
 
 
 @pytest.fixture

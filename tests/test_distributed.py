@@ -533,3 +533,95 @@ def test_a_task_stays_in_its_shard():
     parts = [[name for name in names if shard_of(name, 4) == i] for i in range(4)]
     assert sum(map(len, parts)) == 1000 and min(map(len, parts)) > 200
     assert [shard_of(name, 4) for name in ("007bbfb7", "00d62c1b", "017c7c7b")] == [0, 0, 3]
+
+
+# ------------------------------------------------------------------------- separate folders
+
+
+def test_folders_that_changed_hands(models, tasks, tmp_path):
+    """What two processes left in folders of their own: swapped, with a copy, whole again."""
+    folder = tmp_path / "run"
+    flags = {"mesh_shape": [2, 1], **LONG}
+    run = start(models["14-2"], tasks, folder, 2, 1, True, **flags)
+    run.wait_for(folder, "acts*/*_batch_000002.pkl")
+    run.processes[0].send_signal(signal.SIGTERM)
+    run.finish(143)
+    before = {p: p.read_bytes() for p in folder.glob("acts*/*")}
+
+    swapped = {i: {"activations_dir": folder / f"acts{1 - i}"} for i in (0, 1)}
+    run = start(models["14-2"], tasks, folder, 2, 1, True, each=swapped, resume=True, **flags)
+    run.finish(2)
+    assert "give each process the folder that it had" in run.last_line(0)
+
+    alone = tmp_path / "alone"
+    shutil.copytree(folder / "acts0", alone / "acts0")
+    one = {"activations_dir": alone / "acts0", "mesh_shape": [1, 1], **LONG}
+    start(models["14-2"], tasks, alone, 1, 1, resume=True, **one).finish()
+    shutil.copytree(folder / "acts1", alone / "acts1")  # the host comes back with its disk
+    (alone / "submission.json").unlink()
+    run = start(models["14-2"], tasks, alone, 2, 1, True, resume=True, **flags)
+    run.finish([2, 2])
+    assert "acts1" in run.last_line(0) and "both hold" in run.last_line(0)
+
+    assert {p: p.read_bytes() for p in folder.glob("acts*/*")} == before
+    start(models["14-2"], tasks, folder, 2, 1, True, resume=True, **flags).finish()
+    manifest = json.loads((folder / "acts0" / "metadata.json").read_text())
+    assert manifest["total_samples"] == 29 and manifest["status"] == "complete"
+    submission = (folder / "submission.json").read_bytes()
+    (folder / "submission.json").unlink()
+    start(models["14-2"], tasks, folder, 2, 1, True, resume=True, **flags).finish()
+    assert (folder / "submission.json").read_bytes() == submission
+
+
+def test_the_manifest_speaks_of_the_last_start(models, tasks, tmp_path):
+    """One process began, two went on."""
+    folder = tmp_path / "run"
+    run = start(models["14-2"], tasks, folder, 1, 2, mesh_shape=[2, 1], **LONG)
+    run.wait_for(folder, "acts/*_batch_000002.pkl")
+    run.processes[0].send_signal(signal.SIGTERM)
+    run.finish(143)
+    earlier = read_manifest(folder / "acts")["seconds"]
+    start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[1, 2], resume=True, **LONG).finish()
+    manifest = read_manifest(folder / "acts")
+    assert (manifest["processes"], manifest["mesh_shape"]) == (2, [1, 2])
+    assert manifest["arguments"]["resume"] and len(manifest["devices"]) == 2
+    assert manifest["status"] == "complete" and manifest["total_samples"] == 29
+    assert manifest["seconds"] > earlier
+
+
+def test_told_to_stop_before_the_others_came(models, tasks, tmp_path):
+    address = {"coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
+    run = start(models["14-2"], tasks, tmp_path / "run", process_id=1, **address)
+    time.sleep(8)
+    begin = time.monotonic()
+    run.processes[0].send_signal(signal.SIGTERM)
+    run.finish(143)
+    assert time.monotonic() - begin < 5
+    assert run.last_line(0) == "stopped by SIGTERM; nothing was written"
+
+
+def test_parts_of_different_tasks_are_not_joined(models, tasks, tmp_path):
+    from utils import merge
+
+    for i, most in enumerate((12, 25)):
+        in_process(
+            *(models["14-2"], tasks, tmp_path / str(i)),
+            **{"mesh_shape": [8, 1], "num_shards": 2, "shard_id": i, "max_tasks": most},
+        )
+    argv = ["merge", *(str(tmp_path / str(i) / "acts") for i in (0, 1)), "--into", "all"]
+    with pytest.raises(UserError, match=r"is of another run than .* dataset\.whole_hash"):
+        merge.main(merge.build_parser().parse_args(argv), NoSignals())
+
+
+def test_the_dry_run_counts_the_shards_of_the_run(models, tasks, tmp_path):
+    from utils.storage import plan_storage
+
+    flags = {**FLAGS, "max_output_tokens": 0, "mesh_shape": [8, 1], "save_every_n_batches": 1}
+    paths = {"output_filepath": tmp_path / "s.json", "activations_dir": tmp_path / "acts"}
+    words_ = words({"model_path": models["14-2"], "dataset_path": tasks, **paths, **flags})
+    prepared = prepare(Request.from_flags(script.build_parser().parse_args(words_)))
+    tokens, shards = plan_storage(prepared)
+    manifest = run(prepared, NoSignals())
+    assert tokens == manifest["total_tokens"]
+    written = [(entry["num_samples"], entry["size_bytes"]) for entry in manifest["files"]]
+    assert shards == written and len(shards) == len(prepared.batches) > 1

@@ -17,7 +17,7 @@ def commands() -> list[list[str]]:
     """Every `python SCRIPT ...` of the shell blocks, continuation lines joined."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", README + DISTRIBUTED, re.S):
-        if block.startswith(("gcloud", "for ")):
+        if block.startswith(("gcloud", "mkdir")):
             continue
         for line in block.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):

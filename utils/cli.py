@@ -96,12 +96,14 @@ class Signals:
     def __init__(self) -> None:
         self._depth = 0
         self._pending: int | None = None
+        self._raised = False
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: object) -> None:
         self._pending = signum
-        if self._depth == 0:
+        if self._depth == 0 and not self._raised:
+            self._raised = True  # what follows is the end; a second Ctrl-C does not cut it short
             raise Interrupted(signum)
 
     def ignore(self) -> None:
@@ -117,9 +119,9 @@ class Signals:
             yield
         finally:
             self._depth -= 1
-        if self._depth == 0 and self._pending is not None:
-            signum, self._pending = self._pending, None
-            raise Interrupted(signum)
+        if self._depth == 0 and self._pending is not None and not self._raised:
+            self._raised = True
+            raise Interrupted(self._pending)
 
 
 def run(

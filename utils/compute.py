@@ -178,7 +178,7 @@ class Computation:
         decoded = []
         if request.generates:
             decoded = self._decode(batch.bucket, prefilled, lengths, samples)
-        if request.no_logits:
+        if request.no_logits or request.activations_dir is None:
             prefilled.logits = None
         owned = self.layout.owned(B)
         mine = {b: rows[b] for span in owned.values() for b in span if rows[b]}

@@ -34,11 +34,12 @@ from utils.manifest import (
     read_answers,
     read_manifests,
     stem,
+    totals,
     write_json_atomic,
 )
 from utils.pipeline import Pipeline
 from utils.prepare import Prepared, settings, train_pairs
-from utils.processes import Peers
+from utils.processes import Peers, Sharing
 from utils.shards import ShardWriter
 from utils.storage import check_disk
 
@@ -96,13 +97,14 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
     output, folder = Path(request.output_path), prepared.run_folder
     with peers.together("checking"):
         writer = open_writer(prepared, peers)
-    shared = peers.sharing(folder)
-    done = peers.union(writer.done)
-    with peers.together("checking the disk"):
-        check_disk(prepared, done, shared.members / peers.count)
-    if all(peers.exchange("complete", [writer.complete, output.exists()])[0]):
+    complete = writer.complete and (folder / "metadata.json").exists() and output.exists()
+    if peers.exchange("complete", complete)[0]:
         log.info("the run in %s is complete; there is nothing to do", folder)
         return {}
+    shared = peers.sharing(folder)
+    done = _done_by_all(writer, shared, peers)
+    with peers.together("checking the disk"):
+        check_disk(prepared, done, shared.members / peers.count)
     todo = _without_done(prepared, done)
     started = False
     try:
@@ -119,9 +121,9 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
                         started = True
                         if request.overwrite and peers.index == 0:
                             output.unlink(missing_ok=True)
-            usage = _run_batches(prepared, todo, done, computation, writer, peers)
-            with signals.shielded(), peers.together("finishing"):
-                return _finish(prepared, writer, usage, peers, shared.leader)
+            usage = _run_batches(prepared, todo, done, computation, writer, signals, peers)
+            with peers.together("finishing"):
+                return _finish(prepared, writer, usage, signals, peers, shared.leader)
     except BaseException as error:
         if started:
             with contextlib.suppress(UserError), signals.shielded():
@@ -137,6 +139,35 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
                 exit_code=1,
             ) from error
         raise
+
+
+def _done_by_all(writer: ShardWriter, shared: Sharing, peers: Peers) -> set[SampleKey]:
+    """The samples that are stored in any process's folder.
+
+    Raises UserError where folders hold the same sample, or one holds what another process is about
+    to write: brought together, one would hide the other.
+    """
+    said = peers.exchange(
+        "samples", [shared.first, str(writer.folder), sorted(writer.done), writer.hosts]
+    )
+    owners: dict[SampleKey, int] = {}
+    for index, (first, folder, keys, hosts) in enumerate(said):
+        if first != index:
+            continue
+        twice = [key for key in map(tuple, keys) if owners.setdefault(key, index) != index]
+        if twice:
+            other = owners[twice[0]]
+            raise UserError(
+                f"{folder} of process {index} and {said[other][1]} of process {other} both hold "
+                f"{len(twice)} samples, {twice[0]} for one: move one of the folders away"
+            )
+        for host in hosts:
+            if host < peers.count and said[host][0] != index:
+                raise UserError(
+                    f"{folder} of process {index} holds shards of process {host}, which writes to "
+                    f"{said[host][1]}: give each process the folder that it had"
+                )
+    return set(owners)
 
 
 def _load(prepared: Prepared, todo: Sequence[Batch]) -> Computation:
@@ -172,6 +203,7 @@ def _run_batches(
     done: set[SampleKey],
     computation: Computation | None,
     writer: ShardWriter,
+    signals: Signals,
     peers: Peers,
 ) -> Usage:
     """Stores this process's share of every batch in `todo`."""
@@ -213,10 +245,16 @@ def _run_batches(
             while not pipeline.wait(0.2):
                 peers.check()
     except BaseException as error:
+        signals.ignore()
         cause = peers.explain(error)
         peers.leaving(cause)
         if not pipeline.stop(STOP_SECONDS):
-            raise UserError(f"{writer.folder} took more than {STOP_SECONDS} s to write") from error
+            writer.abandon()
+            log.warning(
+                "%s took more than %d s to write: the open shard is given up",
+                writer.folder,
+                STOP_SECONDS,
+            )
         raise cause from error
     seconds = time.perf_counter() - begin
     if pipeline.disk_wait > 0.1 * seconds:
@@ -229,56 +267,73 @@ def _disk_words(waited: float, seconds: float) -> str:
 
 
 def _finish(
-    prepared: Prepared, writer: ShardWriter, usage: Usage, peers: Peers, leads: bool
+    prepared: Prepared,
+    writer: ShardWriter,
+    usage: Usage,
+    signals: Signals,
+    peers: Peers,
+    leads: bool,
 ) -> dict[str, Any]:
     """Closes the last shard; the first process writes the output and the manifest of all."""
     request, folder = prepared.request, prepared.run_folder
-    writer.close_shard()
+    with signals.shielded():
+        writer.close_shard()
     usages = peers.exchange("usage", asdict(usage))
     stored: dict[str, Any] = {"manifests": {}, "answers": []}
     if leads:  # for all that write to this folder
         stored["manifests"] = read_manifests(folder)
-        stored["answers"] = list(read_answers(folder).values())
+        stored["answers"] = list(read_answers(folder, all_here=peers.count == 1).values())
     parts = [json.loads(part) for part in peers.gather(json.dumps(stored).encode())]
     extra: dict[str, Any] = {"useful_slots": _useful(usages)}
-    if peers.index == 0:
-        answers = {(a["task_id"], a["sample_idx"]): a for part in parts for a in part["answers"]}
-        targets = {task.task_id: [pair.output for pair in task.test] for task in prepared.tasks}
-        predictions = scoring.predictions(targets, answers, generated=request.generates)
-        if request.generates:
-            extra["scores"] = scoring.accuracy(predictions)
-        submission = scoring.submission(targets, answers) if request.distributed else predictions
-        write_json_atomic(request.output_path, submission)
-    manifest = writer.finish(extra)
-    if peers.count > 1 and peers.index == 0:
-        manifest = _merge(parts, stored["manifests"], manifest)
-        write_json_atomic(folder / "metadata.json", manifest)
+    with signals.shielded():
+        if peers.index == 0:
+            answers = {
+                (a["task_id"], a["sample_idx"]): a for part in parts for a in part["answers"]
+            }
+            if missing := [s.key for s in prepared.samples if s.key not in answers]:
+                raise UserError(
+                    f"the answers to {len(missing)} samples are in none of the folders, the first "
+                    f"{missing[0]}: bring the folder of the process that made them, or --overwrite"
+                )
+            targets = {t.task_id: [pair.output for pair in t.test] for t in prepared.tasks}
+            predictions = scoring.predictions(targets, answers, generated=request.generates)
+            if request.generates:
+                extra["scores"] = scoring.accuracy(predictions)
+            submission = scoring.submission(targets, answers)
+            output = submission if request.distributed else predictions
+            write_json_atomic(request.output_path, output)
+        manifest = writer.finish(extra)
+        if peers.count > 1 and peers.index == 0:
+            manifest = _merge(parts, stored["manifests"], manifest)
+            write_json_atomic(folder / "metadata.json", manifest)
     peers.exchange("finished", None)
     if request.activations_dir is None and leads:
-        # The manifest stays, for --resume to compare with; what it listed served its purpose.
-        if peers.index == 0:
-            write_json_atomic(folder / "metadata.json", {**manifest, "files": []})
-        for name in os.listdir(folder):
-            if stem(name) and name != "metadata.json":
-                (folder / name).unlink()
+        with signals.shielded():
+            _keep_manifest_alone(folder, manifest if peers.index == 0 else None)
     return manifest
+
+
+def _keep_manifest_alone(folder: Path, manifest: Manifest | None) -> None:
+    """Of a run without activations: --resume compares with it; what it lists served its purpose."""
+    if manifest is not None:
+        write_json_atomic(folder / "metadata.json", {**manifest, "files": []})
+    for name in os.listdir(folder):
+        if stem(name) and name != "metadata.json":
+            (folder / name).unlink()
 
 
 def _merge(parts: list[dict[str, Any]], here: dict[str, Manifest], manifest: Manifest) -> Manifest:
     """The manifest of all processes, whether their folders are this one or not."""
-    manifests = {name: m for part in reversed(parts) for name, m in part["manifests"].items()}
+    manifests: dict[str, Manifest] = {}
+    for part in reversed(parts):  # of `metadata.json`, of an earlier run, the first folder's counts
+        manifests |= part["manifests"]
     at_hand = {entry["filename"] for m in here.values() for entry in m["files"]}
     merged = merge_manifests(manifests)
     for entry in merged["files"]:
         if entry["filename"] not in at_hand:
             entry["elsewhere"] = True  # in the folder of another process
-    own = {key: value for key, value in manifest.items() if key not in merged}
-    return {**merged, **own, "status": "complete", **_taken(manifest)}
-
-
-def _taken(manifest: Manifest) -> Manifest:
-    """What the first process's manifest says for all."""
-    return {key: manifest[key] for key in ("useful_slots", "scores") if key in manifest}
+    of_all = ("files", "skipped", "seconds", "compile_seconds", "tokens_per_second", *totals([]))
+    return {**merged, **{key: manifest[key] for key in manifest if key not in of_all}}
 
 
 def _useful(usages: list[dict[str, int]]) -> dict[str, float | None]:

@@ -75,16 +75,17 @@ class Layout:
         them, or `data` alone for a batch that is too small, whose rows then have replicas."""
         return ROWS if batch % self.mesh.size == 0 else "data"
 
-    def owned(self, batch: int) -> dict[jax.Device, range]:
-        """This process's devices -> the rows of a batch that they bring to its host, each row of
-        the batch once in all processes."""
+    def owned(self, batch: int, process: int | None = None) -> dict[jax.Device, range]:
+        """The devices of a process (default: this one) -> the rows of a batch that they bring to
+        its host, each row of the batch once in all processes."""
+        process = jax.process_index() if process is None else process
         axes = self.rows(batch)
         size = batch // (self.mesh.size if axes == ROWS else self.data)
         devices = self.mesh.devices.flat if axes == ROWS else self.mesh.devices[:, 0]
         return {
             device: range(i * size, (i + 1) * size)
             for i, device in enumerate(devices)
-            if device.process_index == jax.process_index()
+            if device.process_index == process
         }
 
     def needed(self, batch: int) -> set[int]:

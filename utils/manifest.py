@@ -87,7 +87,8 @@ def merge_manifests(manifests: dict[str, Manifest]) -> Manifest:
     ordered = [manifests[name] for name in sorted(manifests, key=lambda name: (len(name), name))]
     files: dict[str, dict[str, Any]] = {}
     for entry in (entry for manifest in ordered for entry in manifest["files"]):
-        if entry["filename"] not in files or entry["uploaded"]:
+        known = files.setdefault(entry["filename"], entry)
+        if entry["uploaded"] or known.get("elsewhere"):
             files[entry["filename"]] = entry
     owners: dict[SampleKey, str] = {}
     for name, entry in files.items():
@@ -187,13 +188,18 @@ def differences(was: Any, now: Any, name: str = "") -> list[str]:
     ]
 
 
-def read_answers(folder: str | Path) -> dict[SampleKey, dict[str, Any]]:
-    """The answer to every sample that the manifest lists, from the journals of all processes."""
+def read_answers(folder: str | Path, all_here: bool = True) -> dict[SampleKey, dict[str, Any]]:
+    """The answer to every sample that the manifest lists, from the journals of all processes.
+
+    all_here: raise UserError for those whose journal is in another process's folder.
+    """
     journals: dict[str, dict[SampleKey, dict[str, Any]]] = {}
     answers = {}
     for entry in read_manifest(folder)["files"]:
         host = owner_of(entry["filename"])
         journal = Path(folder) / f"answers{host}.jsonl"
+        if entry.get("elsewhere") and not all_here and not journal.exists():
+            continue
         if host not in journals:
             journals[host] = _read_journal(journal)
         for task, index in entry["samples"]:

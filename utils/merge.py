@@ -20,7 +20,6 @@ from utils.cli import Parser, Signals
 from utils.disk import check_writable
 from utils.errors import UserError
 from utils.manifest import (
-    JOURNAL,
     Manifest,
     differences,
     merge_manifests,
@@ -76,6 +75,8 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     into = Path(args.into)
     if into.exists():
         raise UserError(f"{into} is there already: choose another --into")
+    if output is not None and into.absolute() in (output.absolute(), *output.absolute().parents):
+        raise UserError(f"{output} is in --into {into}, or is it: choose another place")
     check_writable(into.parent)
     manifests = [read_manifest(part) for part in parts]
     check(parts, manifests)
@@ -115,7 +116,7 @@ def check(folders: list[Path], manifests: list[Manifest]) -> None:
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest["status"] != "complete":
             raise UserError(f"{folder} is not complete: finish its run with --resume first")
-        if not manifest["files"] and not manifest["skipped"]:
+        if not manifest["files"] and manifest["total_samples"]:
             raise UserError(f"{folder} kept no activations: join the submissions of its kind")
         missing = [
             entry["filename"]
@@ -127,45 +128,67 @@ def check(folders: list[Path], manifests: list[Manifest]) -> None:
             raise UserError(
                 f"{folder} lacks shards, or holds parts of them: {some(missing)}; fetch them again"
             )
-        first = {key: manifests[0].get(key) for key in _SETTINGS}
-        if changes := differences(first, {key: manifest.get(key) for key in _SETTINGS}):
+        if changes := differences(_settings(manifests[0]), _settings(manifest)):
             raise UserError(f"{folder} is of another run than {folders[0]}: {some(changes)}")
         arguments = manifest["arguments"]
         count, number = arguments.get("num_shards", 1), arguments.get("shard_id", 0)
         if count != (expected := manifests[0]["arguments"].get("num_shards", 1)):
             raise UserError(f"{folder} is one of {count} shards, {folders[0]} one of {expected}")
-        if (other := shards.setdefault(number, folder)) != folder:
+        if number in shards:
+            other = shards[number]
             raise UserError(f"{other} and {folder} both hold shard {number}")
+        shards[number] = folder
     expected = manifests[0]["arguments"].get("num_shards", 1)
     if absent := sorted(set(range(expected)) - shards.keys()):
         raise UserError(f"of {expected} shards these are missing: {some(list(map(str, absent)))}")
 
 
+def _settings(manifest: Manifest) -> Manifest:
+    """What the parts of one dataset must have in common."""
+    found = {key: manifest.get(key) for key in _SETTINGS}
+    return {**found, "dataset": {"whole_hash": manifest["dataset"].get("whole_hash")}}
+
+
 def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest:
-    """Makes the folder `into`; its manifest comes last."""
+    """Makes the folder `into`, which appears when it is whole."""
+    made = into.with_name(into.name + ".partial")
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        made.mkdir(parents=True)
+        merged = _fill(made, folders, manifests)
+        os.rename(made, into)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {into}: {error.strerror}; make room, and merge again"
+        ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return merged
+
+
+def _fill(into: Path, folders: list[Path], manifests: list[Manifest]) -> Manifest:
     parts: dict[str, Manifest] = {}
-    into.mkdir(parents=True, exist_ok=True)
     for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
         suffix = f"_host{number:03d}"
         files = []
         for count, entry in enumerate(manifest["files"], 1):
             name = f"activations{suffix}_batch_{count:06d}.pkl"
             _link(folder / entry["filename"], into / name)
-            files.append({**entry, "filename": name, "uploaded": False})
+            entry = {**entry, "filename": name, "uploaded": False}
+            entry.pop("elsewhere", None)
+            files.append(entry)
         parts[f"metadata{suffix}.json"] = {**manifest, "files": files}
-        with open(into / f"answers{suffix}.jsonl", "wb") as journal:
-            for name in sorted(filter(JOURNAL.fullmatch, os.listdir(folder))):
-                journal.write((folder / name).read_bytes())
+        lines = (json.dumps(answer) + "\n" for answer in read_answers(folder).values())
+        (into / f"answers{suffix}.jsonl").write_text("".join(lines))
     merged = merge_manifests(parts)
     hashes = "".join(manifest["dataset"]["hash"] for manifest in manifests)
-    arguments = merged["arguments"]
     merged |= {
         "dataset": {
-            "path": merged["dataset"]["path"],
+            **merged["dataset"],
             "hash": sha256(hashes.encode()).hexdigest(),
             "tasks": sum(manifest["dataset"]["tasks"] for manifest in manifests),
         },
-        "arguments": {**arguments, "shard_id": 0, "num_shards": 1},
+        "arguments": {**merged["arguments"], "shard_id": 0, "num_shards": 1},
         "merged_from": [str(folder) for folder in folders],
     }
     merged.pop("scores", None)  # they were one part's

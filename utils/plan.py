@@ -29,6 +29,7 @@ from utils.disk import check_writable
 from utils.errors import UserError
 from utils.manifest import write_json_atomic
 from utils.memory import device_bytes
+from utils.mesh import check_shape
 from utils.prepare import Prepared, on_mesh, prepare
 from utils.request import Request
 from utils.storage import plan_storage
@@ -115,6 +116,8 @@ def main(
             raise UserError(f"{plan_json} is a folder: give --plan_json the path of a file")
         check_writable(Path(plan_json).parent)
     devices = slice_devices(name)
+    for shape in filter(None, shapes):
+        check_shape(*shape, devices)
     first = replace(request, mesh_shape=shapes[0])
     prepared = prepare(first, devices, writes=False)
     plans = []

@@ -64,6 +64,7 @@ class Prepared:
     capture: CaptureSpec
     stop_ids: tuple[int, ...]
     tasks: list[arc.Task]
+    whole_hash: str  # of the tasks of all shards
     samples: list[Sample]
     skipped: list[dict[str, Any]]
     dtype: str
@@ -113,7 +114,7 @@ def prepare(
     eos = [
         _read_json(Path(request.model_path) / f) for f in ("generation_config.json", "config.json")
     ]
-    tasks = read_tasks(request)
+    tasks, whole_hash = read_tasks(request)
     max_model_len = request.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
         raise UserError(
@@ -142,6 +143,7 @@ def prepare(
         capture,
         tokens.stop_ids(tokenizer, eos, fmt),
         tasks,
+        whole_hash,
         samples,
         skipped,
         request.dtype or default_dtype(devices),
@@ -157,7 +159,8 @@ def on_mesh(
 ) -> Prepared:
     """The run on a mesh of that shape, or of the best one, with the batches that fit there."""
     request, work = prepared.request, prepared.workload
-    limit = device_bytes(devices[0])
+    here = [d for d in devices if d.process_index == jax.process_index()]
+    limit = device_bytes((here or devices)[0])
     lengths = [sample.length for sample in prepared.samples]
     longest = max(length.total for length in lengths)
 
@@ -258,13 +261,14 @@ def check_paths(request: Request) -> None:
         raise UserError(f"cannot write {output}: {error.strerror}; choose another path") from error
 
 
-def read_tasks(request: Request) -> list[arc.Task]:
-    """The first `max_tasks` tasks, with ground truth where a solutions file holds it."""
+def read_tasks(request: Request) -> tuple[list[arc.Task], str]:
+    """The first `max_tasks` tasks, those of this shard, with ground truth where a solutions file
+    holds it; and a hash of those of all shards, without."""
     tasks = [
         replace(task, train=task.train[: request.max_train_pairs])
         for task in islice(arc.read_tasks(request.dataset_path), request.max_tasks)
     ]
-    shards = request.num_shards
+    whole, shards = tasks_hash(tasks), request.num_shards
     tasks = [task for task in tasks if shard_of(task.task_id, shards) == request.shard_id]
     if not tasks:
         raise UserError(
@@ -285,7 +289,7 @@ def read_tasks(request: Request) -> list[arc.Task]:
             f"--teacher_forcing needs ground truth, and neither {request.dataset_path} nor "
             f"{path or 'a file beside it'} has any for these tasks: give its --solutions_path"
         )
-    return tasks
+    return tasks, whole
 
 
 def shard_of(task_id: str, num_shards: int) -> int:
@@ -388,6 +392,7 @@ def settings(prepared: Prepared, peers: Peers) -> dict[str, Any]:
             "path": request.dataset_path,
             "hash": tasks_hash(prepared.tasks),
             "tasks": len(prepared.tasks),
+            "whole_hash": prepared.whole_hash,
         },
         "prompt": {
             "format": prepared.fmt.name,

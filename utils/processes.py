@@ -25,21 +25,22 @@ import jax
 from utils.cli import Interrupted
 from utils.disk import existing
 from utils.errors import UserError
-from utils.supervise import tell_connected, unreachable
+from utils.supervise import ALONE, CONNECTED, tell_parent, unreachable
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 2.0
-FAREWELL_SECONDS = 8.0
+FAREWELL_SECONDS = 17.0  # more than a shard that is being written may take
 CHUNK_BYTES = 1 << 20  # of what is gathered; a message of the store holds 4 MB at most
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """A folder: whether this process is the first of the `members` that see the same one."""
+    """A folder: the first of the `members` that see the same one, and whether this is that one."""
 
-    leader: bool
+    first: int
     members: int
+    leader: bool
 
 
 class Peers:
@@ -61,11 +62,7 @@ class Peers:
         return [payload]
 
     def sharing(self, folder: Path) -> Sharing:
-        return Sharing(True, 1)
-
-    def union(self, keys: set[tuple[str, int]]) -> set[tuple[str, int]]:
-        """Of the samples that each names."""
-        return {tuple(key) for part in self.exchange("samples", sorted(keys)) for key in part}
+        return Sharing(0, 1, True)
 
     def check(self) -> None:
         """Raises what ends this process's part: Interrupted when another was told to stop,
@@ -169,7 +166,8 @@ class ConnectedPeers(Peers):
             self.exchange("seen", None)
         finally:
             probe.unlink(missing_ok=True)
-        return Sharing(same.index(True) == self.index, same.count(True))
+        first = same.index(True)
+        return Sharing(first, same.count(True), first == self.index)
 
     # ------------------------------------------------------------------ watching
 
@@ -199,7 +197,7 @@ class ConnectedPeers(Peers):
         return f"process {other}{host}"
 
     def check(self) -> None:
-        for other, end in self._ends.items():
+        for other, end in list(self._ends.items()):
             if other == self.index:
                 continue
             if "signum" in end:
@@ -207,7 +205,7 @@ class ConnectedPeers(Peers):
                 raise Interrupted(end["signum"])
             raise UserError(f"{self._name(other)} failed: {end['error']}", end["exit_code"])
         now = time.monotonic()
-        for other, (_, seen) in self._beats.items():
+        for other, (_, seen) in list(self._beats.items()):
             if now - seen > self._silence and other != self.index:
                 raise UserError(
                     f"{self._name(other)} has not been heard of for {now - seen:.0f} s: it died, "
@@ -251,10 +249,9 @@ class ConnectedPeers(Peers):
             deadline = time.monotonic() + FAREWELL_SECONDS
             while self.index == 0 and time.monotonic() < deadline:
                 now = time.monotonic()
-                dead = {i for i, (_, seen) in self._beats.items() if now - seen > self._silence}
-                gone = {
-                    int(k.rpartition("/")[2]) for k, _ in self._client.key_value_dir_get("gone/")
-                }
+                beats, said = list(self._beats.items()), self._client.key_value_dir_get("gone/")
+                dead = {other for other, (_, seen) in beats if now - seen > self._silence}
+                gone = {int(key.rpartition("/")[2]) for key, _ in said}
                 if len(gone | dead) >= self.count:
                     return
                 time.sleep(0.1)
@@ -286,6 +283,7 @@ def connect(
     heard of counts as dead.
     """
     if num_processes == 1 or (coordinator_address is None and not _surrounded()):
+        tell_parent(ALONE)
         return Peers()
     from jax._src import distributed  # the store has no public name yet
 
@@ -296,11 +294,11 @@ def connect(
         jax.distributed.initialize(
             coordinator_address, num_processes, process_id, initialization_timeout=timeout
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
             f"{unreachable(coordinator_address, process_id, timeout)} ({error!s:.200})"
         ) from error
-    tell_connected()
+    tell_parent(CONNECTED if jax.process_count() > 1 else ALONE)
     if jax.process_count() == 1:
         return Peers()
     client = distributed.global_state.client

@@ -127,9 +127,13 @@ def mesh_shapes(words: Sequence[str]) -> list[tuple[int, int] | None]:
     """The values of --mesh_shape as (data, model) pairs; `auto` is [None]. Raises UserError."""
     if list(words) == ["auto"]:
         return [None]
-    if len(words) % 2 or not all(word.isdigit() and int(word) for word in words):
+    if len(words) % 2 or not all(map(_is_count, words)):
         raise UserError(
             f"--mesh_shape {' '.join(words)} is not `auto` or two whole numbers: data and model"
         )
     numbers = [int(word) for word in words]
     return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _is_count(word: str) -> bool:
+    return word.isascii() and word.isdigit() and int(word) > 0

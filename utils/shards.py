@@ -108,7 +108,8 @@ class ShardWriter:
         `mesh_shape`, `processes`).
     host: this process's number among `num_hosts`, None for the only one. In a folder that several
         share every process constructs, then the one that leads starts, then the others.
-    done: samples that the folder's manifests list, and those added since. continues: a run that
+    done: samples of the shards in this folder, and those added since. hosts: processes that wrote
+        some of them. continues: a run that
         the folder holds is resumed. complete: that run is; there is nothing to start.
     Raises UserError, exit code 2 from the constructor, 1 from `start` on when the disk fails.
     """
@@ -151,14 +152,21 @@ class ShardWriter:
         own = {} if overwrite else manifests.get(self._manifest_path.name, {})
         earlier = run if host is None else own
         self.complete = run["status"] == "complete"
-        self.done: set[SampleKey] = {(t, i) for entry in run["files"] for t, i in entry["samples"]}
+        # Those in the folders of other processes are theirs to look after.
+        here = [entry for entry in run["files"] if not entry.get("elsewhere")]
+        owners = {owner_of(entry["filename"]) for entry in here} - {""}
+        self.hosts = sorted(int(owner.removeprefix("_host")) for owner in owners)
         self._listed = {entry["filename"] for entry in run["files"]}
+        self.done: set[SampleKey] = {(t, i) for entry in here for t, i in entry["samples"]}
         named = [SHARD.fullmatch(name).groups() for name in self._listed]
         numbers = [int(number) for suffix, number in named if (suffix or "") == self._suffix]
         self._next_number = 1 + max(numbers, default=0)
-        self._files: list[dict[str, Any]] = earlier.get("files", [])
+        self._files: list[dict[str, Any]] = [
+            entry for entry in earlier.get("files", []) if not entry.get("elsewhere")
+        ]
         self._skipped: list[dict[str, Any]] = earlier.get("skipped", [])
-        self._earlier = timing(earlier)
+        first = host == 0 and not own  # of several, after a run of one
+        self._earlier = timing(run if first and "seconds" in run else earlier)
 
     def start(self, leads: bool = True) -> None:
         """Clear away what is not part of the run, and write the first manifest.
@@ -236,6 +244,10 @@ class ShardWriter:
             Sink(journal).write(lines)
             os.fsync(journal.fileno())
         self._journal_bytes += len(lines)
+
+    def abandon(self) -> None:
+        """Another thread is stuck in writing the open shard: from here on nothing is written."""
+        self._failure = UserError(f"{self.folder} was given up", exit_code=1)
 
     def set_skipped(self, skipped: list[dict[str, Any]]) -> None:
         """All samples left out so far: `task_id`, `sample_idx`, `reason`."""

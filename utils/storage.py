@@ -15,14 +15,20 @@ from utils.prepare import Prepared
 from utils.shards import planned_shards
 
 
-def planned_items(prepared: Prepared) -> Iterator[dict[str, Any]]:
-    """Items as the run will store them, in order, arrays zero: exact sizes unless it generates.
+def planned_items(prepared: Prepared, process: int) -> Iterator[dict[str, Any] | None]:
+    """Items as a process of the run will store them, in order, arrays zero; None closes a shard.
 
-    A generated answer is taken at its longest, and as the largest grid that it could hold.
+    Sizes are exact unless answers are generated: those are taken at their longest, and as the
+    largest grid that they could hold.
     """
     request, config = prepared.request, prepared.config
-    for batch in prepared.batches:
-        for i in (i for i in batch.rows if i >= 0):
+    for number, batch in enumerate(prepared.batches):
+        if number and request.save_every_n_batches and number % request.save_every_n_batches == 0:
+            yield None
+        spans = prepared.layout.owned(len(batch.rows), process).values()
+        for i in (batch.rows[place] for span in spans for place in span):
+            if i < 0:
+                continue
             row = encode_row(prepared, prepared.samples[i])
             if request.generates:
                 row.answers = [np.zeros(request.max_output_tokens, np.int32)]
@@ -42,20 +48,27 @@ def planned_items(prepared: Prepared) -> Iterator[dict[str, Any]]:
 
 
 def plan_storage(prepared: Prepared) -> tuple[int, list[tuple[int, int]]]:
-    """Total tokens, and (samples, bytes) of each shard; see `planned_items`."""
-    total = 0
+    """Total tokens, and (samples, bytes) of each shard of every process; see `planned_items`."""
+    request, total = prepared.request, 0
+    shards: list[tuple[int, int]] = []
+    devices = prepared.layout.mesh.devices.flat
+    with tqdm(total=len(prepared.samples), desc="planning", unit=" samples") as bar:
 
-    def counted() -> Iterator[dict[str, Any]]:
-        nonlocal total
-        for item in tqdm(planned_items(prepared), total=len(prepared.samples), desc="planning"):
-            total += len(item["input_ids"])
-            yield item
+        def counted(process: int) -> Iterator[dict[str, Any] | None]:
+            nonlocal total
+            for item in planned_items(prepared, process):
+                if item is not None:
+                    total += len(item["input_ids"])
+                    bar.update()
+                yield item
 
-    request = prepared.request
-    shards = planned_shards(
-        counted(), request.activation_dtype, request.save_every_n_samples, request.max_shard_mb
-    )
-    shards = list(shards)
+        for process in sorted({device.process_index for device in devices}):
+            shards += planned_shards(
+                counted(process),
+                request.activation_dtype,
+                request.save_every_n_samples,
+                request.max_shard_mb,
+            )
     return total, shards
 
 

@@ -13,7 +13,11 @@ import sys
 
 from utils.errors import UserError
 
-LOST = (
+ALONE, CONNECTED = b"a", b"c"
+_ABORTED = (
+    "JAX has ended this process, for the reason above; what was written is intact, --resume goes on"
+)
+_LOST = (
     "JAX has ended this process: the coordinator, process 0, is gone; what was written is intact, "
     "start all processes again with --resume"
 )
@@ -44,7 +48,7 @@ def check_flags(
             "three, or none where the surroundings tell (TPU pod, Slurm, GKE)"
         )
     host, _, port = coordinator_address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise UserError(
             f"--coordinator_address {coordinator_address} is not HOST:PORT: give the address of "
             "process 0 and a free port there"
@@ -78,10 +82,10 @@ def several_possible(*flags: object) -> bool:
     )
 
 
-def fork(unreachable: str, lost: str) -> None:
+def fork(unreachable: str) -> None:
     """Returns in a child; the parent waits for it, hands on signals, and leaves as it left, with
-    one more line where it was aborted: `unreachable` before `tell_connected`, exit code 2, and
-    `lost` after it, exit code 1. When the parent is killed, so is the child."""
+    one more line where it was aborted: `unreachable` until `tell_parent`, exit code 2, and after
+    that what was lost, exit code 1. When the parent is killed, so is the child."""
     global _told
     reader, writer = os.pipe()
     parent, child = os.getpid(), os.fork()
@@ -95,26 +99,46 @@ def fork(unreachable: str, lost: str) -> None:
             os._exit(1)
         return
     os.close(writer)
+    os.set_blocking(reader, False)
+    state = b""
+
+    def heard() -> bytes:
+        nonlocal state
+        with contextlib.suppress(BlockingIOError):
+            state = os.read(reader, 1) or state
+        return state
 
     def hand_on(signum: int, frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signum)
+        if heard():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signum)
+            return
+        # It waits for the others inside of JAX, and has written nothing.
+        os.kill(child, signal.SIGKILL)
+        name = signal.Signals(signum).name
+        print(f"stopped by {name}; nothing was written", file=sys.stderr, flush=True)
+        os._exit(128 + signum)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, hand_on)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        os._exit(code)
+    words = {b"": unreachable, ALONE: _ABORTED, CONNECTED: _LOST}[heard()]
+    if code != -signal.SIGABRT:
+        name = signal.Signals(-code).name
+        words = f"this process was ended by {name}; what was written is intact, --resume goes on"
+        if code == -signal.SIGKILL:
+            words += " (the system kills what takes too much memory)"
+    print(f"error: {words}", file=sys.stderr, flush=True)
     if code == -signal.SIGABRT:
-        connected = os.read(reader, 1) != b""
-        print(f"error: {lost if connected else unreachable}", file=sys.stderr, flush=True)
-        os._exit(1 if connected else 2)
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
+        os._exit(1 if state else 2)
+    os._exit(128 - code)
 
 
-def tell_connected() -> None:
-    """All processes are together; from here on an abort means that one was lost."""
+def tell_parent(state: bytes) -> None:
+    """CONNECTED: all processes are together, an abort means that one was lost. ALONE: there is
+    this one."""
     if _told is not None:
-        os.write(_told, b"c")
+        os.write(_told, state)
