@@ -8,6 +8,7 @@ and shows what they stored. Nothing is downloaded.
 
 import argparse
 import json
+import os
 import pickle
 import shlex
 import signal
@@ -15,7 +16,7 @@ import string
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 SCRIPTS = Path(__file__).parent
 RECORD = ".example_usage.json"  # path -> sha256 of each file that the example made
-MADE = ("rows.jsonl", "model", "arc_data", "results", "teacher_forced", "picture.png")
+MADE = ("rows.jsonl", "model", "arc_data", "results", "teacher_forced", "mesh", "picture.png")
+FOUR_CPUS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -165,19 +167,24 @@ def write_inputs(folder: Path) -> None:
     print(f"{size}, and a tokenizer of {len(tokenizer)} tokens in {folder / 'model'}")
 
 
-def show_command(name: str, *flags: Sequence[str | int | Path]) -> None:
+def show_command(
+    name: str, *flags: Sequence[str | int | Path], env: Mapping[str, str] | None = None
+) -> None:
     path = SCRIPTS / name
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     words = [[str(shown)], *([str(word) for word in flag] for flag in flags)]
-    print("$ python " + " \\\n      ".join(map(shlex.join, words)))
+    surroundings = "".join(f"{key}={value} \\\n  " for key, value in (env or {}).items())
+    print(f"$ {surroundings}python " + " \\\n      ".join(map(shlex.join, words)))
 
 
-def script(name: str, *flags: Sequence[str | int | Path]) -> None:
+def script(
+    name: str, *flags: Sequence[str | int | Path], env: Mapping[str, str] | None = None
+) -> None:
     """Print a command and run it; its output and its progress bar go where ours go."""
-    show_command(name, *flags)
+    show_command(name, *flags, env=env)
     print(flush=True)
     command = [sys.executable, SCRIPTS / name, *(str(word) for flag in flags for word in flag)]
-    with subprocess.Popen(command) as child:
+    with subprocess.Popen(command, env={**os.environ, **(env or {})}) as child:
         try:
             code = child.wait()
         except Interrupted as stop:
@@ -351,6 +358,34 @@ def show_results(folder: Path) -> None:
     print(f"{path}: input, target and prediction; the activation norm of each cell")
 
 
+def infer_on_mesh(folder: Path, *flags: Sequence[str | int]) -> None:
+    """The run of step 4 on four virtual devices, and how far its states are from those."""
+    script(
+        "distributed_inference_with_activations.py",
+        ("--model_path", folder / "model"),
+        ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
+        ("--output_filepath", folder / "mesh" / "submission.json"),
+        ("--activations_dir", folder / "mesh" / "activations"),
+        ("--extract_activations",),
+        ("--mesh_shape", 2, 2),
+        *flags,
+        env=FOUR_CPUS,
+    )
+    one, mesh = (
+        {(item["task_id"], item["sample_idx"]): item for item in iter_items(folder / name)}
+        for name in ("results/activations", "mesh/activations")
+    )
+    same = [key for key in one if np.array_equal(one[key]["input_ids"], mesh[key]["input_ids"])]
+    worst = max(
+        float((np.linalg.norm(a - b, axis=-1) / np.linalg.norm(a, axis=-1)).max())
+        for key in same
+        for name in one[key]["activations"]
+        for a, b in [[i[key]["activations"][name].astype(np.float32) for i in (one, mesh)]]
+    )
+    print(f"\n{len(same)} of {len(one)} answers are those of one device; of their states the one")
+    print(f"that differs most does so by {worst:.0e} of its norm (stored as float16)")
+
+
 def show_next(folder: Path) -> None:
     print(
         "The weights above are random, so predictions and norms carry no meaning. For real ones\n"
@@ -383,17 +418,14 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 ("--output_dir", folder / "arc_data"),
             )
             heading("4. Predictions and activations")
-            infer(
-                folder,
-                "results",
-                ("--max_output_tokens", 60),
-                ("--temperature", 1),
-                ("--save_every_n_samples", 4),
-            )
+            sampled = (("--max_output_tokens", 60), ("--temperature", 1))
+            infer(folder, "results", *sampled, ("--save_every_n_samples", 4))
             print("\nThe same with the true answers in place of generated ones:\n")
             infer(folder, "teacher_forced", ("--teacher_forcing",))
             show_results(folder)
-            heading("7. With a model of your own")
+            heading("7. On a mesh of devices, here four virtual ones")
+            infer_on_mesh(folder, *sampled)
+            heading("8. With a model of your own")
             show_next(folder)
     except BrokenPipeError:
         raise

@@ -271,7 +271,7 @@ def reference(models, tasks, tmp_path_factory):
         (2, [2, 4], False),
         (2, [2, 4], True),
         pytest.param(4, [1, 8], False, marks=pytest.mark.slow),
-        (4, [1, 8], True),
+        pytest.param(4, [1, 8], True, marks=pytest.mark.slow),
     ],
     ids=["2 shared", "2 separate", "4 shared", "4 separate"],
 )
@@ -310,7 +310,7 @@ LONG = {"max_output_tokens": 300, "save_every_n_samples": 1}
     [
         (0, signal.SIGKILL),
         (1, signal.SIGKILL),
-        (0, signal.SIGTERM),
+        pytest.param(0, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
     ],
     ids=["0 killed", "1 killed", "0 told to stop", "1 told to stop"],
@@ -343,6 +343,7 @@ def test_the_end_of_one_is_the_end_of_all(models, tasks, tmp_path, sent, which):
     assert all(kept[entry["filename"]] == entry["crc32c"] for entry in stored)
 
 
+@pytest.mark.slow
 def test_separate_folders_are_resumed(models, tasks, tmp_path):
     folder = tmp_path / "run"
     run = start(models["14-2"], tasks, folder, 2, 1, True, mesh_shape=[2, 1], **LONG)
