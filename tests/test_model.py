@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst_error
 
+from utils import attention
 from utils.attention import attend, attend_prompt, rope_frequencies
 from utils.layout import Layout
 from utils.mesh import single_device_mesh
@@ -128,7 +129,7 @@ def test_visible_keys():
 
 @pytest.mark.parametrize("window", [None, 1, 70, 1000])
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 300])
-def test_tiles_change_nothing(T, window):
+def test_tiles_change_nothing(T, window, monkeypatch):
     """The tiled prompt attention is the plain one, at and around the borders of its tiles."""
     rng = np.random.default_rng(T)
     query = jnp.asarray(rng.standard_normal((2, T, 4, 8)), jnp.float32)
@@ -137,6 +138,9 @@ def test_tiles_change_nothing(T, window):
     plain = attend(query, key, value, positions, positions, window)
     tiled = attend_prompt(query, key, value, positions, window, Layout(single_device_mesh(), True))
     np.testing.assert_allclose(tiled, plain, atol=2e-6)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * T * 4 * 17)  # 17 queries a tile
+    large = attention._in_large_tiles(query, key, value, positions, positions, window)
+    np.testing.assert_allclose(large, plain, atol=2e-6)
 
 
 @pytest.mark.parametrize(

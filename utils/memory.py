@@ -6,6 +6,7 @@ An estimate from shapes alone, nothing compiled; `plan` asks the compiler.
 # B batch   T prompt slots   A answer slots   D model width   F mlp width   V vocabulary
 # N query heads   K key/value heads   H head width
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -76,14 +77,8 @@ class Workload:
         """What is captured of `rows` rows, on one device."""
         devices = layout.mesh.size if rows % layout.mesh.size == 0 else layout.data
         slots = length * self.capture.in_prefill + self.answer * self.capture.in_decode
-        return (
-            rows
-            * slots
-            * self.config.hidden_size
-            * len(self.capture.names)
-            * self.itemsize
-            // (devices)
-        )
+        width = self.config.hidden_size * len(self.capture.names) * self.itemsize
+        return rows * slots * width // devices
 
     def temporary_bytes(self, layout: Layout, rows: int, length: int) -> int:
         """The widest moment of a forward pass, on one device."""
@@ -99,10 +94,13 @@ class Workload:
         return OVERLAP * (stream + mlp + gathered + 2 * min(scores, SCORE_BYTES) + logits)
 
     def total_bytes(self, layout: Layout, rows: int, length: int) -> int:
-        """All of it. Captures twice: the last batch's are fetched while the next one computes."""
+        """Parameters and a batch, on one device."""
+        return self.parameter_bytes(layout) + self.batch_bytes(layout, rows, length)
+
+    def batch_bytes(self, layout: Layout, rows: int, length: int) -> int:
+        """Captures twice: the last batch's are fetched while the next one computes."""
         return (
-            self.parameter_bytes(layout)
-            + self.cache_bytes(layout, rows, length)
+            self.cache_bytes(layout, rows, length)
             + 2 * self.capture_bytes(layout, rows, length)
             + self.temporary_bytes(layout, rows, length)
         )
@@ -117,19 +115,12 @@ def rows_that_fit(
         return lambda length: most
     room = USABLE * limit - work.parameter_bytes(layout)
 
+    @functools.cache
     def rows(length: int) -> int:
-        fits = 0
-        for groups in range(most // layout.data, 0, -1):
-            n = groups * layout.data
-            need = (
-                work.cache_bytes(layout, n, length)
-                + 2 * work.capture_bytes(layout, n, length)
-                + work.temporary_bytes(layout, n, length)
-            )
-            if need <= room:
-                fits = n
-                break
-        return fits
+        for n in range(most // layout.data * layout.data, 0, -layout.data):
+            if work.batch_bytes(layout, n, length) <= room:
+                return n
+        return 0
 
     return rows
 

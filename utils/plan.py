@@ -41,21 +41,18 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Chip:
     """Peak rates of one chip, from Google's system architecture pages: bfloat16 FLOP/s, bytes/s of
-    memory, bytes/s of the interconnect over all links. cores: that a slice's name counts for each.
-    """
+    memory, bytes/s of the interconnect over all links."""
 
-    name: str
-    cores: int
     flops: float
     memory: float
     interconnect: float
 
 
 CHIPS = {
-    "v4": Chip("v4", 2, 275e12, 1228e9, 300e9),
-    "v5e": Chip("v5e", 1, 197e12, 819e9, 200e9),
-    "v5p": Chip("v5p", 2, 459e12, 2765e9, 600e9),
-    "v6e": Chip("v6e", 1, 918e12, 1638e9, 448e9),
+    "v4": Chip(275e12, 1228e9, 300e9),
+    "v5e": Chip(197e12, 819e9, 200e9),
+    "v5p": Chip(459e12, 2765e9, 600e9),
+    "v6e": Chip(918e12, 1638e9, 448e9),
 }
 # Physical shape of each slice, in chips.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}

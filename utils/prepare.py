@@ -196,7 +196,7 @@ def on_mesh(
 
 def agree(prepared: Prepared, peers: Peers) -> None:
     """Raises UserError where the processes of a run were not asked for the same, or do not read
-    the same. Paths may differ."""
+    the same. The paths of model, tasks and results may differ."""
     request = prepared.request
     own = {"process_id", "coordinator_address", "coordinator_timeout", "peer_timeout", "verbose"}
     said = {

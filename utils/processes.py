@@ -92,7 +92,6 @@ class ConnectedPeers(Peers):
         self._beats: dict[int, tuple[str, float]] = dict.fromkeys(range(count), ("", now))
         self._lost = False
         self._left = False
-        self._watching = True
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     # ------------------------------------------------------------------ agreeing
@@ -173,7 +172,7 @@ class ConnectedPeers(Peers):
 
     def _watch(self) -> None:
         beat = 0
-        while self._watching:
+        while True:
             try:
                 beat += 1
                 self._client.key_value_set(
