@@ -82,6 +82,17 @@ def tasks_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def gcs(monkeypatch):
+    """A server of Google Cloud Storage with the bucket `bucket`, for this test alone."""
+    from gcs_server import GcsServer
+
+    server = GcsServer()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    yield server
+    server.close()
+
+
 class NoSignals(cli.Signals):
     """For a run in the test's own process: leaves the test runner's signal handlers alone."""
 

@@ -142,11 +142,12 @@ class Sink:
         return _base64(self._crc)
 
 
-def checksum(file: BinaryIO) -> str:
-    """crc32c of the rest of `file`, in base64."""
-    crc, buffer = 0, np.empty(_CHUNK, np.uint8)
-    while count := file.readinto(buffer):
+def checksum(file: BinaryIO, most: int | None = None) -> str:
+    """crc32c, in base64, of the rest of `file`, or of its next `most` bytes."""
+    crc, buffer, left = 0, np.empty(_CHUNK, np.uint8), float("inf") if most is None else most
+    while count := file.readinto(buffer[: min(_CHUNK, left)]):
         crc = google_crc32c.extend(crc, buffer[:count])
+        left -= count
     return _base64(crc)
 
 

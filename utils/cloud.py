@@ -1,0 +1,523 @@
+"""A folder of a Google Cloud Storage bucket: listing, reading, and one file to one object, once.
+
+An object is created under a generation precondition and with the checksum its file had when it was
+sealed, so that whatever happens to requests and replies, an object is never replaced by chance, and
+never holds other bytes than were meant. Knows nothing of shards, manifests or runs.
+
+Follows https://cloud.google.com/storage/docs/request-preconditions and `.../retry-strategy`. Where
+STORAGE_EMULATOR_HOST is set, that server is spoken to, without credentials. The client library is
+imported when it is first needed.
+"""
+
+import functools
+import io
+import logging
+import os
+import random
+import re
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from utils.errors import UserError
+from utils.items import checksum
+
+SCHEME = "gs://"
+ROLE = "roles/storage.objectUser"
+CHUNK_BYTES = 8 << 20  # of a resumable upload; a smaller file goes in one request
+PREFLIGHT_SECONDS = 18
+REQUEST_SECONDS = 30  # without an answer; doubled each time that it was too short
+MAX_REQUEST_SECONDS = 300
+MAX_PAUSE_SECONDS = 20
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the server says of an object. crc32c: of its content, in base64."""
+
+    uri: str
+    size: int
+    crc32c: str
+    generation: int
+
+    def holds(self, size: int, crc32c: str) -> bool:
+        return (self.size, self.crc32c) == (size, crc32c)
+
+
+class Stopped(Exception):
+    """An upload was given up because its `stopping` was set."""
+
+
+class NameTaken(UserError):
+    """The object's name is taken by other content than that of the file."""
+
+
+class Damaged(UserError):
+    """A file does not hold what it held when it was sealed."""
+
+
+def is_uri(path: str | Path) -> bool:
+    """Whether `path` speaks of a bucket; pathlib leaves one slash of the two."""
+    return str(path).startswith("gs:/")
+
+
+def parse_uri(uri: str | Path, flag: str = "") -> tuple[str, str]:
+    """`gs://bucket/some/prefix/` -> ("bucket", "some/prefix").
+
+    flag: named in the UserError that is raised for anything else.
+    """
+    text = str(uri)
+    if not text.startswith(SCHEME) and isinstance(uri, Path) and is_uri(uri):
+        text = SCHEME + text.removeprefix("gs:/")
+    where = f"{flag} {text}".strip()
+    if not text.startswith(SCHEME):
+        raise UserError(f"{where} is not gs://BUCKET/PREFIX: write gs://{text.lstrip('/')}")
+    bucket, _, prefix = text.removeprefix(SCHEME).partition("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+        raise UserError(
+            f"{where}: {bucket!r} is no name of a bucket, which is lower-case letters, digits, "
+            "dashes, underscores and dots: write gs://BUCKET/PREFIX"
+        )
+    prefix = prefix.removesuffix("/")
+    parts = prefix.split("/")
+    if prefix and ("" in parts or "." in parts or ".." in parts):
+        raise UserError(
+            f"{where}: a part of the prefix is empty, `.` or `..`: write gs://{bucket}/"
+            + "/".join(part for part in parts if part.strip("."))
+        )
+    if not prefix.isprintable() or len(prefix.encode()) > 900 or parts[0] == ".well-known":
+        raise UserError(f"{where}: a bucket takes no such prefix: choose a shorter, plainer one")
+    return bucket, prefix
+
+
+def _client() -> Any:
+    return _client_of(os.environ.get("STORAGE_EMULATOR_HOST"))
+
+
+@functools.cache
+def _client_of(emulator: str | None) -> Any:
+    from google.cloud import storage
+
+    return storage.Client(project=None)  # which only making and listing buckets needs
+
+
+def _retry(seconds: float, trouble: Callable[[str], None] | None = None) -> Any:
+    """For a request that may be made again, as all here may. seconds: for how long. trouble: told
+    the cause each time."""
+    from google.api_core.retry import Retry
+
+    return Retry(
+        _passes,
+        initial=0.25,
+        maximum=8,
+        multiplier=2,
+        timeout=seconds,
+        on_error=trouble and (lambda error: trouble(_brief(error))),
+    )
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether trying again is no use: who asks is not known, or not allowed to."""
+    from google.api_core import exceptions
+    from google.auth.exceptions import GoogleAuthError, TransportError
+
+    refusals = (exceptions.Unauthorized, exceptions.Forbidden)
+    unknown = isinstance(error, GoogleAuthError) and not isinstance(error, TransportError)
+    return isinstance(error, refusals) or (unknown and not getattr(error, "retryable", False))
+
+
+def _is_remote(error: BaseException) -> bool:
+    """Whether the error came over the network: of the server, of the way to it, or of a reply that
+    the library could make nothing of (a ValueError: "Bytes stream is in unexpected state")."""
+    import http.client
+
+    import requests
+    import urllib3
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+
+    kinds = (GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption)
+    ways = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException)
+    return isinstance(error, (*kinds, *ways, ConnectionError, TimeoutError, ValueError))
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether the same request may well succeed: 408, 429, 5xx, a connection or a reply lost."""
+    if (code := _code(error)) is not None:
+        return code in (408, 429) or code >= 500
+    return _is_remote(error) and not _is_refusal(error) and not isinstance(error, ValueError)
+
+
+def _timed_out(error: BaseException | None) -> bool:
+    import requests
+
+    chain = (error, getattr(error, "cause", None), getattr(error, "__cause__", None))
+    return any(isinstance(link, requests.Timeout | TimeoutError) for link in chain)
+
+
+def _code(error: BaseException | None) -> int | None:
+    """The HTTP status of a server's refusal."""
+    response = getattr(error, "response", None)
+    code = getattr(error, "code", None) or getattr(response, "status_code", None)
+    return int(code) if isinstance(code, int) else None
+
+
+def _brief(error: BaseException) -> str:
+    """The server's own words, or those of the library, in one short line."""
+    cause = getattr(error, "cause", None) or error  # of a RetryError, what was retried
+    response, code = getattr(cause, "response", None), _code(cause)
+    words = getattr(response, "text", "") or getattr(cause, "message", "") or str(cause)
+    if said := re.search(r'"message": "([^"]*)"', words):
+        words = said[1]
+    words = " ".join((words or type(cause).__name__).split())
+    return f"{code} {words}"[:200] if code else words[:200]
+
+
+class BucketFolder:
+    """The objects directly under a prefix of a bucket. For several threads at once.
+
+    uri: `gs://bucket/prefix`. Raises UserError for what is none; talks to nobody before it is
+    asked to.
+    """
+
+    def __init__(self, uri: str | Path, flag: str = ""):
+        self.bucket_name, self.prefix = parse_uri(uri, flag)
+        self.uri = f"{SCHEME}{self.bucket_name}/{self.prefix}".rstrip("/")
+        self.token = secrets.token_hex(8)  # tells our own objects from equal ones of others
+        self._doing = "reach"
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def uri_of(self, name: str) -> str:
+        return f"{self.uri}/{name}"
+
+    # ----------------------------------------------------------------------------- reading
+
+    def names(self) -> list[str]:
+        """Of the objects directly under the prefix. Raises UserError, as all that read do."""
+        return sorted(self.listing())
+
+    def listing(self, seconds: float = 60) -> dict[str, Receipt]:
+        """Name -> receipt of every object directly under the prefix."""
+        return self._ask("list", lambda: self._listing(seconds))
+
+    def _listing(self, seconds: float, timeout: float = REQUEST_SECONDS) -> dict[str, Receipt]:
+        start = f"{self.prefix}/" if self.prefix else ""
+        blobs = _client().list_blobs(
+            self.bucket_name,
+            prefix=start or None,
+            delimiter="/",
+            fields="items(name,size,crc32c,generation),nextPageToken",
+            timeout=timeout,
+            retry=_retry(seconds),
+        )
+        found = {blob.name.removeprefix(start): self._receipt(blob) for blob in blobs}
+        found.pop("", None)  # what some tools make to stand for a folder
+        return found
+
+    def read(self, name: str) -> bytes:
+        """The content of a small object, as the server checksums it."""
+        with self.open(name) as file:
+            return file.read()
+
+    def open(self, name: str) -> BinaryIO:
+        """The content of an object, fetched to a temporary file that ends with its handle."""
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self.save(name, file)
+        except BaseException:
+            file.close()
+            raise
+        file.seek(0)
+        return file
+
+    def save(self, name: str, file: BinaryIO) -> None:
+        """Writes the content of an object to `file`. Raises UserError."""
+        blob = self._blob(name)
+        blob.chunk_size = None  # in one stream, taken up again where it breaks
+
+        def download() -> None:
+            blob.download_to_file(
+                file,
+                raw_download=True,
+                checksum="crc32c",
+                timeout=REQUEST_SECONDS,
+                retry=_retry(120),
+            )
+
+        self._ask("read", download, name)
+
+    def find(self, name: str) -> tuple[Receipt, str] | None:
+        """An object's receipt and the token of who made it; None where there is none. Raises the
+        library's errors."""
+        blob = _client().bucket(self.bucket_name).get_blob(
+            self._object(name), timeout=REQUEST_SECONDS, retry=_retry(60)
+        )  # fmt: skip
+        return (self._receipt(blob), (blob.metadata or {}).get("token", "")) if blob else None
+
+    # ----------------------------------------------------------------------------- writing
+
+    def check_access(self) -> dict[str, Receipt]:
+        """The listing, once it is sure that objects can be listed, written, read and deleted here.
+
+        Leaves nothing. Raises UserError within 20 seconds.
+        """
+
+        def late() -> UserError:
+            return UserError(
+                f"{self.uri} does not answer within {PREFLIGHT_SECONDS} s (trying to {self._doing} "
+                "it): check the network, and the address where STORAGE_EMULATOR_HOST is set"
+            )
+
+        return within(PREFLIGHT_SECONDS, self._probe, late)
+
+    def _probe(self) -> dict[str, Receipt]:
+        name, content = f".arc-probe-{secrets.token_hex(4)}", secrets.token_bytes(16)
+        quick = {"timeout": 5, "retry": _retry(PREFLIGHT_SECONDS - 4)}
+        self._ask("ask for credentials to", _client)
+        found = self._ask("list", lambda: self._listing(PREFLIGHT_SECONDS - 4, 5))
+
+        def write() -> None:
+            try:
+                self._blob(name).upload_from_string(content, if_generation_match=0, **quick)
+            except Exception as error:  # not when an earlier reply was lost: it is there
+                if _code(error) != 412:
+                    raise
+
+        self._ask("write to", write)
+        if self._ask("read from", lambda: self._blob(name).download_as_bytes(**quick)) != content:
+            raise UserError(f"{self.uri} gives back other bytes than were written there")
+
+        def delete() -> None:
+            try:
+                self._blob(name).delete(**quick)
+            except Exception as error:
+                if _code(error) != 404:
+                    raise
+
+        self._ask("delete or replace objects in", delete)
+        found.pop(name, None)
+        return {n: r for n, r in found.items() if not n.startswith(".arc-probe-")}
+
+    def put(
+        self,
+        source: Path | bytes,
+        name: str,
+        size: int,
+        crc32c: str,
+        *,
+        replaces: int = 0,
+        exclusive: bool = False,
+        stopping: threading.Event,
+        trouble: Callable[[str], None] = log.debug,
+    ) -> Receipt:
+        """Sends the first `size` bytes of `source`, whose checksum is `crc32c`, to the object
+        `name`, and returns what the server then holds.
+
+        Tries for as long as the server or the way to it fails; after each failure the object is
+        looked up, which tells whether it arrived all the same, or was there before.
+
+        replaces: the generation that the object has, 0 for an object that is not there.
+        exclusive: an equal object that somebody else has made does not count as sent.
+        trouble: told the cause of each failure.
+
+        Raises UserError: NameTaken, Damaged, or what else cannot be cured by trying again. Raises
+        Stopped once `stopping` is set.
+        """
+        pauses = timeouts = 0
+        while not stopping.is_set():
+            found, cause = None, None
+            try:
+                receipt = self._send(source, name, size, crc32c, replaces, timeouts, trouble)
+                if receipt.holds(size, crc32c):
+                    return receipt
+            except Exception as error:
+                cause = error
+                self._raise_if_hopeless(error, "write to", name)
+            try:
+                found = self.find(name)
+                if found is None and _code(cause) == 404:
+                    self._check_bucket()  # a session may vanish, but not the bucket
+            except Exception as error:
+                self._raise_if_hopeless(error, "read", name)
+                cause = cause or error
+            if found:
+                receipt, token = found
+                if receipt.holds(size, crc32c) and (not exclusive or token == self.token):
+                    return receipt
+                if receipt.generation != replaces:
+                    raise self._taken(receipt, source, name, crc32c)
+            if _code(cause) == 400:
+                self._check_undamaged(source, name, size, crc32c)
+            trouble(_brief(cause) if cause else f"{name} did not arrive")
+            timeouts += _timed_out(cause)
+            stopping.wait(min(MAX_PAUSE_SECONDS, 0.5 * 2**pauses) * random.uniform(0.5, 1))
+            pauses = min(pauses + 1, 10)
+        raise Stopped(name)
+
+    def _taken(self, there: Receipt, source: Path | bytes, name: str, crc32c: str) -> NameTaken:
+        return NameTaken(
+            f"{there.uri} (crc32c {there.crc32c}, generation {there.generation}) is not what "
+            f"{_local(source, name)} (crc32c {crc32c}) was to make there: another run writes under "
+            "this prefix; nothing was replaced, choose another",
+            exit_code=1,
+        )
+
+    def _check_bucket(self) -> None:
+        try:
+            blobs = _client().list_blobs(self.bucket_name, max_results=1, retry=_retry(10))
+            next(iter(blobs), None)
+        except Exception as error:
+            if _code(error) == 404:
+                raise self._explained(error, "write to") from error
+
+    def _send(
+        self,
+        source: Path | bytes,
+        name: str,
+        size: int,
+        crc32c: str,
+        replaces: int,
+        timeouts: int,
+        trouble: Callable[[str], None],
+    ) -> Receipt:
+        blob = self._blob(name)
+        # The server compares it with what arrives. With checksum="crc32c" the library would send
+        # that of whatever the file holds by now.
+        blob.crc32c = crc32c
+        blob.metadata = {"token": self.token}
+        with opened(source) as file:
+            if file.seek(0, os.SEEK_END) < size:
+                self._check_undamaged(source, name, size, crc32c)
+            file.seek(0)
+            blob.upload_from_file(
+                file,
+                size=size,
+                content_type="application/octet-stream",
+                if_generation_match=replaces,
+                checksum=None,
+                timeout=min(REQUEST_SECONDS * 2**timeouts, MAX_REQUEST_SECONDS),
+                retry=_retry(120, trouble),
+            )
+        return self._receipt(blob)
+
+    def _check_undamaged(self, source: Path | bytes, name: str, size: int, crc32c: str) -> None:
+        with opened(source) as file:
+            now = checksum(file, size)
+            if now != crc32c:
+                raise Damaged(
+                    f"{_local(source, name)} is damaged: its crc32c is {now}, and was {crc32c}"
+                    " when it was written; it was not uploaded",
+                    exit_code=1,
+                )
+
+    def check_holds(self, name: str, size: int, crc32c: str) -> None:
+        """Raises UserError unless the object is there, with that content."""
+        found = self._ask("read", lambda: self.find(name), name)
+        if found is None or not found[0].holds(size, crc32c):
+            raise UserError(f"{self.uri_of(name)} is not what was uploaded", exit_code=1)
+
+    # ------------------------------------------------------------------------------ errors
+
+    def _ask(self, what: str, request: Callable[[], Result], name: str = "") -> Result:
+        self._doing = what
+        try:
+            return request()
+        except Exception as error:
+            if isinstance(error, UserError) or not _is_remote(error):
+                raise
+            raise self._explained(error, what, name) from error
+
+    def _raise_if_hopeless(self, error: Exception, what: str, name: str) -> None:
+        """Raises what trying again does not cure: a refusal in words, a local error as it is."""
+        if isinstance(error, UserError):
+            raise error
+        if isinstance(error, OSError) and not _is_remote(error):
+            raise UserError(
+                f"cannot read {error.filename or name}: {error.strerror}", exit_code=1
+            ) from error
+        if not _is_remote(error):
+            raise error
+        if _is_refusal(error):
+            raise self._explained(error, what, name) from error
+
+    def _explained(self, error: Exception, what: str, name: str = "") -> UserError:
+        """The error, as what the person at the shell can do about it."""
+        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+
+        code, uri = _code(error), self.uri_of(name) if name else self.uri
+        if isinstance(error, DefaultCredentialsError):
+            return UserError(
+                f"no Google Cloud credentials for {self.uri}: run `gcloud auth application-default "
+                "login`, or give the VM a service account that may use storage"
+            )
+        if isinstance(error, GoogleAuthError) or code == 401:
+            return UserError(
+                f"the Google Cloud credentials for {self.uri} are not accepted ({_brief(error)}): "
+                "run `gcloud auth application-default login`"
+            )
+        if code == 403:
+            return UserError(
+                f"no permission to {what} {uri}: grant the account {ROLE}: gcloud storage buckets "
+                f"add-iam-policy-binding gs://{self.bucket_name} --member=ACCOUNT --role={ROLE} "
+                f"({_brief(error)})"
+            )
+        if code == 404 and name:
+            return UserError(f"{uri} does not exist: check the path")
+        if code == 404:
+            return UserError(
+                f"the bucket gs://{self.bucket_name} does not exist: create it with `gcloud storage"
+                f" buckets create gs://{self.bucket_name}`, or correct the name"
+            )
+        return UserError(f"cannot {what} {uri}: {_brief(error)}; check the network and try again")
+
+    # ------------------------------------------------------------------------------- names
+
+    def _object(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _blob(self, name: str) -> Any:
+        return _client().bucket(self.bucket_name).blob(self._object(name), chunk_size=CHUNK_BYTES)
+
+    def _receipt(self, blob: Any) -> Receipt:
+        uri = f"{SCHEME}{self.bucket_name}/{blob.name}"
+        return Receipt(uri, int(blob.size), blob.crc32c, int(blob.generation))
+
+
+def opened(source: Path | bytes) -> BinaryIO:
+    """A file, or bytes, to read from."""
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+
+def _local(source: Path | bytes, name: str) -> str:
+    return name if isinstance(source, bytes) else str(source)
+
+
+def within(seconds: float, work: Callable[[], Result], late: Callable[[], BaseException]) -> Result:
+    """What `work` returns or raises, in a thread that nobody waits for longer; then `late()`."""
+    outcome: list[Any] = []
+
+    def target() -> None:
+        try:
+            outcome[:] = [work(), None]
+        except BaseException as error:
+            outcome[:] = [None, error]
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise late()
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
