@@ -11,6 +11,7 @@ templates   chat templates and Jinja files, filled with placeholders for grids
 prompts     prompt formats: render with cell spans, parse the answer
 items       what an item of a shard is, its exact bytes, and safe unpickling
 cloud       a folder of a bucket: reading, and one file to one object, exactly once
+places      where a run lies: a folder of a disk or of a bucket
 tokens      token ids, offsets, and the table that says which token holds which cell
 rope        the rotary embedding's configuration
 config      Hugging Face config.json -> ModelConfig; refuses what it does not know

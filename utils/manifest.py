@@ -15,6 +15,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.items import Sink
+from utils.places import place_of
 
 FORMAT_VERSION = 1
 SHARD = re.compile(r"activations(_host\d{3,})?_batch_(\d{6,})\.pkl")
@@ -41,26 +42,27 @@ def owner_of(name: str) -> str:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a run, all processes' together, whether they were merged or not."""
-    if manifests := read_manifests(Path(folder)):
+    """The manifest of a run, all processes' together, whether they were merged or not.
+
+    folder: of a disk, or `gs://bucket/prefix`.
+    """
+    if manifests := read_manifests(folder):
         return merge_manifests(manifests)
-    raise UserError(f"{folder} holds no metadata.json: is it the --activations_dir of a run?")
+    raise UserError(
+        f"{folder} holds no metadata.json: is it the --activations_dir or --cloud_bucket of a run?"
+    )
 
 
-def read_manifests(folder: Path) -> dict[str, Manifest]:
+def read_manifests(folder: str | Path) -> dict[str, Manifest]:
     """File name -> manifest. Raises UserError for a file of that name that is no manifest."""
-    manifests = {}
-    try:
-        for name in sorted(filter(MANIFEST.fullmatch, os.listdir(folder))):
-            manifests[name] = _parse(folder / name)
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}") from error
-    return manifests
+    place = place_of(folder)
+    names = filter(MANIFEST.fullmatch, place.names())
+    return {name: _parse(f"{place}/{name}", place.read(name)) for name in names}
 
 
-def _parse(path: Path) -> Manifest:
+def _parse(path: str, content: bytes) -> Manifest:
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(content)
         version, files = manifest["format_version"], manifest["files"]
         totals(files)
         valid = {"status", "skipped", *_TIMINGS} <= manifest.keys() and all(
@@ -120,9 +122,11 @@ def resumable_run(
 ) -> Manifest | None:
     """The run that `folder` holds, once it is sure that it can be continued; None for no run.
 
-    Raises UserError without `resume`, and when settings differ or shards are missing.
+    manifests: of the folder, and of what is known of the run from elsewhere. Raises UserError
+    without `resume`, and when settings differ or shards are missing.
     """
-    if not folder.exists() or not any(name == stem(name) for name in os.listdir(folder)):
+    there = folder.exists() and any(name == stem(name) for name in os.listdir(folder))
+    if not there and not manifests:
         return None
     if not manifests:
         raise UserError(
@@ -240,9 +244,14 @@ def write_json_atomic(path: str | Path, value: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """`write_json_atomic`, raising OSError."""
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
     with replacing(path) as sink:
-        sink.write(f"{{\n{lines}\n}}\n".encode())
+        sink.write(json_lines(value))
+
+
+def json_lines(value: dict[str, Any]) -> bytes:
+    """A JSON object, a key a line."""
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
+    return f"{{\n{lines}\n}}\n".encode()
 
 
 @contextlib.contextmanager

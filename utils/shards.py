@@ -9,7 +9,10 @@ import itertools
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +34,7 @@ from utils.manifest import (
     SHARD,
     Manifest,
     SampleKey,
+    json_lines,
     owner_of,
     read_manifest,
     read_manifests,
@@ -41,6 +45,7 @@ from utils.manifest import (
     totals,
     write_json,
 )
+from utils.places import LocalFolder, Place, place_of, split
 
 
 class OpenShard:
@@ -95,22 +100,37 @@ def planned_shards(
                 shard.clear()
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What is known of a run from outside of its folder.
+
+    manifests: file name -> manifest; of what it lists, this process is to look after. names: of
+    files there, whose numbers are taken. read: a file's content.
+    """
+
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+    names: Collection[str] = ()
+    read: Callable[[str], bytes] | None = None
+
+
 class ShardWriter:
     """One process's shards, answers and manifest in the folder of a run.
 
     The constructor only checks; `start` is the first to change anything, so that whatever else can
-    fail before a run begins leaves an older run as it is. For one thread at a time; `add`,
-    `close_shard` and `finish` are to be shielded from signals.
+    fail before a run begins leaves an older run as it is. `add`, `close_shard` and `finish` are for
+    one thread at a time, shielded from signals; `record_uploads` and `bucket_manifest` for another.
 
     settings: top-level manifest entries that decide what is computed (`model`, `dataset`, `prompt`,
         `activations`, ...), nested dicts; a resumed run must have the same, but for keys named
         `path`. facts: entries that a resumed run may change (`arguments`, `versions`, `devices`,
         `mesh_shape`, `processes`).
+    elsewhere: what a bucket holds of the run, and this folder does not.
     host: this process's number among `num_hosts`, None for the only one. In a folder that several
         share every process constructs, then the one that leads starts, then the others.
     done: samples of the shards in this folder, and those added since. hosts: processes that wrote
-        some of them. continues: a run that
-        the folder holds is resumed. complete: that run is; there is nothing to start.
+        some of them. here: manifest entries of them; files: of those that this process looks after.
+    continues: a run that the folder holds is resumed. complete: that run is; there is nothing to
+        start. on_sealed: called with the entry of each new shard, once it is in the manifest.
     Raises UserError, exit code 2 from the constructor, 1 from `start` on when the disk fails.
     """
 
@@ -127,6 +147,7 @@ class ShardWriter:
         overwrite: bool = False,
         host: int | None = None,
         num_hosts: int = 1,
+        elsewhere: Elsewhere | None = None,
     ):
         if resume and overwrite:
             raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
@@ -135,33 +156,39 @@ class ShardWriter:
         self._overwrite = overwrite
         self._suffix = "" if host is None else f"_host{host:03d}"
         self._others = {f"_host{i:03d}" for i in range(num_hosts)} if host is not None else set()
-        self._manifest_path = self.folder / f"metadata{self._suffix}.json"
-        self._journal_path = self.folder / f"answers{self._suffix}.jsonl"
+        self.manifest_path = self.folder / f"metadata{self._suffix}.json"
+        self.journal_path = self.folder / f"answers{self._suffix}.jsonl"
         settings = json.loads(json.dumps(settings))  # as the manifest gives them back
         self._static = {**facts, **settings}
         self._open = OpenShard(save_every_n_samples, max_shard_mb)
         self._answers: list[str] = []  # journal lines of the open shard
         self._timing = (0.0, 0.0, 0.0)
         self._failure: UserError | None = None
+        self._lock = threading.RLock()
+        self._elsewhere = elsewhere or Elsewhere()
+        self._extra: dict[str, Any] = {}
+        self.on_sealed: Callable[[dict[str, Any]], None] = lambda entry: None
 
         check_writable(self.folder)
         manifests = read_manifests(self.folder) if self.folder.exists() else {}
+        manifests = {**self._elsewhere.manifests, **manifests}
         run = None if overwrite else resumable_run(self.folder, manifests, settings, resume)
         self.continues = run is not None
         run = run or {"status": "running", "files": []}
-        own = {} if overwrite else manifests.get(self._manifest_path.name, {})
+        own = {} if overwrite else manifests.get(self.manifest_path.name, {})
         earlier = run if host is None else own
         self.complete = run["status"] == "complete"
         # Those in the folders of other processes are theirs to look after.
-        here = [entry for entry in run["files"] if not entry.get("elsewhere")]
+        here = self.here = [entry for entry in run["files"] if not entry.get("elsewhere")]
         owners = {owner_of(entry["filename"]) for entry in here} - {""}
         self.hosts = sorted(int(owner.removeprefix("_host")) for owner in owners)
         self._listed = {entry["filename"] for entry in run["files"]}
         self.done: set[SampleKey] = {(t, i) for entry in here for t, i in entry["samples"]}
-        named = [SHARD.fullmatch(name).groups() for name in self._listed]
+        taken = filter(SHARD.fullmatch, {*self._listed, *self._elsewhere.names})
+        named = [SHARD.fullmatch(name).groups() for name in taken]
         numbers = [int(number) for suffix, number in named if (suffix or "") == self._suffix]
         self._next_number = 1 + max(numbers, default=0)
-        self._files: list[dict[str, Any]] = [
+        self.files: list[dict[str, Any]] = [
             entry for entry in earlier.get("files", []) if not entry.get("elsewhere")
         ]
         self._skipped: list[dict[str, Any]] = earlier.get("skipped", [])
@@ -185,10 +212,27 @@ class ShardWriter:
                 stale = name != whole_name or orphan
                 if leads if self._overwrite else (mine and stale):
                     (self.folder / name).unlink()
-            self._commit(self._files, "running")
-            with open(self._journal_path, "a+b") as journal:
+            if leads and self.host is not None:  # of processes that take no part any more
+                known = {entry["filename"] for entry in self.files}
+                others = self._others - {self._suffix}
+                self.files += [
+                    entry
+                    for entry in self.here
+                    if entry["filename"] not in known and owner_of(entry["filename"]) not in others
+                ]
+            self._fetch_journals()
+            self._commit(self.files, "running")
+            with open(self.journal_path, "a+b") as journal:
                 journal.seek(0)  # a line that a kill cut short has no newline
                 self._journal_bytes = journal.read().rfind(b"\n") + 1
+
+    def _fetch_journals(self) -> None:
+        """The answers that belong to shards which are in a bucket alone."""
+        for owner in {owner_of(entry["filename"]) for entry in self.files}:
+            path = self.folder / f"answers{owner}.jsonl"
+            if path.name in self._elsewhere.names and not path.exists():
+                with replacing(path) as sink:
+                    sink.write(self._elsewhere.read(path.name))
 
     def add(self, item: dict[str, Any], answer: dict[str, Any]) -> None:
         """Take a sample, once; commits a shard whenever one is full.
@@ -231,15 +275,17 @@ class ShardWriter:
                 "uploaded": False,
             }
             self._append_answers()
-            self._commit([*self._files, entry], "running")
-        self._files = [*self._files, entry]
+            with self._lock:
+                self._commit([*self.files, entry], "running")
+                self.files = [*self.files, entry]
         self._next_number += 1
         self._answers = []
         self._open.clear()
+        self.on_sealed(entry)
 
     def _append_answers(self) -> None:
         lines = "".join(self._answers).encode()
-        with open(self._journal_path, "ab", buffering=0) as journal:
+        with open(self.journal_path, "ab", buffering=0) as journal:
             journal.truncate(self._journal_bytes)  # drops what an append that failed left behind
             Sink(journal).write(lines)
             os.fsync(journal.fileno())
@@ -260,15 +306,40 @@ class ShardWriter:
     def finish(self, extra: dict[str, Any] | None = None) -> Manifest:
         """Close the last shard and mark the run complete, with `extra` entries such as scores."""
         self.close_shard()
-        with self._disk():
-            return self._commit(self._files, "complete", extra)
+        with self._disk(), self._lock:
+            return self._commit(self.files, "complete", extra)
+
+    def record_uploads(self, receipts: dict[str, dict[str, Any]]) -> None:
+        """Commits what a bucket holds: file name -> `uri`, `size`, `crc32c`, `generation`."""
+        with self._disk(), self._lock:
+            files = [
+                {**entry, "uploaded": receipts.get(entry["filename"], entry["uploaded"])}
+                for entry in self.files
+            ]
+            self._commit(files, self._status, self._extra)
+            self.files = files
+
+    def bucket_manifest(self, names: Collection[str]) -> tuple[bytes, int]:
+        """The manifest as a reader of the bucket is to find it while the run goes on, with those
+        shards alone; and how many bytes of the journal hold the answers to them."""
+        with self._lock:
+            files = [entry for entry in self.files if entry["filename"] in names]
+            return json_lines(self._manifest(files, "running", {})), self._journal_bytes
 
     def _commit(
         self, files: list[dict[str, Any]], status: str, extra: dict[str, Any] | None = None
     ) -> Manifest:
+        manifest = self._manifest(files, status, extra or {})
+        write_json(self.manifest_path, manifest)
+        self._status, self._extra = status, extra or {}
+        return manifest
+
+    def _manifest(
+        self, files: list[dict[str, Any]], status: str, extra: dict[str, Any]
+    ) -> Manifest:
         timings = zip(self._earlier, self._timing, strict=True)
         seconds, compile_seconds, tokens = map(sum, timings)
-        manifest = {
+        return {
             "format_version": FORMAT_VERSION,
             "status": status,
             **totals(files),
@@ -277,12 +348,10 @@ class ShardWriter:
             "seconds": seconds,
             "compile_seconds": compile_seconds,
             "tokens_per_second": tokens / seconds if seconds else 0.0,
-            **(extra or {}),
+            **extra,
             "skipped": self._skipped,
             "files": files,
         }
-        write_json(self._manifest_path, manifest)
-        return manifest
 
     @contextlib.contextmanager
     def _disk(self, items: list[dict[str, Any]] | None = None) -> Iterator[None]:
@@ -305,30 +374,62 @@ class ShardWriter:
 def load_shard(path: str | Path, verify: bool = True) -> list[dict[str, Any]]:
     """The items of a shard; loading one runs none of what a hostile file may hold.
 
-    verify: compare size and crc32c with the manifest beside it first, and its samples then. Raises
-    UserError with the file and the cause.
+    path: of a file, or `gs://bucket/prefix/activations_batch_000001.pkl`. verify: compare size and
+    crc32c with the manifest beside it first, and its samples then. Raises UserError with the file
+    and the cause.
     """
-    path = Path(path)
+    place, name = split(path)
     if not verify:
-        return _read_shard(path, None)
-    entries = {entry["filename"]: entry for entry in read_manifest(path.parent)["files"]}
-    if path.name not in entries:
+        return _read_shard(place, name, None)
+    entries = {entry["filename"]: entry for entry in read_manifest(str(place))["files"]}
+    if name not in entries:
         raise UserError(f"{path} is refused: the manifest beside it does not list it")
-    return _read_shard(path, entries[path.name])
+    return _read_shard(_place_of(place, entries[name]), name, entries[name])
 
 
 def iter_items(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Every item of a run, verified; one shard in memory at a time."""
-    for entry in read_manifest(folder)["files"]:
-        yield from _read_shard(Path(folder) / entry["filename"], entry)
+    """Every item of a run, verified; one shard in memory at a time.
 
-
-def _read_shard(path: Path, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
+    folder: of a disk, or `gs://bucket/prefix`. Of a bucket, the next shard is fetched to a
+    temporary file meanwhile. A shard that was deleted after its upload comes from the bucket.
+    """
+    place = place_of(folder)
+    entries = read_manifest(folder)["files"]
+    pool = ThreadPoolExecutor(1, "fetch")
     try:
-        with open(path, "rb") as file:
-            if entry:
-                _verify(file, entry)
-            items = load(file)
+        files = [pool.submit(_place_of(place, e).open, e["filename"]) for e in entries[:1]]
+        for number, entry in enumerate(entries):
+            file = files.pop().result()
+            files = [
+                pool.submit(_place_of(place, e).open, e["filename"])
+                for e in entries[number + 1 : number + 2]
+            ]
+            with file:
+                items = _load_verified(file, f"{place}/{entry['filename']}", entry)
+            yield from items
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _place_of(place: Place, entry: dict[str, Any]) -> Place:
+    """Where a shard lies: in its folder, or, deleted there, in the bucket that it was sent to."""
+    if isinstance(place, LocalFolder) and isinstance(entry["uploaded"], dict):
+        path = place.path / entry["filename"]
+        if not path.exists():
+            return split(entry["uploaded"]["uri"])[0]
+    return place
+
+
+def _read_shard(place: Place, name: str, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
+    with place.open(name) as file:
+        return _load_verified(file, f"{place}/{name}", entry)
+
+
+def _load_verified(file: BinaryIO, path: str, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
+    try:
+        if entry:
+            _verify(file, entry)
+        items = load(file)
         if entry and [[item["task_id"], item["sample_idx"]] for item in items] != entry["samples"]:
             raise pickle.UnpicklingError("it holds other samples than its manifest says")
     except pickle.UnpicklingError as error:
