@@ -23,6 +23,8 @@ from http.server import ThreadingHTTPServer
 from gcp_storage_emulator.handlers.buckets import create_bucket
 from gcp_storage_emulator.server import RequestHandler, Router
 from gcp_storage_emulator.storage import Storage
+from google.auth.credentials import AnonymousCredentials
+from google.cloud.storage import Client
 
 CONFLICT = {"error": {"code": 412, "message": "At least one pre-condition did not hold."}}
 
@@ -235,6 +237,13 @@ class GcsServer:
                 for name in sorted(self.storage.objects.get(self.bucket, {}))
                 if name.startswith(prefix)
             }
+
+    def store(self, name: str, content: bytes) -> None:
+        """Puts an object there, in place of any other."""
+        client = Client(
+            credentials=AnonymousCredentials(), client_options={"api_endpoint": self.url}
+        )
+        client.bucket(self.bucket).blob(name).upload_from_string(content)
 
     def generations(self, name: str) -> list[dict]:
         """Every object that the name has ever stood for."""

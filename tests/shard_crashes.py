@@ -20,7 +20,8 @@ import numpy as np
 
 from utils.items import Sink
 from utils.manifest import read_answers, read_manifest
-from utils.shards import ShardWriter, iter_items
+from utils.shards import iter_items
+from utils.writer import ShardWriter
 
 SAMPLES = 23
 SETTINGS = {"model": {"hash": "m"}, "activations": {}}

@@ -140,10 +140,14 @@ BAD_VALUES = [
     ({"save_every_n_samples": 0}, "--save_every_n_samples: 0 is below 1"),
     ({"max_shard_mb": 0}, "--max_shard_mb: 0 is not a finite number of at least 1"),
     ({"max_shard_mb": "1GB"}, "'1GB' is not a number"),
+    ({"cloud_bucket": "b/x", "upload_to_cloud": True}, "--cloud_bucket b/x is not gs://BUCKET"),
+    ({"upload_timeout": 0}, "--upload_timeout: 0 is not a finite number of at least 1"),
+    ({"upload_timeout": "soon"}, "--upload_timeout: 'soon' is not a number"),
+    ({"max_pending_gb": 0}, "--max_pending_gb: 0 is not a finite number"),
 ]
 SWITCHES = {
     *("help", "verbose", "no_extraction", "teacher_forcing", "no_logits"),
-    *("resume", "overwrite", "dry_run"),
+    *("resume", "overwrite", "dry_run", "upload_to_cloud", "delete_after_upload"),
 }
 
 

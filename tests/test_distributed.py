@@ -626,3 +626,98 @@ def test_the_dry_run_counts_the_shards_of_the_run(models, tasks, tmp_path):
     assert tokens == manifest["total_tokens"]
     written = [(entry["num_samples"], entry["size_bytes"]) for entry in manifest["files"]]
     assert shards == written and len(shards) == len(prepared.batches) > 1
+
+
+# ---------------------------------------------------------------------------------- a bucket
+
+CLOUD = {"upload_to_cloud": True, "cloud_bucket": "gs://bucket/run"}
+
+
+def assert_bucket_is_whole(gcs, folder, parts, reference, orphans=False):
+    """One run under the prefix: every sample once, every shard made once, each file as on disk."""
+    objects = gcs.objects("run/")
+    files = {p.name: p.read_bytes() for part in parts for p in (folder / part).iterdir()}
+    files["metadata.json"] = (folder / parts[0] / "metadata.json").read_bytes()
+    files["submission.json"] = (folder / "submission.json").read_bytes()
+    assert {name: objects[name] for name in files} == files
+    manifest = read_manifest("gs://bucket/run")
+    assert manifest["status"] == json.loads(objects["metadata.json"])["status"] == "complete"
+    listed = [tuple(sample) for entry in manifest["files"] for sample in entry["samples"]]
+    assert len(listed) == len(set(listed)) == 29
+    names = {entry["filename"] for entry in manifest["files"]}
+    shards = {name for name in objects if name.endswith(".pkl")}
+    assert names <= shards if orphans else names == shards
+    for entry in manifest["files"]:
+        (made,) = gcs.generations(f"run/{entry['filename']}")
+        assert made["crc32c"] == entry["crc32c"] == entry["uploaded"]["crc32c"]
+    items = {(item["task_id"], item["sample_idx"]): item for item in iter_items("gs://bucket/run")}
+    if reference:
+        assert_same((items, json.loads(objects["submission.json"])), reference)
+
+
+@pytest.mark.parametrize(
+    ("count", "separate"),
+    [
+        (2, True),
+        pytest.param(2, False, marks=pytest.mark.slow),
+        pytest.param(4, True, marks=pytest.mark.slow),
+        pytest.param(4, False, marks=pytest.mark.slow),
+    ],
+)
+def test_processes_write_under_one_prefix(models, tasks, tmp_path, reference, gcs, count, separate):
+    folder, devices = tmp_path / "run", 8 // count
+    flags = {"mesh_shape": [count, devices], **CLOUD}
+    gcs.fault("lost", lambda r: r.kind == "multipart" and r.name.endswith("1.pkl"), times=count)
+    start(models["14-2"], tasks, folder, count, devices, separate, **flags).finish()
+    parts = [f"acts{i}" for i in range(count)] if separate else ["acts"]
+    assert_bucket_is_whole(gcs, folder, parts, reference)
+    again = start(*(models["14-2"], tasks, folder, count, devices, separate), resume=True, **flags)
+    again.finish()
+    assert "nothing to do" in again.text(0)
+    other = start(models["14-2"], tasks, tmp_path / "other", count, devices, separate, **flags)
+    other.finish(2)
+    assert "gs://bucket/run holds a run (complete, 29 samples)" in other.last_line(0)
+    assert_bucket_is_whole(gcs, folder, parts, reference)
+
+
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_host_that_is_gone_with_its_disk(models, tasks, tmp_path, gcs, count):
+    """What it had sent is in the bucket, and is not computed again."""
+    folder = tmp_path / "run"
+    flags = {"mesh_shape": [2, 1], **CLOUD, **LONG}
+    run = start(models["14-2"], tasks, folder, 2, 1, True, **flags)
+    deadline = time.monotonic() + 120
+    while b'"total_batches": 2' not in gcs.objects("run/").get("metadata_host001.json", b""):
+        assert time.monotonic() < deadline, run.text(0)
+        time.sleep(0.05)
+    run.processes[1].kill()
+    run.finish([1, -9])
+    shutil.rmtree(folder / "acts1")
+    listed = json.loads(gcs.objects("run/")["metadata_host001.json"])["files"]
+    changed = {**flags, "mesh_shape": [count, 1], "resume": True}
+    again = start(models["14-2"], tasks, folder, count, 1, True, **changed)
+    again.finish()
+    manifest = read_manifest("gs://bucket/run")
+    kept = {entry["filename"]: entry["uploaded"] for entry in manifest["files"]}
+    assert len(listed) >= 2
+    assert all(kept[entry["filename"]] == entry["uploaded"] for entry in listed)
+    parts = [f"acts{i}" for i in range(count)]
+    # What it had sent a moment before its end is in no manifest, and is not replaced either.
+    assert_bucket_is_whole(gcs, folder, parts, None, orphans=True)
+    if len(gcs.objects("run/activations")) > len(manifest["files"]):
+        assert "are in no manifest" in again.text(0)
+
+
+def test_what_one_process_cannot_send(models, tasks, tmp_path, gcs):
+    folder = tmp_path / "run"
+    flags = {"mesh_shape": [2, 1], **CLOUD, "upload_timeout": 3}
+    gcs.fault(503, lambda r: r.name.endswith("host001_batch_000001.pkl"), times=10**6)
+    run = start(models["14-2"], tasks, folder, 2, 1, **flags)
+    run.finish([1, 1])
+    assert "could not be uploaded to gs://bucket/run within 3 s" in run.last_line(1)
+    assert "process 1" in run.last_line(0) and "could not be uploaded" in run.last_line(0)
+    assert json.loads((folder / "acts" / "metadata.json").read_text())["status"] == "complete"
+    assert "metadata.json" not in gcs.objects("run/")
+    gcs.faults.clear()
+    start(models["14-2"], tasks, folder, 2, 1, resume=True, **flags).finish()
+    assert_bucket_is_whole(gcs, folder, ["acts"], None)

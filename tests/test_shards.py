@@ -20,7 +20,8 @@ from shard_crashes import check_consistent, item
 from utils.errors import UserError
 from utils.items import Sink
 from utils.manifest import read_answers, read_manifest, write_json_atomic
-from utils.shards import ShardWriter, iter_items, load_shard, planned_shards
+from utils.shards import iter_items, load_shard
+from utils.writer import ShardWriter, planned_shards
 
 SETTINGS = {
     "model": {"path": "/models/a", "hash": "abc", "layers": 2},

@@ -10,6 +10,7 @@ encodings   a grid as text, with the span of every cell, and back
 templates   chat templates and Jinja files, filled with placeholders for grids
 prompts     prompt formats: render with cell spans, parse the answer
 items       what an item of a shard is, its exact bytes, and safe unpickling
+gcs_errors  what can go wrong on the way to a bucket, in words
 cloud       a folder of a bucket: reading, and one file to one object, exactly once
 places      where a run lies: a folder of a disk or of a bucket
 tokens      token ids, offsets, and the table that says which token holds which cell
@@ -17,6 +18,7 @@ rope        the rotary embedding's configuration
 config      Hugging Face config.json -> ModelConfig; refuses what it does not know
 capture     which layers and hook points are captured, and what they are called
 request     what a run is asked to do: every flag's default, once
+fetch       models and datasets of a bucket, as verified local files
 flags       the flags that the inference scripts share
 supervise   a process that waits outside, and puts JAX's aborts into words
 processes   the processes of one run: agreeing, noticing who is gone, stopping together
@@ -30,12 +32,16 @@ batching    length buckets, padding, row identity
 generate    jitted prefill and decode loop, with capture
 scoring     grids -> predictions, submission, accuracy
 manifest    metadata.json and the journal of answers: reading, merging, comparing
-shards      shard files: writing, resuming, loading with verification
+shards      reading shards of a folder or a bucket, with verification
+writer      filling, closing and committing shards; resuming
 merge       the folders of separate hosts' runs, as one (python -m utils.shards merge)
 prepare     a request, checked: samples, prompts and batches, before a model loads
 compute     batches through the engine, and what comes back as items
 pipeline    launch, fetch and store batches, each in a thread
 storage     what a run will store, and whether there is room
+remote      what a bucket holds of a run before it begins
+uploads     shards on their way to a bucket, while the model computes
+finish      how a run ends: one output, one manifest, and all of it in the bucket
 extract     the run loop that the inference scripts share
 report      what a run prints: the plan of a dry run, the summary at the end
 plan        the run compiled ahead of time for a TPU slice

@@ -123,18 +123,22 @@ def read_solutions(path: str | Path) -> dict[str, list[Grid]]:
     return solutions
 
 
-def solutions_beside(dataset_path: str | Path) -> Path | None:
-    """The ground truth beside a file of tasks, under the name that goes with it; None without."""
-    path = Path(dataset_path)
-    stem, suffix = _split_suffix(path)
+def solutions_names(name: str) -> tuple[str, ...]:
+    """What the ground truth beside a file of tasks may be called, first choice first."""
+    stem, suffix = _split_suffix(Path(name))
     if stem.startswith("arc_format_"):
         stem = "test_outputs_" + stem.removeprefix("arc_format_")
     elif stem.endswith("_challenges"):
         stem = stem.removesuffix("_challenges") + "_solutions"
     else:
-        return None
-    names = (stem + suffix, f"{stem}.json", f"{stem}.json.gz")
-    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+        return ()
+    return stem + suffix, f"{stem}.json", f"{stem}.json.gz"
+
+
+def solutions_beside(dataset_path: str | Path) -> Path | None:
+    """The ground truth beside a file of tasks, under the name that goes with it; None without."""
+    paths = map(Path(dataset_path).with_name, solutions_names(Path(dataset_path).name))
+    return next(filter(Path.is_file, paths), None)
 
 
 def task_item(task: Task) -> bytes:

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -76,6 +77,12 @@ def float_at_least(lowest: float) -> Callable[[str], float]:
         return value
 
     return number
+
+
+def command_to_resume() -> str:
+    """The command of this process, to be pasted into a shell, that goes on with its run."""
+    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+    return shlex.join(["python", *words, "--resume"])
 
 
 class Interrupted(BaseException):

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from utils.errors import UserError
+from utils.gcs_errors import brief, code_of, explained, is_refusal, is_remote, retry, timed_out
 from utils.items import checksum
 
 SCHEME = "gs://"
-ROLE = "roles/storage.objectUser"
 CHUNK_BYTES = 8 << 20  # of a resumable upload; a smaller file goes in one request
 PREFLIGHT_SECONDS = 18
 REQUEST_SECONDS = 30  # without an answer; doubled each time that it was too short
@@ -108,79 +108,6 @@ def _client_of(emulator: str | None) -> Any:
     return storage.Client(project=None)  # which only making and listing buckets needs
 
 
-def _retry(seconds: float, trouble: Callable[[str], None] | None = None) -> Any:
-    """For a request that may be made again, as all here may. seconds: for how long. trouble: told
-    the cause each time."""
-    from google.api_core.retry import Retry
-
-    return Retry(
-        _passes,
-        initial=0.25,
-        maximum=8,
-        multiplier=2,
-        timeout=seconds,
-        on_error=trouble and (lambda error: trouble(_brief(error))),
-    )
-
-
-def _is_refusal(error: BaseException) -> bool:
-    """Whether trying again is no use: who asks is not known, or not allowed to."""
-    from google.api_core import exceptions
-    from google.auth.exceptions import GoogleAuthError, TransportError
-
-    refusals = (exceptions.Unauthorized, exceptions.Forbidden)
-    unknown = isinstance(error, GoogleAuthError) and not isinstance(error, TransportError)
-    return isinstance(error, refusals) or (unknown and not getattr(error, "retryable", False))
-
-
-def _is_remote(error: BaseException) -> bool:
-    """Whether the error came over the network: of the server, of the way to it, or of a reply that
-    the library could make nothing of (a ValueError: "Bytes stream is in unexpected state")."""
-    import http.client
-
-    import requests
-    import urllib3
-    from google.api_core.exceptions import GoogleAPIError
-    from google.auth.exceptions import GoogleAuthError
-    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
-
-    kinds = (GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption)
-    ways = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException)
-    return isinstance(error, (*kinds, *ways, ConnectionError, TimeoutError, ValueError))
-
-
-def _passes(error: BaseException) -> bool:
-    """Whether the same request may well succeed: 408, 429, 5xx, a connection or a reply lost."""
-    if (code := _code(error)) is not None:
-        return code in (408, 429) or code >= 500
-    return _is_remote(error) and not _is_refusal(error) and not isinstance(error, ValueError)
-
-
-def _timed_out(error: BaseException | None) -> bool:
-    import requests
-
-    chain = (error, getattr(error, "cause", None), getattr(error, "__cause__", None))
-    return any(isinstance(link, requests.Timeout | TimeoutError) for link in chain)
-
-
-def _code(error: BaseException | None) -> int | None:
-    """The HTTP status of a server's refusal."""
-    response = getattr(error, "response", None)
-    code = getattr(error, "code", None) or getattr(response, "status_code", None)
-    return int(code) if isinstance(code, int) else None
-
-
-def _brief(error: BaseException) -> str:
-    """The server's own words, or those of the library, in one short line."""
-    cause = getattr(error, "cause", None) or error  # of a RetryError, what was retried
-    response, code = getattr(cause, "response", None), _code(cause)
-    words = getattr(response, "text", "") or getattr(cause, "message", "") or str(cause)
-    if said := re.search(r'"message": "([^"]*)"', words):
-        words = said[1]
-    words = " ".join((words or type(cause).__name__).split())
-    return f"{code} {words}"[:200] if code else words[:200]
-
-
 class BucketFolder:
     """The objects directly under a prefix of a bucket. For several threads at once.
 
@@ -218,7 +145,7 @@ class BucketFolder:
             delimiter="/",
             fields="items(name,size,crc32c,generation),nextPageToken",
             timeout=timeout,
-            retry=_retry(seconds),
+            retry=retry(seconds),
         )
         found = {blob.name.removeprefix(start): self._receipt(blob) for blob in blobs}
         found.pop("", None)  # what some tools make to stand for a folder
@@ -251,7 +178,7 @@ class BucketFolder:
                 raw_download=True,
                 checksum="crc32c",
                 timeout=REQUEST_SECONDS,
-                retry=_retry(120),
+                retry=retry(120),
             )
 
         self._ask("read", download, name)
@@ -260,7 +187,7 @@ class BucketFolder:
         """An object's receipt and the token of who made it; None where there is none. Raises the
         library's errors."""
         blob = _client().bucket(self.bucket_name).get_blob(
-            self._object(name), timeout=REQUEST_SECONDS, retry=_retry(60)
+            self._object(name), timeout=REQUEST_SECONDS, retry=retry(60)
         )  # fmt: skip
         return (self._receipt(blob), (blob.metadata or {}).get("token", "")) if blob else None
 
@@ -282,7 +209,7 @@ class BucketFolder:
 
     def _probe(self) -> dict[str, Receipt]:
         name, content = f".arc-probe-{secrets.token_hex(4)}", secrets.token_bytes(16)
-        quick = {"timeout": 5, "retry": _retry(PREFLIGHT_SECONDS - 4)}
+        quick = {"timeout": 5, "retry": retry(PREFLIGHT_SECONDS - 4)}
         self._ask("ask for credentials to", _client)
         found = self._ask("list", lambda: self._listing(PREFLIGHT_SECONDS - 4, 5))
 
@@ -290,7 +217,7 @@ class BucketFolder:
             try:
                 self._blob(name).upload_from_string(content, if_generation_match=0, **quick)
             except Exception as error:  # not when an earlier reply was lost: it is there
-                if _code(error) != 412:
+                if code_of(error) != 412:
                     raise
 
         self._ask("write to", write)
@@ -301,7 +228,7 @@ class BucketFolder:
             try:
                 self._blob(name).delete(**quick)
             except Exception as error:
-                if _code(error) != 404:
+                if code_of(error) != 404:
                     raise
 
         self._ask("delete or replace objects in", delete)
@@ -333,19 +260,27 @@ class BucketFolder:
         Raises UserError: NameTaken, Damaged, or what else cannot be cured by trying again. Raises
         Stopped once `stopping` is set.
         """
+
+        def again(cause: str) -> None:
+            if stopping.is_set():
+                raise Stopped(name)
+            trouble(cause)
+
         pauses = timeouts = 0
         while not stopping.is_set():
             found, cause = None, None
             try:
-                receipt = self._send(source, name, size, crc32c, replaces, timeouts, trouble)
+                receipt = self._send(source, name, size, crc32c, replaces, timeouts, again)
                 if receipt.holds(size, crc32c):
                     return receipt
+            except Stopped:
+                raise
             except Exception as error:
                 cause = error
                 self._raise_if_hopeless(error, "write to", name)
             try:
                 found = self.find(name)
-                if found is None and _code(cause) == 404:
+                if found is None and code_of(cause) == 404:
                     self._check_bucket()  # a session may vanish, but not the bucket
             except Exception as error:
                 self._raise_if_hopeless(error, "read", name)
@@ -356,10 +291,10 @@ class BucketFolder:
                     return receipt
                 if receipt.generation != replaces:
                     raise self._taken(receipt, source, name, crc32c)
-            if _code(cause) == 400:
+            if code_of(cause) == 400:
                 self._check_undamaged(source, name, size, crc32c)
-            trouble(_brief(cause) if cause else f"{name} did not arrive")
-            timeouts += _timed_out(cause)
+            trouble(brief(cause) if cause else f"{name} did not arrive")
+            timeouts += timed_out(cause)
             stopping.wait(min(MAX_PAUSE_SECONDS, 0.5 * 2**pauses) * random.uniform(0.5, 1))
             pauses = min(pauses + 1, 10)
         raise Stopped(name)
@@ -374,10 +309,10 @@ class BucketFolder:
 
     def _check_bucket(self) -> None:
         try:
-            blobs = _client().list_blobs(self.bucket_name, max_results=1, retry=_retry(10))
+            blobs = _client().list_blobs(self.bucket_name, max_results=1, retry=retry(10))
             next(iter(blobs), None)
         except Exception as error:
-            if _code(error) == 404:
+            if code_of(error) == 404:
                 raise self._explained(error, "write to") from error
 
     def _send(
@@ -406,7 +341,7 @@ class BucketFolder:
                 if_generation_match=replaces,
                 checksum=None,
                 timeout=min(REQUEST_SECONDS * 2**timeouts, MAX_REQUEST_SECONDS),
-                retry=_retry(120, trouble),
+                retry=retry(120, trouble),
             )
         return self._receipt(blob)
 
@@ -433,7 +368,7 @@ class BucketFolder:
         try:
             return request()
         except Exception as error:
-            if isinstance(error, UserError) or not _is_remote(error):
+            if isinstance(error, UserError) or not is_remote(error):
                 raise
             raise self._explained(error, what, name) from error
 
@@ -441,44 +376,18 @@ class BucketFolder:
         """Raises what trying again does not cure: a refusal in words, a local error as it is."""
         if isinstance(error, UserError):
             raise error
-        if isinstance(error, OSError) and not _is_remote(error):
+        if isinstance(error, OSError) and not is_remote(error):
             raise UserError(
                 f"cannot read {error.filename or name}: {error.strerror}", exit_code=1
             ) from error
-        if not _is_remote(error):
+        if not is_remote(error):
             raise error
-        if _is_refusal(error):
+        if is_refusal(error):
             raise self._explained(error, what, name) from error
 
     def _explained(self, error: Exception, what: str, name: str = "") -> UserError:
-        """The error, as what the person at the shell can do about it."""
-        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
-
-        code, uri = _code(error), self.uri_of(name) if name else self.uri
-        if isinstance(error, DefaultCredentialsError):
-            return UserError(
-                f"no Google Cloud credentials for {self.uri}: run `gcloud auth application-default "
-                "login`, or give the VM a service account that may use storage"
-            )
-        if isinstance(error, GoogleAuthError) or code == 401:
-            return UserError(
-                f"the Google Cloud credentials for {self.uri} are not accepted ({_brief(error)}): "
-                "run `gcloud auth application-default login`"
-            )
-        if code == 403:
-            return UserError(
-                f"no permission to {what} {uri}: grant the account {ROLE}: gcloud storage buckets "
-                f"add-iam-policy-binding gs://{self.bucket_name} --member=ACCOUNT --role={ROLE} "
-                f"({_brief(error)})"
-            )
-        if code == 404 and name:
-            return UserError(f"{uri} does not exist: check the path")
-        if code == 404:
-            return UserError(
-                f"the bucket gs://{self.bucket_name} does not exist: create it with `gcloud storage"
-                f" buckets create gs://{self.bucket_name}`, or correct the name"
-            )
-        return UserError(f"cannot {what} {uri}: {_brief(error)}; check the network and try again")
+        uri = self.uri_of(name) if name else self.uri
+        return explained(error, what, self.bucket_name, uri, bool(name))
 
     # ------------------------------------------------------------------------------- names
 

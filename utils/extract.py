@@ -6,42 +6,32 @@ rows that its own devices hold.
 
 import contextlib
 import importlib.metadata
-import json
 import logging
-import os
 import platform
 import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from utils import scoring
 from utils.batching import Batch
 from utils.cli import Signals
 from utils.compute import Computation, Row, Usage, to_item
 from utils.disk import locked
 from utils.errors import UserError
-from utils.manifest import (
-    Manifest,
-    SampleKey,
-    merge_manifests,
-    read_answers,
-    read_manifests,
-    stem,
-    totals,
-    write_json_atomic,
-)
+from utils.finish import finish, last_files, send_the_rest
+from utils.manifest import SampleKey
 from utils.pipeline import Pipeline
 from utils.prepare import Prepared, settings, train_pairs
 from utils.processes import Peers, Sharing
-from utils.shards import ShardWriter
-from utils.storage import check_disk
+from utils.remote import look_for_run, uploaded_before
+from utils.storage import DiskOutlook, check_disk
+from utils.uploads import BucketUploads, Uploads
+from utils.writer import ShardWriter
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +55,22 @@ def open_writer(prepared: Prepared, peers: Peers) -> ShardWriter:
         "processes": peers.count,
         "train_pairs": train_pairs(prepared),
     }
+    deciding, elsewhere = settings(prepared, peers), None
+    if prepared.bucket is not None:
+        elsewhere = look_for_run(
+            prepared.bucket,
+            prepared.listing,
+            prepared.run_folder,
+            output.name,
+            deciding,
+            request.resume,
+            peers,
+        )
     writer = ShardWriter(
         prepared.run_folder,
-        settings(prepared, peers),
+        deciding,
         facts,
+        elsewhere=elsewhere,
         activation_dtype=request.activation_dtype,
         save_every_n_samples=request.save_every_n_samples,
         max_shard_mb=request.max_shard_mb,
@@ -85,6 +87,26 @@ def open_writer(prepared: Prepared, peers: Peers) -> ShardWriter:
     return writer
 
 
+def open_uploads(prepared: Prepared, writer: ShardWriter, peers: Peers) -> Uploads:
+    """Of this process; checked against what the bucket holds already, nothing is sent yet."""
+    request, bucket = prepared.request, prepared.bucket
+    extracts = request.activations_dir is not None
+    if bucket is None or (not extracts and peers.index):
+        return Uploads()
+    if extracts:
+        uploaded_before(bucket, prepared.listing, writer.folder, writer.here)
+    return BucketUploads(
+        bucket,
+        writer,
+        prepared.listing,
+        max_pending_bytes=request.max_pending_gb * 1e9,
+        timeout=request.upload_timeout,
+        delete_after_upload=request.delete_after_upload,
+        claim=writer.manifest_path.name if extracts else "metadata.json",
+        shards=extracts,
+    )
+
+
 def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dict[str, Any]:
     """Computes and stores what is not there yet, then writes `output_path`.
 
@@ -97,8 +119,11 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
     output, folder = Path(request.output_path), prepared.run_folder
     with peers.together("checking"):
         writer = open_writer(prepared, peers)
+        uploads = open_uploads(prepared, writer, peers)
     complete = writer.complete and (folder / "metadata.json").exists() and output.exists()
-    if peers.exchange("complete", complete)[0]:
+    own, joint = last_files(prepared, writer, peers)
+    said = peers.exchange("complete", [complete, uploads.holds(writer.here, *own, *joint)])
+    if said[0][0] and all(sent for _, sent in said):
         log.info("the run in %s is complete; there is nothing to do", folder)
         return {}
     shared = peers.sharing(folder)
@@ -121,13 +146,17 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
                         started = True
                         if request.overwrite and peers.index == 0:
                             output.unlink(missing_ok=True)
-            usage = _run_batches(prepared, todo, done, computation, writer, signals, peers)
+            with peers.together("taking the bucket"):
+                uploads.start()
+            usage = _run_batches(prepared, todo, done, computation, writer, uploads, signals, peers)
             with peers.together("finishing"):
-                return _finish(prepared, writer, usage, signals, peers, shared.leader)
+                manifest = finish(prepared, writer, usage, signals, peers, shared.leader)
+            return send_the_rest(prepared, writer, uploads, manifest, signals, peers)
     except BaseException as error:
         if started:
             with contextlib.suppress(UserError), signals.shielded():
                 writer.close_shard()  # a disk that failed says so again
+            uploads.stop()
             log.info("%d samples are stored; --resume does the rest", len(writer.done))
         if isinstance(error, UserError) and started:
             error.exit_code = 1
@@ -203,6 +232,7 @@ def _run_batches(
     done: set[SampleKey],
     computation: Computation | None,
     writer: ShardWriter,
+    uploads: Uploads,
     signals: Signals,
     peers: Peers,
 ) -> Usage:
@@ -212,6 +242,7 @@ def _run_batches(
     request = prepared.request
     begin = time.perf_counter()
     tokens, stored_batches, told = 0, 0, False
+    had, outlook = len(writer.done), DiskOutlook(writer.folder)
     # Of several processes the first one's bar counts its own share.
     share = sum(len(batch.rows) - batch.rows.count(-1) for batch in todo) / peers.count
     bar = tqdm(
@@ -229,6 +260,7 @@ def _run_batches(
         writer.update_timing(seconds, computation.compile_seconds, tokens)
         for row in rows:
             writer.add(*to_item(row, prepared))
+            uploads.make_room()
         stored_batches += 1
         if request.save_every_n_batches and stored_batches % request.save_every_n_batches == 0:
             writer.close_shard()
@@ -237,6 +269,7 @@ def _run_batches(
         if not told and seconds > 10 and pipeline.disk_wait > 0.1 * seconds:
             told = True
             log.warning("the disk is the bottleneck: %s", _disk_words(pipeline.disk_wait, seconds))
+        outlook.look(len(writer.done) - had, share)
 
     pipeline = Pipeline(todo, computation.launch, computation.fetch, store, lambda row: row.nbytes)
     pipeline.start()
@@ -244,8 +277,10 @@ def _run_batches(
         with bar:
             while not pipeline.wait(0.2):
                 peers.check()
+                uploads.check()
     except BaseException as error:
         signals.ignore()
+        uploads.release()
         cause = peers.explain(error)
         peers.leaving(cause)
         if not pipeline.stop(STOP_SECONDS):
@@ -264,86 +299,6 @@ def _run_batches(
 
 def _disk_words(waited: float, seconds: float) -> str:
     return f"the device waited {waited:.0f} of {seconds:.0f} s for what was computed to be stored"
-
-
-def _finish(
-    prepared: Prepared,
-    writer: ShardWriter,
-    usage: Usage,
-    signals: Signals,
-    peers: Peers,
-    leads: bool,
-) -> dict[str, Any]:
-    """Closes the last shard; the first process writes the output and the manifest of all."""
-    request, folder = prepared.request, prepared.run_folder
-    with signals.shielded():
-        writer.close_shard()
-    usages = peers.exchange("usage", asdict(usage))
-    stored: dict[str, Any] = {"manifests": {}, "answers": []}
-    if leads:  # for all that write to this folder
-        stored["manifests"] = read_manifests(folder)
-        stored["answers"] = list(read_answers(folder, all_here=peers.count == 1).values())
-    parts = [json.loads(part) for part in peers.gather(json.dumps(stored).encode())]
-    extra: dict[str, Any] = {"useful_slots": _useful(usages)}
-    with signals.shielded():
-        if peers.index == 0:
-            answers = {
-                (a["task_id"], a["sample_idx"]): a for part in parts for a in part["answers"]
-            }
-            if missing := [s.key for s in prepared.samples if s.key not in answers]:
-                raise UserError(
-                    f"the answers to {len(missing)} samples are in none of the folders, the first "
-                    f"{missing[0]}: bring the folder of the process that made them, or --overwrite"
-                )
-            targets = {t.task_id: [pair.output for pair in t.test] for t in prepared.tasks}
-            predictions = scoring.predictions(targets, answers, generated=request.generates)
-            if request.generates:
-                extra["scores"] = scoring.accuracy(predictions)
-            submission = scoring.submission(targets, answers)
-            output = submission if request.distributed else predictions
-            write_json_atomic(request.output_path, output)
-        manifest = writer.finish(extra)
-        if peers.count > 1 and peers.index == 0:
-            manifest = _merge(parts, stored["manifests"], manifest)
-            write_json_atomic(folder / "metadata.json", manifest)
-    peers.exchange("finished", None)
-    if request.activations_dir is None and leads:
-        with signals.shielded():
-            _keep_manifest_alone(folder, manifest if peers.index == 0 else None)
-    return manifest
-
-
-def _keep_manifest_alone(folder: Path, manifest: Manifest | None) -> None:
-    """Of a run without activations: --resume compares with it; what it lists served its purpose."""
-    if manifest is not None:
-        write_json_atomic(folder / "metadata.json", {**manifest, "files": []})
-    for name in os.listdir(folder):
-        if stem(name) and name != "metadata.json":
-            (folder / name).unlink()
-
-
-def _merge(parts: list[dict[str, Any]], here: dict[str, Manifest], manifest: Manifest) -> Manifest:
-    """The manifest of all processes, whether their folders are this one or not."""
-    manifests: dict[str, Manifest] = {}
-    for part in reversed(parts):  # of `metadata.json`, of an earlier run, the first folder's counts
-        manifests |= part["manifests"]
-    at_hand = {entry["filename"] for m in here.values() for entry in m["files"]}
-    merged = merge_manifests(manifests)
-    for entry in merged["files"]:
-        if entry["filename"] not in at_hand:
-            entry["elsewhere"] = True  # in the folder of another process
-    of_all = ("files", "skipped", "seconds", "compile_seconds", "tokens_per_second", *totals([]))
-    return {**merged, **{key: manifest[key] for key in manifest if key not in of_all}}
-
-
-def _useful(usages: list[dict[str, int]]) -> dict[str, float | None]:
-    """Share of the computed slots, of prefill and of decoding, that held a sample's token."""
-    total = {key: sum(usage[key] for usage in usages) for key in usages[0]}
-
-    def share(kind: str) -> float | None:
-        return total[f"{kind}_useful"] / total[kind] if total[kind] else None
-
-    return {"prefill": share("prefill"), "decode": share("decode")}
 
 
 def _versions() -> dict[str, str | None]:

@@ -11,12 +11,16 @@ from utils.request import Request
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input")
     group.add_argument(
-        "--model_path", required=True, help="folder of a Hugging Face model: Llama, Mistral, Qwen"
+        "--model_path",
+        required=True,
+        help="folder of a Hugging Face model: Llama, Mistral, Qwen; gs://BUCKET/FOLDER is fetched "
+        "to a local cache",
     )
     group.add_argument(
         "--dataset_path",
         required=True,
-        help="ARC tasks: Kaggle JSON, JSONL, one task file or a folder of them, .gz too",
+        help="ARC tasks: Kaggle JSON, JSONL, one task file or a folder of them, .gz too; or "
+        "gs://BUCKET/FILE",
     )
     group.add_argument(
         "--solutions_path",
@@ -235,4 +239,40 @@ def add_storage_flags(
         "--dry_run",
         action="store_true",
         help="check everything, print tokens, samples, shards, bytes and free disk, and stop",
+    )
+    add_upload_flags(parser)
+
+
+def add_upload_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("cloud storage")
+    group.add_argument(
+        "--upload_to_cloud",
+        action="store_true",
+        help="send every shard to a bucket while the model computes, each exactly once; manifest, "
+        "predictions and submission follow",
+    )
+    group.add_argument(
+        "--cloud_bucket",
+        metavar="gs://BUCKET/PREFIX",
+        help="where to; a prefix holds one run, and several processes of a run share it (default: "
+        "none, --upload_to_cloud needs one)",
+    )
+    group.add_argument(
+        "--upload_timeout",
+        type=float_at_least(1),
+        default=Request.upload_timeout,
+        help="seconds after the last sample, or of a full --max_pending_gb, in which the uploads "
+        "must end; what is left stays on the disk, the exit code is 1, and --resume sends it",
+    )
+    group.add_argument(
+        "--max_pending_gb",
+        type=float_at_least(0.001),
+        default=Request.max_pending_gb,
+        help="gigabytes (10^9 bytes) of shards that may wait for the network, in each process; "
+        "beyond that computing waits",
+    )
+    group.add_argument(
+        "--delete_after_upload",
+        action="store_true",
+        help="delete a shard from the disk once the bucket was seen to hold it; its manifest stays",
     )

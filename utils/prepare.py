@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from tqdm import tqdm
 from utils import arc, tokens
 from utils.batching import Batch, Length, Limits, plan_batches
 from utils.capture import CaptureSpec
+from utils.cloud import BucketFolder, Receipt
 from utils.config import ModelConfig
 from utils.disk import check_writable
 from utils.errors import UserError
+from utils.fetch import localized, speaking_of
 from utils.layout import Layout
 from utils.manifest import differences, some, stem
 from utils.memory import Workload, choose_model_axis, device_bytes, rows_that_fit
@@ -71,6 +73,9 @@ class Prepared:
     max_model_len: int
     layout: Layout
     batches: list[Batch]
+    bucket: BucketFolder | None = None  # where the run is sent
+    listing: dict[str, Receipt] = field(default_factory=dict)  # of what is there
+    uris: dict[str, str] = field(default_factory=dict)  # of local copies of what is in buckets
 
     @property
     def workload(self) -> Workload:
@@ -99,8 +104,21 @@ def prepare(
         devices = jax.devices() if request.distributed else jax.local_devices()[:1]
     if request.mesh_shape is not None:
         check_shape(*request.mesh_shape, devices)
+    bucket, listing = None, {}
     if writes:
         check_paths(request)
+        if request.upload_to_cloud:
+            bucket = BucketFolder(request.cloud_bucket)
+            listing = bucket.check_access()
+    request, uris = localized(request)
+    with speaking_of(uris):
+        prepared = _prepared(request, devices)
+    prepared = replace(prepared, bucket=bucket, listing=listing, uris=uris)
+    return on_mesh(prepared, request.mesh_shape, devices)
+
+
+def _prepared(request: Request, devices: Sequence[jax.Device]) -> Prepared:
+    """All but the mesh and its batches."""
     config = ModelConfig.from_hf(request.model_path)
     capture = CaptureSpec()
     if request.activations_dir is not None:
@@ -134,7 +152,7 @@ def prepare(
             + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
             + ": lower --max_output_tokens, or raise --max_model_len where it is set"
         )
-    prepared = Prepared(
+    return Prepared(
         request,
         config,
         checkpoint,
@@ -151,7 +169,6 @@ def prepare(
         Layout.of(config, make_mesh(1, len(devices), devices)),
         [],
     )
-    return on_mesh(prepared, request.mesh_shape, devices)
 
 
 def on_mesh(
@@ -249,6 +266,11 @@ def check_paths(request: Request) -> None:
             if output.exists() and Path(path).exists() and output.samefile(path):
                 raise UserError(f"{path} is read by this run: choose another {flag}")
         check_writable(output.parent)
+        if request.upload_to_cloud and stem(output.name):
+            raise UserError(
+                f"{output.name} is what a file of the run itself is called in the bucket: choose "
+                f"another {flag}"
+            )
         if request.activations_dir is None:
             return
         folder = Path(request.activations_dir)
@@ -380,7 +402,7 @@ def settings(prepared: Prepared, peers: Peers) -> dict[str, Any]:
     request, config = prepared.request, prepared.config
     return {
         "model": {
-            "path": request.model_path,
+            "path": prepared.uris.get(request.model_path, request.model_path),
             "model_type": config.model_type,
             "num_layers": config.num_layers,
             "hidden_size": config.hidden_size,
@@ -389,7 +411,7 @@ def settings(prepared: Prepared, peers: Peers) -> dict[str, Any]:
             "hash": prepared.checkpoint.fingerprint(peers),
         },
         "dataset": {
-            "path": request.dataset_path,
+            "path": prepared.uris.get(request.dataset_path, request.dataset_path),
             "hash": tasks_hash(prepared.tasks),
             "tasks": len(prepared.tasks),
             "whole_hash": prepared.whole_hash,

@@ -21,7 +21,8 @@ def print_plan(prepared: Prepared) -> None:
     shapes = {(batch.bucket.length, len(batch.rows)) for batch in prepared.batches}
     padding = padding_share(lengths, prepared.batches)
     at_most = "at most " if request.generates else ""
-    print(f"model         {request.model_path}: {prepared.config.model_type}, {prepared.dtype}")
+    model = prepared.uris.get(request.model_path, request.model_path)
+    print(f"model         {model}: {prepared.config.model_type}, {prepared.dtype}")
     print(f"tasks         {len(prepared.tasks)}")
     print(f"samples       {len(prepared.samples)}")
     print_shortfalls(prepared)
@@ -38,6 +39,9 @@ def print_plan(prepared: Prepared) -> None:
         print(f"captures      {', '.join(prepared.capture.names)}")
         print(f"shards        {at_most}{len(shards)}")
         print(f"shard bytes   {at_most}{sum(size for _, size in shards)}")
+    if prepared.bucket is not None:
+        held = len(prepared.listing)
+        print(f"bucket        {prepared.bucket}: can be written and read, holds {held} objects")
     print(f"disk free     {free_bytes(prepared.run_folder)} bytes at {prepared.run_folder}")
     try:
         check_disk(prepared, open_writer(prepared, Peers()).done)
@@ -119,3 +123,5 @@ def print_summary(prepared: Prepared, manifest: dict[str, Any]) -> None:
             print(
                 f"              {manifest['float16_overflows']} arrays were too large for float16"
             )
+    if prepared.bucket is not None:
+        print(f"uploaded      {prepared.bucket}: all of these")

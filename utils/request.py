@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from utils.cloud import parse_uri
 from utils.errors import UserError
 
 
@@ -47,6 +48,11 @@ class Request:
     max_shard_mb: float = 512
     resume: bool = False
     overwrite: bool = False
+    upload_to_cloud: bool = False
+    cloud_bucket: str | None = None
+    upload_timeout: float = 600
+    max_pending_gb: float = 50
+    delete_after_upload: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)  # as given, for the manifest
 
     @classmethod
@@ -90,6 +96,7 @@ class Request:
             )
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
+        self._check_upload()
         if self.activations_dir is None:
             given = {
                 "layers_to_extract": self.layers_to_extract is not None,
@@ -121,6 +128,23 @@ class Request:
             )
         if self.token_positions == "answer" and self.max_output_tokens == 0:
             raise UserError("--token_positions answer, but --max_output_tokens 0 makes no answer")
+
+    def _check_upload(self) -> None:
+        if self.upload_to_cloud:
+            if not self.cloud_bucket:
+                raise UserError("--upload_to_cloud needs --cloud_bucket gs://BUCKET/PREFIX")
+            parse_uri(self.cloud_bucket, "--cloud_bucket")
+            if self.delete_after_upload and self.activations_dir is None:
+                raise UserError("--delete_after_upload has no shards to delete: leave it out")
+            return
+        given = {
+            "cloud_bucket": self.cloud_bucket is not None,
+            "delete_after_upload": self.delete_after_upload,
+            "upload_timeout": self.upload_timeout != Request.upload_timeout,
+            "max_pending_gb": self.max_pending_gb != Request.max_pending_gb,
+        }
+        if names := [f"--{name}" for name, is_given in given.items() if is_given]:
+            raise UserError(f"{', '.join(names)}: give --upload_to_cloud too")
 
 
 def mesh_shapes(words: Sequence[str]) -> list[tuple[int, int] | None]:

@@ -1,6 +1,9 @@
 """What a run will store, and whether there is room, before it begins."""
 
+import logging
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,11 @@ from utils.disk import free_bytes
 from utils.errors import UserError
 from utils.manifest import SampleKey
 from utils.prepare import Prepared
-from utils.shards import planned_shards
+from utils.writer import planned_shards
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 10
 
 
 def planned_items(prepared: Prepared, process: int) -> Iterator[dict[str, Any] | None]:
@@ -85,8 +92,36 @@ def check_disk(prepared: Prepared, done: set[SampleKey], share: float = 1) -> No
             if prepared.capture.names and not request.no_logits:
                 values += prepared.config.vocab_size
             need += values * item_size * share
+    if request.delete_after_upload:
+        need = min(need, (request.max_pending_gb * 1e9 + request.max_shard_mb * 1e6))
     if need > (free := free_bytes(prepared.run_folder)):
         raise UserError(
             f"{prepared.run_folder} needs at least {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB "
             "free: free space, or take fewer layers, --token_positions or tasks"
         )
+
+
+class DiskOutlook:
+    """Warns, once, that the disk will be full before the run ends, if it goes on filling as it has
+    so far."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._free, self._told = folder, free_bytes(folder), False
+        self._looked = time.monotonic()
+
+    def look(self, stored: int, total: float) -> None:
+        """stored: samples since the beginning, of the `total` that there will be."""
+        if self._told or not stored or time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        free = free_bytes(self._folder)
+        a_sample = (self._free - free) / stored
+        if a_sample * (total - stored) > free:
+            self._told = True
+            log.warning(
+                "the disk of %s will be full after about %d more of the %d samples that are left: "
+                "%.2f GB are free, %.2f GB are needed; free space, or stop and --resume with "
+                "--delete_after_upload",
+                *(self._folder, free / a_sample, total - stored, free / 1e9),
+                a_sample * (total - stored) / 1e9,
+            )

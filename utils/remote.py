@@ -1,0 +1,136 @@
+"""What a bucket holds of a run before the run begins: nothing, another run, or a part of this one.
+
+A folder may have been lost with its machine; what the bucket's manifests list is then the run, and
+only the rest is computed.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from utils.cloud import BucketFolder, NameTaken, Receipt
+from utils.errors import UserError
+from utils.manifest import (
+    SHARD,
+    Manifest,
+    differences,
+    merge_manifests,
+    owner_of,
+    read_manifests,
+    some,
+    stem,
+)
+from utils.processes import Peers
+from utils.writer import Elsewhere
+
+log = logging.getLogger(__name__)
+
+Listing = dict[str, Receipt]
+
+
+def look_for_run(
+    bucket: BucketFolder,
+    listing: Listing,
+    folder: Path,
+    output: str,
+    settings: dict[str, Any],
+    resume: bool,
+    peers: Peers,
+) -> Elsewhere:
+    """What this process is to take over from the bucket. Of several processes all call it.
+
+    listing: of the bucket's objects. folder: of the run. output: name of the predictions or of the
+    submission. settings: of `ShardWriter`. Raises UserError for a bucket that holds a run without
+    `resume`, or another run than `folder`.
+    """
+    held = [name for name in listing if stem(name)]
+    if not resume:
+        if not held and output not in listing:
+            return Elsewhere(names=listing)
+        there = "holds a run" if held else f"holds {output} already"
+        if "metadata.json" in held:
+            run = merge_manifests(read_manifests(bucket.uri))
+            there = f"holds a run ({run['status']}, {run['total_samples']} samples)"
+        raise UserError(
+            f"{bucket} {there}: --resume continues a run; objects are never replaced, so choose "
+            f"another prefix, or remove it: gcloud storage rm -r {bucket}"
+        )
+    local = read_manifests(folder) if folder.exists() else {}
+    said = peers.exchange(
+        "known",
+        [sorted(local), {e["filename"]: e["crc32c"] for m in local.values() for e in m["files"]}],
+    )
+    known_manifests = {name for names, _ in said for name in names}
+    known = {name: crc32c for _, files in said for name, crc32c in files.items()}
+    if not held:
+        return Elsewhere(names=listing)
+    manifests = read_manifests(bucket.uri)
+    if not manifests:
+        raise UserError(
+            f"{bucket} holds files of a run but no metadata.json: choose another prefix"
+        )
+    for manifest in manifests.values():
+        if changes := differences({key: manifest.get(key) for key in settings}, settings):
+            raise UserError(
+                f"{bucket} holds another run: {some(changes)}; choose another prefix, or go back "
+                "to its settings"
+            )
+    listed = {entry["filename"] for m in manifests.values() for entry in m["files"]}
+    orphans = [name for name in held if SHARD.fullmatch(name) and name not in listed | known.keys()]
+    if orphans and peers.index == 0:
+        log.info(
+            "%d shards in %s are in no manifest, %s for one: a machine was lost as it sent them; "
+            "their samples are computed again, and readers ignore them",
+            *(len(orphans), bucket, orphans[0]),
+        )
+    owners = {f"_host{i:03d}" for i in range(peers.count)} if peers.count > 1 else {""}
+    own = f"_host{peers.index:03d}" if peers.count > 1 else ""
+    taken: dict[str, Manifest] = {}
+    for name, manifest in manifests.items():
+        if name == "metadata.json" and len(manifests) > 1:
+            continue  # the others together
+        if owner_of(name) != own and (peers.index or owner_of(name) in owners):
+            continue  # another process looks after it
+        files = [
+            entry
+            for entry in manifest["files"]
+            if owner_of(entry["filename"]) not in owners - {own}
+        ]
+        unknown = [entry for entry in files if entry["filename"] not in known]
+        strange = unknown if name in known_manifests else []
+        strange += [e for e in files if known.get(e["filename"], e["crc32c"]) != e["crc32c"]]
+        if strange:
+            raise UserError(
+                f"{bucket} holds shards that {folder} does not know, or knows otherwise: "
+                f"{some([entry['filename'] for entry in strange])}; it is another run's, so choose "
+                "another prefix, or the folder is an older copy: move it away and --resume"
+            )
+        if name not in known_manifests:
+            taken[name] = {**manifest, "files": unknown}
+    return Elsewhere(taken, listing, bucket.read)
+
+
+def uploaded_before(
+    bucket: BucketFolder, listing: Listing, folder: Path, entries: list[dict[str, Any]]
+) -> dict[str, Receipt]:
+    """Of the shards, those that the bucket holds. Raises UserError for one that it holds with other
+    content, and for one that is nowhere any more."""
+    receipts = {}
+    for entry in entries:
+        name = entry["filename"]
+        there = listing.get(name)
+        if there is None:
+            if not (folder / name).is_file():
+                was = entry["uploaded"]["uri"] if entry["uploaded"] else bucket.uri_of(name)
+                raise UserError(
+                    f"{name} is neither in {folder} nor in {bucket}; it was sent to {was}: resume "
+                    "with that --cloud_bucket, put the file back, or --overwrite"
+                )
+        elif there.holds(entry["size_bytes"], entry["crc32c"]):
+            receipts[name] = there
+        else:
+            raise NameTaken(
+                f"{there.uri} (crc32c {there.crc32c}) holds other content than {folder / name} "
+                f"(crc32c {entry['crc32c']}): another run writes under this prefix; choose another"
+            )
+    return receipts
