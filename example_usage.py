@@ -3,7 +3,10 @@
     python example_usage.py
 
 Writes a few tasks and a tiny model with random weights, runs the scripts on them as a user would,
-and shows what they stored. Nothing is downloaded.
+and shows what they stored. Nothing is downloaded. To see what a run of your own stored, on a disk
+or in a bucket:
+
+    python example_usage.py --activations_dir gs://your-bucket/arc-activations
 """
 
 import argparse
@@ -23,11 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from utils.cli import Interrupted, Parser, Signals, run
 from utils.errors import UserError
 from utils.items import CELL_COLUMNS
-from utils.manifest import write_json
+from utils.manifest import read_manifest, write_json
 from utils.shards import iter_items
 
 if TYPE_CHECKING:
@@ -67,6 +71,12 @@ def build_parser() -> Parser:
         "--overwrite",
         action="store_true",
         help="replace an earlier run of this example; other files in the folder stay",
+    )
+    parser.add_argument(
+        "--activations_dir",
+        metavar="DIR|gs://BUCKET/PREFIX",
+        help="run nothing, and show what a run stored there, verified as it is read (default: run "
+        "the example)",
     )
     return parser
 
@@ -358,6 +368,30 @@ def show_results(folder: Path) -> None:
     print(f"{path}: input, target and prediction; the activation norm of each cell")
 
 
+def show_run(place: str) -> None:
+    """What a run stored in a folder or a bucket; one shard in memory at a time."""
+    manifest = read_manifest(place)
+    size = sum(entry["size_bytes"] for entry in manifest["files"])
+    print(f"run                {place}: {manifest['status']}")
+    print(f"model              {manifest['model']['path']}")
+    print(f"total samples      {manifest['total_samples']}")
+    print(f"total batches      {manifest['total_batches']}, {size} bytes")
+    first, rows, norms = None, {}, {}
+    for item in tqdm(iter_items(place), total=manifest["total_samples"], unit=" samples"):
+        first = first or item
+        for name, states in item["activations"].items():
+            rows[name] = rows.get(name, 0) + len(states)
+            total = np.linalg.norm(states.astype(np.float32), axis=1).sum(dtype=np.float64)
+            norms[name] = norms.get(name, 0.0) + total
+    if first is None:
+        return
+    for name in rows:
+        width, mean = manifest["activations"][name]["width"], norms[name] / rows[name]
+        print(f"{name:18} {rows[name]} rows, {width} wide, mean norm {mean:.4g}")
+    print("\nIts first item:")
+    show_item(first)
+
+
 def infer_on_mesh(folder: Path, *flags: Sequence[str | int]) -> None:
     """The run of step 4 on four virtual devices, and how far its states are from those."""
     script(
@@ -403,6 +437,9 @@ def show_next(folder: Path) -> None:
 
 def main(args: argparse.Namespace, signals: Signals) -> None:
     folder = args.output_dir
+    if args.activations_dir is not None:
+        show_run(args.activations_dir)
+        return
     try:
         clear(folder, args.overwrite)
         folder.mkdir(parents=True, exist_ok=True)

@@ -57,8 +57,8 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
     from utils.layout import Layout
     from utils.mesh import single_device_mesh
     from utils.model import Decoder
-    from utils.shards import ShardWriter
     from utils.weights import Checkpoint
+    from utils.writer import ShardWriter
 
     config = ModelConfig.from_hf(args.model_path)
     layout = Layout.of(config, single_device_mesh())
