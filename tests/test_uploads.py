@@ -242,7 +242,7 @@ def test_an_endless_503(gcs, flags, shell):
     del prepared
     message = str(error.value)
     assert error.value.exit_code == 1 and "\n" not in message
-    assert "1 shards" in message and "503 a fault to order" in message
+    assert "1 shard (0.000 GB)" in message and "503 a fault to order" in message
     assert SHARD.format(2) in message and "--resume" in message
     assert lost.seen
     before = {path.name: path.read_bytes() for path in flags["activations_dir"].iterdir()}
@@ -334,7 +334,7 @@ def test_sigterm_with_a_server_that_stalls(gcs, flags, shell):
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - begin < 20
     assert process.returncode == 143
-    assert "not yet in gs://bucket" in err
+    assert "on this disk, and not yet in gs://bucket" in err
     gcs.faults.clear()
     gcs.closing.set()
     time.sleep(0.1)
@@ -408,6 +408,16 @@ def test_shards_are_deleted_once_they_are_there(gcs, flags, shell):
     assert len(list(iter_items(folder))) == len(list(iter_items(f"gs://bucket/{PREFIX}"))) == 8
     assert shell({**flags, "resume": True, "delete_after_upload": True})[0] == 0
     assert "nothing to do" in shell.err
+
+
+def test_shards_that_were_sent_before_are_deleted_too(gcs, flags, shell):
+    gcs.fault(503, lambda r: r.name.endswith("4.pkl"), times=10**6)
+    assert shell({**flags, "upload_timeout": 2})[0] == 1
+    gcs.faults.clear()
+    assert len(list(flags["activations_dir"].glob("*.pkl"))) == 4
+    assert shell({**flags, "resume": True, "delete_after_upload": True})[0] == 0
+    assert list(flags["activations_dir"].glob("*.pkl")) == []
+    assert len([name for name in there(gcs) if name.endswith(".pkl")]) == 4
 
 
 def test_a_shard_is_kept_that_the_bucket_does_not_hold(gcs, flags, shell, monkeypatch):

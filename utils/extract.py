@@ -168,6 +168,8 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
                 exit_code=1,
             ) from error
         raise
+    finally:
+        uploads.close()
 
 
 def _done_by_all(writer: ShardWriter, shared: Sharing, peers: Peers) -> set[SampleKey]:

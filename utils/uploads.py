@@ -68,6 +68,9 @@ class Uploads:
     def stop(self) -> None:
         """Sends what it can within STOP_SECONDS of `release`, and says what is left."""
 
+    def close(self) -> None:
+        """Ends the threads, as soon as the request at hand is over."""
+
 
 class BucketUploads(Uploads):
     """Sends what `writer` seals to `bucket`.
@@ -107,6 +110,7 @@ class BucketUploads(Uploads):
         self._damaged: dict[str, str] = {}
         self._failure: BaseException | None = None
         self._trouble, self._told, self._healthy = "", float("-inf"), time.monotonic()
+        self._told_waiting = float("-inf")
         self._deadline = 0.0  # of what is sent after the last sample
         self._stop_by: float | None = None
         self._stopping, self._hurry = threading.Event(), threading.Event()
@@ -156,10 +160,12 @@ class BucketUploads(Uploads):
         with self._changed:
             if self._has_room():
                 return
-            log.info(
-                "computing waits for the network: %.2f GB of shards wait to be uploaded",
-                self._pending_bytes / 1e9,
-            )
+            if begin > self._told_waiting + TELL_SECONDS:
+                self._told_waiting = begin
+                log.info(
+                    "computing waits for the network: %.2f GB of shards wait to be uploaded",
+                    self._pending_bytes / 1e9,
+                )
             while not self._has_room():
                 self._changed.wait(0.5)
                 if sent != self.num_bytes:
@@ -198,9 +204,9 @@ class BucketUploads(Uploads):
         problems = list(self._damaged.values())
         if left := self._left():
             problems.append(
-                f"{len(left)} shards ({sum(left.values()) / 1e9:.3f} GB) could not be uploaded to "
-                f"{self.bucket} within {self._timeout:g} s ({self._trouble or 'too slow'}): "
-                f"{some(sorted(left))}; they are intact in {self.writer.folder}"
+                f"{_shards(left)} could not be uploaded to {self.bucket} within {self._timeout:g} s"
+                f" ({self._trouble or 'too slow'}): {some(sorted(left))}; what is left is intact in"
+                f' {self.writer.folder}, where metadata.json says "uploaded": false'
             )
         if problems:
             raise UserError(
@@ -228,17 +234,22 @@ class BucketUploads(Uploads):
         with self._changed:
             self._changed.notify_all()
 
+    def close(self) -> None:
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+        for _ in range(THREADS):
+            self._queue.put(None)
+
     def stop(self) -> None:
         self.release()
         while not self._settled(0.1) and time.monotonic() < self._stop_by:
             pass
         self._stopping.set()
-        with self._changed:
-            self._changed.notify_all()
         if left := self._left():
             log.info(
-                "%d shards (%.3f GB) are on this disk and not yet in %s; --resume sends them",
-                *(len(left), sum(left.values()) / 1e9, self.bucket),
+                "on this disk, and not yet in %s: %s; --resume sends the rest",
+                *(self.bucket, _shards(left)),
             )
 
     def _settled(self, seconds: float) -> bool:
@@ -248,7 +259,8 @@ class BucketUploads(Uploads):
             )
 
     def _left(self) -> dict[str, int]:
-        return {n: size for n, size in self._sizes.items() if n not in self._damaged}
+        with self._changed:
+            return {n: size for n, size in self._sizes.items() if n not in self._damaged}
 
     # ------------------------------------------------------------------------- in the threads
 
@@ -264,8 +276,7 @@ class BucketUploads(Uploads):
 
     def _send(self) -> None:
         """Shards, one after the other, for as long as the process lives."""
-        while True:
-            entry = self._queue.get()
+        while entry := self._queue.get():
             name, size = entry["filename"], entry["size_bytes"]
             try:
                 receipt = self.bucket.put(
@@ -290,16 +301,18 @@ class BucketUploads(Uploads):
                 self._changed.notify_all()
 
     def _keep_manifest(self) -> None:
+        if self._deletes:  # what an earlier run sent
+            self._delete({name: self._there[name] for name in self.receipts})
         due = earliest = 0.0
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._new or self._stopping.is_set())
             self._hurry.wait(max(0.0, due - time.monotonic()))
+            time.sleep(max(0.0, earliest - time.monotonic()))
             with self._changed:
                 new, self._new = self._new, {}
             if not new:
                 return
-            time.sleep(max(0.0, earliest - time.monotonic()))
             begin = time.monotonic()
             receipts = {name: asdict(receipt) for name, receipt in new.items()}
             self.writer.record_uploads(receipts)
@@ -345,6 +358,8 @@ class BucketUploads(Uploads):
     def _delete(self, receipts: dict[str, Receipt]) -> None:
         for name, receipt in receipts.items():
             path = self.writer.folder / name
+            if not path.exists():
+                continue
             try:
                 self.bucket.check_holds(name, receipt.size, receipt.crc32c)
                 path.unlink(missing_ok=True)
@@ -365,3 +380,7 @@ class BucketUploads(Uploads):
                 return
             self._told = now
         log.warning("uploads do not get through, and are tried again: %s", trouble)
+
+
+def _shards(sizes: dict[str, int]) -> str:
+    return f"{len(sizes)} shard{'s' * (len(sizes) != 1)} ({sum(sizes.values()) / 1e9:.3f} GB)"
