@@ -7,6 +7,8 @@
 Turn about, each run in a process of its own, to a storage server in one more process on loopback
 (tests/gcs_server.py), which takes its share of the same cores. Extraction is teacher-forced. The
 time is that of the run loop, and for the run that uploads, of what was left to send after it.
+Memory is that of a process which writes shards and does nothing else, since loading a model would
+hide it: large shards, and small ones, which are sent in one request each.
 """
 
 import argparse
@@ -46,26 +48,82 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, url: str) -> None:
-    kept: list[tuple[float, float]] = []
-    sent: list[tuple[float, float]] = []
+    kept: list[float] = []
+    sent: list[float] = []
     for number in range(args.repeats):
-        kept.append(run(args, {})[:2])
+        kept.append(run(args, {})[0])
         environment = {"STORAGE_EMULATOR_HOST": url}
         flags = ["--upload_to_cloud", "--cloud_bucket", f"gs://bucket/{number}"]
-        *figures, size, shards = run(args, environment, *flags)
-        sent.append(tuple(figures))
-    plain, uploading = (statistics.median(s for s, _ in runs) for runs in (kept, sent))
-    memory = [statistics.median(rss for _, rss in runs) for runs in (kept, sent)]
+        seconds, size, shards = run(args, environment, *flags)
+        sent.append(seconds)
+    plain, uploading = map(statistics.median, (kept, sent))
     print(f"sent               {size / 1e6:.1f} MB in {shards} shards")
-    print(f"without uploading  {plain:.2f} s, median of {[round(s, 2) for s, _ in kept]}")
-    print(f"uploading          {uploading:.2f} s, median of {[round(s, 2) for s, _ in sent]}")
+    print(f"without uploading  {plain:.2f} s, median of {[round(s, 2) for s in kept]}")
+    print(f"uploading          {uploading:.2f} s, median of {[round(s, 2) for s in sent]}")
     print(f"cost in time       {uploading / plain - 1:+.1%}")
-    print(f"peak memory        {memory[0]:.0f} MB and {memory[1]:.0f} MB")
-    print(f"cost in memory     {memory[1] - memory[0]:+.0f} MB")
+    for megabytes in (100, 8):
+        alone, with_uploads = (memory(megabytes, url if uploads else "") for uploads in (0, 1))
+        print(f"memory, {megabytes:3} MB     {with_uploads - alone:+.0f} MB ({alone:.0f} without)")
 
 
-def run(args: argparse.Namespace, environment: dict[str, str], *flags: str) -> tuple:
-    """Seconds, peak resident MB, bytes of shards, shards."""
+def memory(megabytes: int, url: str) -> float:
+    """Peak resident MB of a process that writes shards of that size, and sends them to `url`."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--write", str(megabytes), *([url] if url else [])]
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit("writing failed")
+    return usage.ru_maxrss / 1000
+
+
+def write(megabytes: int, url: str = "") -> None:
+    """A gigabyte in shards of that size, through the writer of a run."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+
+    from utils.uploads import BucketUploads, Uploads
+    from utils.writer import ShardWriter
+
+    states = np.random.default_rng(0).random((megabytes * 250, 1000), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ShardWriter(Path(folder), {}, {}, activation_dtype="float32")
+        uploads = Uploads()
+        if url:
+            os.environ["STORAGE_EMULATOR_HOST"] = url
+            from utils.cloud import BucketFolder
+
+            bucket = BucketFolder(f"gs://bucket/memory{megabytes}")
+            known = bucket.check_access()
+            limits = {"max_pending_bytes": 1e12, "timeout": 600, "claim": "metadata.json"}
+            uploads = BucketUploads(bucket, writer, known, **limits)
+        writer.start()
+        uploads.start()
+        for index in range(1000 // megabytes):
+            item = {
+                "task_id": str(index),
+                "sample_idx": 0,
+                "input_ids": np.zeros(len(states), np.int32),
+                "prompt_length": len(states),
+                "activations": {"resid_post.0": states},
+                "output_logprobs": np.zeros(0, np.float32),
+                "cells": np.zeros((0, 7), np.int32),
+                "num_train_pairs": 1,
+                **dict.fromkeys(("prediction", "target", "correct")),
+                "teacher_forced": False,
+            }
+            writer.add(item, {"task_id": str(index), "sample_idx": 0})
+            writer.close_shard()
+        writer.finish()
+        uploads.drain()
+        uploads.finish(writer.journal_path, writer.manifest_path)
+    os._exit(0)
+
+
+def run(
+    args: argparse.Namespace, environment: dict[str, str], *flags: str
+) -> tuple[float, int, int]:
+    """Seconds, bytes of shards, shards."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, ROOT / "simple_extraction_inference.py"),
@@ -77,12 +135,14 @@ def run(args: argparse.Namespace, environment: dict[str, str], *flags: str) -> t
             *("--save_every_n_samples", str(args.save_every_n_samples), *flags),
         ]
         process = subprocess.Popen(
-            list(map(str, command)), env={**os.environ, **environment}, stderr=subprocess.PIPE
+            list(map(str, command)),
+            env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
-        log = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
+        log = process.communicate()[1]
         ended = time.time()
-        if status:
+        if process.returncode:
             raise SystemExit(log.decode())
         metadata = Path(folder) / "activations" / "metadata.json"
         manifest = json.loads(metadata.read_text())
@@ -91,8 +151,10 @@ def run(args: argparse.Namespace, environment: dict[str, str], *flags: str) -> t
             shards = [Path(folder) / "activations" / e["filename"] for e in manifest["files"]]
             seconds += ended - max(path.stat().st_mtime for path in shards)
         size = sum(entry["size_bytes"] for entry in manifest["files"])
-        return seconds, usage.ru_maxrss / 1000, size, len(manifest["files"])
+        return seconds, size, len(manifest["files"])
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--write"]:
+        write(int(sys.argv[2]), *sys.argv[3:])
     main()

@@ -33,3 +33,14 @@ def test_overlap(tiny_model, tasks_file):
     assert result.returncode == 0, result.stderr
     for words in ("cost of extraction", "device idle"):
         assert words in result.stdout
+
+
+@pytest.mark.slow
+def test_upload_overhead(tiny_model, tasks_file):
+    result = run_script(
+        *("benchmarks/upload_overhead.py", "--model_path", tiny_model),
+        *("--dataset_path", tasks_file, "--layers", 0, "--repeats", 1),
+    )
+    assert result.returncode == 0, result.stderr
+    for words in ("cost in time", "memory, 100 MB", "memory,   8 MB"):
+        assert words in result.stdout

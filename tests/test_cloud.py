@@ -187,6 +187,19 @@ def test_causes_are_told_and_trying_ends_when_told_to(folder, gcs, file):
 # ----------------------------------------------------------------------------- what is refused
 
 
+ONE, CHUNK = cloud.ONE_REQUEST_BYTES, cloud.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("size", [0, 1, ONE, ONE + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK])
+def test_every_size(folder, gcs, tmp_path, size):
+    """The first so many bytes of a file that grows meanwhile."""
+    path = tmp_path / "answers.jsonl"
+    content = content_of(size)
+    path.write_bytes(content + b"more")
+    put(folder, path, size=size, crc32c=crc(content))
+    assert gcs.objects("some/prefix/") == {"answers.jsonl": content}
+
+
 def test_other_content_is_never_replaced(folder, gcs, file):
     put(folder, file)
     before = gcs.objects()

@@ -28,7 +28,8 @@ from utils.gcs_errors import brief, code_of, explained, is_refusal, is_remote, r
 from utils.items import checksum
 
 SCHEME = "gs://"
-CHUNK_BYTES = 8 << 20  # of a resumable upload; a smaller file goes in one request
+CHUNK_BYTES = 8 << 20  # of a resumable upload
+ONE_REQUEST_BYTES = 2 << 20  # a file up to this size is sent in one request
 PREFLIGHT_SECONDS = 18
 REQUEST_SECONDS = 30  # without an answer; doubled each time that it was too short
 MAX_REQUEST_SECONDS = 300
@@ -330,13 +331,15 @@ class BucketFolder:
         # that of whatever the file holds by now.
         blob.crc32c = crc32c
         blob.metadata = {"token": self.token}
+        in_chunks = size > ONE_REQUEST_BYTES and size != CHUNK_BYTES
         with opened(source) as file:
             if file.seek(0, os.SEEK_END) < size:
                 self._check_undamaged(source, name, size, crc32c)
             file.seek(0)
             blob.upload_from_file(
-                file,
-                size=size,
+                _Chunks(file, size) if in_chunks else file,
+                # Up to 8 MiB the library takes one request, and several copies, if it knows it.
+                size=None if in_chunks and size < CHUNK_BYTES else size,
                 content_type="application/octet-stream",
                 if_generation_match=replaces,
                 checksum=None,
@@ -400,6 +403,20 @@ class BucketFolder:
     def _receipt(self, blob: Any) -> Receipt:
         uri = f"{SCHEME}{self.bucket_name}/{blob.name}"
         return Receipt(uri, int(blob.size), blob.crc32c, int(blob.generation))
+
+
+class _Chunks:
+    """The first `size` bytes of a file, in chunks that share one buffer, where the library would
+    hold three of each upload."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._size = file, size
+        self._buffer = bytearray(min(CHUNK_BYTES, size))
+        self.tell = file.tell
+
+    def read(self, size: int) -> memoryview:
+        view = memoryview(self._buffer)[: min(size, self._size - self.tell())]
+        return view[: self._file.readinto(view)]
 
 
 def opened(source: Path | bytes) -> BinaryIO:
