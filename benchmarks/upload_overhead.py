@@ -115,8 +115,8 @@ def write(megabytes: int, url: str = "") -> None:
             writer.add(item, {"task_id": str(index), "sample_idx": 0})
             writer.close_shard()
         writer.finish()
-        uploads.drain()
-        uploads.finish(writer.journal_path, writer.manifest_path)
+        uploads.drain(lambda: None)
+        uploads.finish(lambda: None, writer.journal_path, writer.manifest_path)
     os._exit(0)
 
 

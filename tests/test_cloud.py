@@ -342,6 +342,22 @@ def test_no_credentials(monkeypatch, tmp_path):
         BucketFolder("gs://bucket/prefix").check_access()
 
 
+def test_what_passes_and_what_does_not():
+    import requests
+    from google.api_core.exceptions import from_http_status
+    from google.auth.exceptions import RefreshError, TransportError
+
+    from utils.gcs_errors import is_refusal
+
+    hiccup = RefreshError(TransportError("the metadata server does not answer"))
+    assert not is_refusal(hiccup) and is_refusal(RefreshError("invalid_grant"))
+    for reason, refused in (("rateLimitExceeded", False), ("forbidden", True)):
+        response = requests.Response()
+        response.status_code = 403
+        response._content = f'{{"error": {{"errors": [{{"reason": "{reason}"}}]}}}}'.encode()
+        assert is_refusal(from_http_status(403, "x", response=response)) is refused
+
+
 def test_the_server_of_these_tests_enforces_preconditions():
     """What the emulator lacks by itself."""
     server = GcsServer()

@@ -708,6 +708,91 @@ def test_a_host_that_is_gone_with_its_disk(models, tasks, tmp_path, gcs, count):
         assert "are in no manifest" in again.text(0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_disk_lost_after_the_end(models, tasks, tmp_path, gcs, count):
+    """The other host's manifest of all knows of its shards, but does not have them."""
+    folder = tmp_path / "run"
+    start(models["14-2"], tasks, folder, 2, 1, True, mesh_shape=[2, 1], **CLOUD).finish()
+    shutil.rmtree(folder / "acts1")
+    before = {n: o for n, o in gcs.objects("run/").items() if n.endswith(".pkl")}
+    flags = {"mesh_shape": [count, 1], "resume": True, **CLOUD}
+    start(models["14-2"], tasks, folder, count, 1, True, **flags).finish()
+    after = gcs.objects("run/")
+    assert {n: o for n, o in after.items() if n.endswith(".pkl")} == before
+    assert_bucket_is_whole(gcs, folder, [f"acts{i}" for i in range(count)], None)
+
+
+@pytest.mark.slow
+def test_one_sends_what_two_left_and_its_disk_is_lost(models, tasks, tmp_path, gcs):
+    folder = tmp_path / "run"
+    start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[2, 1]).finish()
+    flags = {"mesh_shape": [1, 1], "resume": True, **CLOUD}
+    start(models["14-2"], tasks, folder, 1, 1, **flags).finish()
+    submission = (folder / "submission.json").read_bytes()
+    shutil.rmtree(folder / "acts")
+    (folder / "submission.json").unlink()
+    start(models["14-2"], tasks, folder, 1, 1, **flags).finish()
+    assert (folder / "submission.json").read_bytes() == submission
+    assert_bucket_is_whole(gcs, folder, ["acts"], None)
+
+
+@pytest.mark.slow
+def test_one_goes_on_after_two_and_its_disk_is_lost(models, tasks, tmp_path, gcs):
+    folder = tmp_path / "run"
+
+    def killed(count, name, **changed):
+        run = start(
+            models["14-2"],
+            tasks,
+            folder,
+            count,
+            1,
+            mesh_shape=[count, 1],
+            **CLOUD,
+            **LONG,
+            **changed,
+        )
+        deadline = time.monotonic() + 120
+        while len(listed(name)) < 2:
+            assert time.monotonic() < deadline, run.text(0)
+            time.sleep(0.05)
+        for process in run.processes:
+            process.kill()
+            process.wait()
+
+    def listed(name):
+        found = json.loads(gcs.objects("run/").get(name, b'{"files": []}'))["files"]
+        owner = name.removeprefix("metadata").removesuffix(".json")
+        prefix = f"activations{owner}_batch"
+        return [entry["filename"] for entry in found if entry["filename"].startswith(prefix)]
+
+    killed(2, "metadata_host001.json")
+    killed(1, "metadata.json", resume=True)
+    before = {entry["filename"] for entry in read_manifest("gs://bucket/run")["files"]}
+    shutil.rmtree(folder / "acts")
+    flags = {"mesh_shape": [1, 1], "resume": True, **CLOUD, **LONG}
+    start(models["14-2"], tasks, folder, 1, 1, **flags).finish()
+    after = {entry["filename"] for entry in read_manifest("gs://bucket/run")["files"]}
+    assert before <= after
+    assert_bucket_is_whole(gcs, folder, ["acts"], None, orphans=True)
+
+
+@pytest.mark.slow
+def test_told_to_stop_while_all_wait_for_the_network(models, tasks, tmp_path, gcs):
+    folder = tmp_path / "run"
+    gcs.fault("stall", lambda r: r.name.endswith(".pkl"), times=10**6)
+    run = start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[2, 1], **CLOUD)
+    deadline = time.monotonic() + 120
+    while not all("uploading" in run.text(i) for i in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    begin = time.monotonic()
+    run.processes[1].send_signal(signal.SIGTERM)
+    run.finish(143)
+    assert time.monotonic() - begin < 40  # the one that was told within 20, the other after it
+
+
 def test_what_one_process_cannot_send(models, tasks, tmp_path, gcs):
     folder = tmp_path / "run"
     flags = {"mesh_shape": [2, 1], **CLOUD, "upload_timeout": 3}

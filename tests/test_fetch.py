@@ -50,7 +50,7 @@ def test_a_run_with_everything_in_buckets(filled, cache, tiny_model, tasks_file,
     assert found == expected and '"target": [[' in found.decode()  # solutions beside, too
     assert (there["model"]["path"], there["dataset"]["path"]) == remote
     assert there["model"]["hash"] == here["model"]["hash"]
-    names = {path.name for path in (cache / "bucket/models/tiny").iterdir()} - {".lock"}
+    names = {path.name for path in (cache / "models/bucket/models/tiny").iterdir()} - {".lock"}
     assert names == {path.name for path in tiny_model.iterdir()}
 
 
@@ -83,6 +83,18 @@ def test_tasks_and_their_solutions(filled, cache, tasks_file):
     assert {task.task_id for task in read_tasks(folder)} == {f"task{i}" for i in range(7)}
 
 
+def test_what_the_bucket_holds_no_more_is_not_read(filled, cache, tasks_file):
+    name = tasks_file.name
+    assert solutions_beside(tasks(f"gs://bucket/data/{name}", "")) is not None
+    filled.storage.objects["bucket"].pop("data/test_outputs_train.json")
+    assert solutions_beside(tasks(f"gs://bucket/data/{name}", "")) is None
+    for task_id, task in json.loads(tasks_file.read_text()).items():
+        filled.store(f"many/{task_id}.json", json.dumps(task).encode())
+    assert len(list(read_tasks(tasks("gs://bucket/many", "")))) == 7
+    filled.storage.objects["bucket"].pop("many/task3.json")
+    assert len(list(read_tasks(tasks("gs://bucket/many", "")))) == 6
+
+
 def test_a_fetch_on_a_bad_network(filled, cache, tiny_model):
     filled.fault(503, times=3)
     filled.fault("reset", times=2)
@@ -113,7 +125,7 @@ def test_a_damaged_object_is_refused(filled, cache):
     filled.corrupt("models/tiny/model.safetensors")
     with pytest.raises(UserError, match=r"tiny/model\.safetensors is refused: its bytes"):
         model("gs://bucket/models/tiny")
-    assert not (cache / "bucket/models/tiny/model.safetensors").exists()
+    assert not (cache / "models/bucket/models/tiny/model.safetensors").exists()
 
 
 def test_a_disk_that_is_too_small(filled, cache, monkeypatch):

@@ -18,6 +18,7 @@ import re
 import secrets
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -428,8 +429,16 @@ def _local(source: Path | bytes, name: str) -> str:
     return name if isinstance(source, bytes) else str(source)
 
 
-def within(seconds: float, work: Callable[[], Result], late: Callable[[], BaseException]) -> Result:
-    """What `work` returns or raises, in a thread that nobody waits for longer; then `late()`."""
+def within(
+    seconds: float,
+    work: Callable[[], Result],
+    late: Callable[[], BaseException],
+    check: Callable[[], None] = lambda: None,
+) -> Result:
+    """What `work` returns or raises, in a thread that nobody waits for longer; then `late()`.
+
+    check: called time and again; what it raises ends the wait.
+    """
     outcome: list[Any] = []
 
     def target() -> None:
@@ -440,7 +449,10 @@ def within(seconds: float, work: Callable[[], Result], late: Callable[[], BaseEx
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    thread.join(seconds)
+    deadline = time.monotonic() + seconds
+    while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+        thread.join(min(left, 0.2))
+        check()
     if not outcome:
         raise late()
     result, error = outcome

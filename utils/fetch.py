@@ -60,7 +60,7 @@ def model(uri: str) -> Path:
     if "config.json" not in listing:
         raise UserError(f"--model_path {uri} holds no config.json: check the path")
     wanted = {n: r for n, r in listing.items() if not n.endswith(OTHER_WEIGHTS)}
-    return _fetched(bucket, wanted)
+    return _fetched(bucket, wanted, "models")
 
 
 def tasks(uri: str, flag: str) -> Path:
@@ -70,20 +70,23 @@ def tasks(uri: str, flag: str) -> Path:
         wanted = {n: r for n, r in bucket.listing().items() if n.endswith(SUFFIXES)}
         if not wanted:
             raise UserError(f"{flag} {uri} holds no {' or '.join(SUFFIXES)} file: check the path")
-        return _fetched(bucket, wanted)
+        return _fetched(bucket, wanted, "tasks")
     parent, _, name = uri.rpartition("/")
     bucket = BucketFolder(parent, flag)
     listing = bucket.listing()
     if name not in listing:
         raise UserError(f"{flag} {uri} does not exist; check the path")
     names = {name, *solutions_names(name)} & listing.keys()
-    return _fetched(bucket, {name: listing[name] for name in names}) / name
+    return _fetched(bucket, {n: listing[n] for n in names}, f"files/{name}") / name
 
 
-def _fetched(bucket: BucketFolder, wanted: dict[str, Receipt]) -> Path:
-    """A local folder with these objects, each as it is in the bucket."""
+def _fetched(bucket: BucketFolder, wanted: dict[str, Receipt], kind: str) -> Path:
+    """A local folder with these objects alone, each as it is in the bucket.
+
+    kind: tells apart what may be fetched from one prefix.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "arc-activations"
-    folder = cache / "gs" / bucket.bucket_name / bucket.prefix
+    folder = cache / "gs" / kind / bucket.bucket_name / bucket.prefix
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:
@@ -95,11 +98,18 @@ def _fetched(bucket: BucketFolder, wanted: dict[str, Receipt]) -> Path:
                     f"{bucket} takes {need / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB "
                     "are free: free space, or set XDG_CACHE_HOME to another disk"
                 )
+            for path in folder.iterdir():  # what the bucket holds no more would be read, too
+                if path.is_file() and path.name not in {*wanted, ".lock"}:
+                    path.unlink()
             with tqdm(
                 total=need, unit="B", unit_scale=True, desc=f"fetching {bucket}", disable=not need
-            ) as bar, ThreadPoolExecutor(THREADS) as pool:  # fmt: skip
-                for size in pool.map(lambda item: _fetch(bucket, folder, *item), stale.items()):
-                    bar.update(size)
+            ) as bar:
+                pool = ThreadPoolExecutor(THREADS)
+                try:
+                    for size in pool.map(lambda item: _fetch(bucket, folder, *item), stale.items()):
+                        bar.update(size)
+                finally:  # after a signal nobody waits for the network
+                    pool.shutdown(wait=False, cancel_futures=True)
     except OSError as error:
         raise UserError(
             f"cannot keep {bucket} in {folder}: {error.strerror}; set XDG_CACHE_HOME to another "

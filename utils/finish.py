@@ -115,7 +115,8 @@ def last_files(
     """What goes to the bucket once the shards are there: of this process, and then of all; the
     manifest by which a reader knows that the run is complete comes last."""
     extracts, several = prepared.request.activations_dir is not None, peers.count > 1
-    own = [writer.journal_path] * extracts + [writer.manifest_path] * (extracts and several)
+    own = [*writer.other_journals(), writer.journal_path] if extracts else []
+    own += [writer.manifest_path] * (extracts and several)
     output = Path(prepared.request.output_path)
     return own, [] if peers.index else [output, writer.folder / "metadata.json"]
 
@@ -130,7 +131,7 @@ def send_the_rest(
 ) -> Manifest:
     """Returns the manifest once the bucket, where there is one, holds all. Raises UserError."""
     with peers.together("uploading"):
-        uploads.drain()
+        uploads.drain(peers.check)
     said = map(json.loads, peers.gather(json.dumps(uploads.receipts).encode()))
     if receipts := {name: receipt for part in said for name, receipt in part.items()}:
         files = [
@@ -143,9 +144,9 @@ def send_the_rest(
                 write_json_atomic(writer.folder / "metadata.json", manifest)
     own, joint = last_files(prepared, writer, peers)
     with peers.together("uploading manifests"):
-        uploads.finish(*own)
+        uploads.finish(peers.check, *own)
     with peers.together("uploading the last"):
-        uploads.finish(*joint)
+        uploads.finish(peers.check, *joint)
     if uploads.waited > 1:
         log.info("computing waited %.0f s for the network", uploads.waited)
     return manifest

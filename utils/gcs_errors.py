@@ -30,13 +30,20 @@ def retry(seconds: float, trouble: Callable[[str], None] | None = None) -> Any:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether trying again is no use: who asks is not known, or not allowed to."""
+    """Whether trying again is no use: who asks is not known, or not allowed to.
+
+    A VM's metadata server that does not answer for a moment is a refresh that failed in transport,
+    and 403 is also said of too many requests: both pass.
+    """
     from google.api_core import exceptions
     from google.auth.exceptions import GoogleAuthError, TransportError
 
-    refusals = (exceptions.Unauthorized, exceptions.Forbidden)
-    unknown = isinstance(error, GoogleAuthError) and not isinstance(error, TransportError)
-    return isinstance(error, refusals) or (unknown and not getattr(error, "retryable", False))
+    if isinstance(error, GoogleAuthError):
+        in_transport = (error, error.__cause__, *error.args[:1])
+        return not any(isinstance(link, TransportError) for link in in_transport)
+    if isinstance(error, exceptions.Forbidden):
+        return "ateLimitExceeded" not in getattr(error.response, "text", "")
+    return isinstance(error, exceptions.Unauthorized)
 
 
 def is_remote(error: BaseException) -> bool:
@@ -58,7 +65,8 @@ def is_remote(error: BaseException) -> bool:
 def _passes(error: BaseException) -> bool:
     """Whether the same request may well succeed: 408, 429, 5xx, a connection or a reply lost."""
     if (code := code_of(error)) is not None:
-        return code in (408, 429) or code >= 500
+        limited = code == 403 and "ateLimitExceeded" in error.response.text
+        return code in (408, 429) or code >= 500 or limited
     return is_remote(error) and not is_refusal(error) and not isinstance(error, ValueError)
 
 

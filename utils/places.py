@@ -54,4 +54,4 @@ def split(path: str | Path) -> tuple[Place, str]:
     if not is_uri(path):
         return LocalFolder(Path(path).parent), Path(path).name
     folder, _, name = str(path).rpartition("/")
-    return BucketFolder(folder), name
+    return BucketFolder(Path(folder) if isinstance(path, Path) else folder), name

@@ -56,27 +56,29 @@ def look_for_run(
             f"another prefix, or remove it: gcloud storage rm -r {bucket}"
         )
     local = read_manifests(folder) if folder.exists() else {}
-    said = peers.exchange(
-        "known",
-        [sorted(local), {e["filename"]: e["crc32c"] for m in local.values() for e in m["files"]}],
-    )
+    here = {
+        entry["filename"]: entry["crc32c"]
+        for manifest in local.values()
+        for entry in manifest["files"]
+        if not entry.get("elsewhere")
+    }
+    said = peers.exchange("known", [sorted(local), here])
     known_manifests = {name for names, _ in said for name in names}
     known = {name: crc32c for _, files in said for name, crc32c in files.items()}
     if not held:
         return Elsewhere(names=listing)
     manifests = read_manifests(bucket.uri)
     if not manifests:
-        raise UserError(
-            f"{bucket} holds files of a run but no metadata.json: choose another prefix"
-        )
+        raise UserError(f"{bucket} holds a run's files but no metadata.json: choose another prefix")
     for manifest in manifests.values():
         if changes := differences({key: manifest.get(key) for key in settings}, settings):
             raise UserError(
                 f"{bucket} holds another run: {some(changes)}; choose another prefix, or go back "
                 "to its settings"
             )
-    listed = {entry["filename"] for m in manifests.values() for entry in m["files"]}
-    orphans = [name for name in held if SHARD.fullmatch(name) and name not in listed | known.keys()]
+    listed = merge_manifests(manifests)["files"]
+    names = known.keys() | {entry["filename"] for entry in listed}
+    orphans = [name for name in held if SHARD.fullmatch(name) and name not in names]
     if orphans and peers.index == 0:
         log.info(
             "%d shards in %s are in no manifest, %s for one: a machine was lost as it sent them; "
@@ -86,27 +88,24 @@ def look_for_run(
     owners = {f"_host{i:03d}" for i in range(peers.count)} if peers.count > 1 else {""}
     own = f"_host{peers.index:03d}" if peers.count > 1 else ""
     taken: dict[str, Manifest] = {}
-    for name, manifest in manifests.items():
-        if name == "metadata.json" and len(manifests) > 1:
-            continue  # the others together
-        if owner_of(name) != own and (peers.index or owner_of(name) in owners):
+    if own == "" and "metadata.json" in manifests and "metadata.json" not in known_manifests:
+        taken["metadata.json"] = {**manifests["metadata.json"], "files": []}
+    for entry in listed:
+        owner, name = owner_of(entry["filename"]), f"metadata{owner_of(entry['filename'])}.json"
+        if owner != own and (peers.index or owner in owners):
             continue  # another process looks after it
-        files = [
-            entry
-            for entry in manifest["files"]
-            if owner_of(entry["filename"]) not in owners - {own}
-        ]
-        unknown = [entry for entry in files if entry["filename"] not in known]
-        strange = unknown if name in known_manifests else []
-        strange += [e for e in files if known.get(e["filename"], e["crc32c"]) != e["crc32c"]]
-        if strange:
+        if (crc32c := known.get(entry["filename"])) == entry["crc32c"]:
+            continue
+        if crc32c or name in known_manifests:
             raise UserError(
-                f"{bucket} holds shards that {folder} does not know, or knows otherwise: "
-                f"{some([entry['filename'] for entry in strange])}; it is another run's, so choose "
-                "another prefix, or the folder is an older copy: move it away and --resume"
+                f"{bucket} holds {entry['filename']}, which {folder} does not know, or knows "
+                "otherwise: it is another run's, so choose another prefix, or the folder is an "
+                "older copy: move it away and --resume"
             )
-        if name not in known_manifests:
-            taken[name] = {**manifest, "files": unknown}
+        base = manifests.get(name) or next(iter(manifests.values()))
+        adopted = taken.setdefault(name, {**base, "files": []})
+        entry = {key: value for key, value in entry.items() if key != "elsewhere"}
+        adopted["files"] = [*adopted["files"], entry]
     return Elsewhere(taken, listing, bucket.read)
 
 

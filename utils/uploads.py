@@ -27,6 +27,7 @@ from utils.writer import ShardWriter
 THREADS = 4  # each holds a chunk of 8 MiB, twice for a file that goes in one request
 MANIFEST_SHARE = 0.05  # of the time, at most, goes into sending manifests that grow
 MANIFEST_SECONDS = 1.0  # between two writes of one object, which a bucket asks for
+MAX_MANIFEST_SECONDS = 60.0  # the same, at most, of a manifest that took long to send
 CLAIM_SECONDS = 120
 LAST_SECONDS = 5  # for the last files, at least, also where the shards took all of the time
 STOP_SECONDS = 15  # for uploads after a signal; a process is to be gone after 20
@@ -52,10 +53,13 @@ class Uploads:
     def check(self) -> None:
         """Raises UserError when an upload failed for good."""
 
-    def drain(self) -> None:
-        """Returns when the bucket holds every shard, and raises UserError when it does not."""
+    def drain(self, check: Callable[[], None]) -> None:
+        """Returns when the bucket holds every shard, and raises UserError when it does not.
 
-    def finish(self, *paths: Path) -> None:
+        check: called time and again; what it raises ends the wait.
+        """
+
+    def finish(self, check: Callable[[], None], *paths: Path) -> None:
         """Sends what a run ends with, in this order."""
 
     def holds(self, entries: list[dict[str, Any]], *paths: Path) -> bool:
@@ -189,7 +193,7 @@ class BucketUploads(Uploads):
         if self._failure is not None:
             raise self._failure
 
-    def drain(self) -> None:
+    def drain(self, check: Callable[[], None]) -> None:
         deadline = self._deadline = time.monotonic() + self._timeout
         self._hurry.set()
         with self._changed:
@@ -197,6 +201,7 @@ class BucketUploads(Uploads):
         if total:
             with tqdm(total=total, unit="B", unit_scale=True, desc="uploading") as bar:
                 while not self._settled(0.2) and time.monotonic() < deadline:
+                    check()
                     bar.update(total - sum(self._left().values()) - bar.n)
                 bar.update(total - sum(self._left().values()) - bar.n)
         self._stop_by = time.monotonic()
@@ -213,7 +218,7 @@ class BucketUploads(Uploads):
                 f"{'; '.join(problems)}. To send the rest: {command_to_resume()}", exit_code=1
             )
 
-    def finish(self, *paths: Path) -> None:
+    def finish(self, check: Callable[[], None], *paths: Path) -> None:
         def late() -> UserError:
             return UserError(
                 f"{some([path.name for path in paths])} could not be uploaded to {self.bucket} "
@@ -226,7 +231,7 @@ class BucketUploads(Uploads):
             for path in paths:
                 self._put(path, path.stat().st_size)
 
-        within(max(LAST_SECONDS, self._deadline - time.monotonic()), send, late)
+        within(max(LAST_SECONDS, self._deadline - time.monotonic()), send, late, check)
 
     def release(self) -> None:
         self._stop_by = self._stop_by or time.monotonic() + STOP_SECONDS
@@ -325,13 +330,17 @@ class BucketUploads(Uploads):
                     del self._sizes[name]
                 self._changed.notify_all()
             now = time.monotonic()
-            earliest, due = now + MANIFEST_SECONDS, begin + (now - begin) / MANIFEST_SHARE
+            pause = min((now - begin) / MANIFEST_SHARE, MAX_MANIFEST_SECONDS)
+            earliest, due = now + MANIFEST_SECONDS, now + pause
 
     def _send_manifest(self, always: bool = False) -> None:
         """The answers first, so that none is missing that the manifest speaks of."""
         manifest, journal_bytes = self.writer.bucket_manifest(self.receipts)
-        if journal_bytes and self.receipts:
-            self._put(self.writer.journal_path, journal_bytes)
+        if self._shards:
+            for path in self.writer.other_journals() if always else ():  # which do not change
+                self._put(path, path.stat().st_size)
+            if self.receipts:
+                self._put(self.writer.journal_path, journal_bytes)
         self._put(manifest, len(manifest), self._claim, always)
 
     def _put(self, source: Path | bytes, size: int, name: str = "", always: bool = False) -> None:

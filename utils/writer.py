@@ -228,6 +228,12 @@ class ShardWriter:
                 with replacing(path) as sink:
                     sink.write(self._elsewhere.read(path.name))
 
+    def other_journals(self) -> list[Path]:
+        """Of processes that take no part any more, and whose shards this one looks after."""
+        owners = sorted({owner_of(entry["filename"]) for entry in self.files})
+        paths = [self.folder / f"answers{owner}.jsonl" for owner in owners]
+        return [path for path in paths if path != self.journal_path and path.exists()]
+
     def add(self, item: dict[str, Any], answer: dict[str, Any]) -> None:
         """Take a sample, once; commits a shard whenever one is full.
 
