@@ -793,6 +793,20 @@ def test_told_to_stop_while_all_wait_for_the_network(models, tasks, tmp_path, gc
     assert time.monotonic() - begin < 40  # the one that was told within 20, the other after it
 
 
+@pytest.mark.slow
+def test_runs_of_one_and_of_two_that_start_at_once(models, tasks, tmp_path, gcs):
+    """One of them ends before it computes."""
+    runs = [
+        start(models["14-2"], tasks, tmp_path / str(n), n, 1, mesh_shape=[n, 1], **CLOUD)
+        for n in (1, 2)
+    ]
+    codes = [{p.wait(200) for p in run.processes} for run in runs]
+    assert sorted(map(max, codes)) in ([0, 1], [0, 2]), [run.text(0) for run in runs]
+    won = codes.index({0})
+    assert not list((tmp_path / str(2 - won)).glob("acts/*.pkl"))
+    assert_bucket_is_whole(gcs, tmp_path / str(won + 1), ["acts"], None)
+
+
 def test_what_one_process_cannot_send(models, tasks, tmp_path, gcs):
     folder = tmp_path / "run"
     flags = {"mesh_shape": [2, 1], **CLOUD, "upload_timeout": 3}
@@ -802,7 +816,7 @@ def test_what_one_process_cannot_send(models, tasks, tmp_path, gcs):
     assert "could not be uploaded to gs://bucket/run within 3 s" in run.last_line(1)
     assert "process 1" in run.last_line(0) and "could not be uploaded" in run.last_line(0)
     assert json.loads((folder / "acts" / "metadata.json").read_text())["status"] == "complete"
-    assert "metadata.json" not in gcs.objects("run/")
+    assert json.loads(gcs.objects("run/")["metadata.json"])["status"] == "running"
     gcs.faults.clear()
     start(models["14-2"], tasks, folder, 2, 1, resume=True, **flags).finish()
     assert_bucket_is_whole(gcs, folder, ["acts"], None)

@@ -24,7 +24,7 @@ def commands() -> list[list[str]]:
                 words = shlex.split(command)
                 while words and "=" in words[0]:  # the environment
                     words.pop(0)
-                if words[:1] == ["python"] and words[1].endswith(".py"):
+                if words[:1] == ["python"] and re.fullmatch(r"\w+\.py", words[1]):
                     found.append(words[1:])
     return found
 

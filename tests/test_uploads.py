@@ -235,13 +235,10 @@ def test_without_extraction_the_results_go_up(gcs, flags, shell):
 
 
 def test_an_endless_503(gcs, flags, shell):
-    prepared = prepare(request_of(flags))
     lost = gcs.fault(503, lambda r: r.name.endswith("2.pkl"), times=10**6)
-    with pytest.raises(UserError) as error:
-        run(prepared, NoSignals())
-    del prepared
-    message = str(error.value)
-    assert error.value.exit_code == 1 and "\n" not in message
+    process = start(flags, gcs)  # of its own, so that none of its threads lives on
+    message = process.communicate()[1].strip().splitlines()[-1]
+    assert process.returncode == 1 and message.startswith("error: ")
     assert "1 shard (0.000 GB)" in message and "503 a fault to order" in message
     assert SHARD.format(2) in message and "--resume" in message
     assert lost.seen
@@ -276,7 +273,9 @@ def test_the_deadline_is_an_exit_code_and_a_line(gcs, flags, shell):
 
 def test_a_shard_damaged_on_disk_becomes_no_object(gcs, flags, shell):
     gcs.fault(503, lambda r: r.name.endswith("2.pkl"), times=10**6)
-    assert shell(flags)[0] == 1
+    process = start(flags, gcs)
+    process.communicate()
+    assert process.returncode == 1
     gcs.faults.clear()
     path = flags["activations_dir"] / SHARD.format(2)
     content = bytearray(path.read_bytes())
@@ -437,13 +436,53 @@ def test_a_shard_is_kept_that_the_bucket_does_not_hold(gcs, flags, shell, monkey
     assert SHARD.format(3) in there(gcs)
 
 
+def test_deleting_is_made_up_for(gcs, flags, shell):
+    """Whole in the bucket, whole on the disk: the flag, added later, still frees the disk."""
+    assert shell(flags)[0] == 0
+    gcs.latency = 0.05
+    assert shell({**flags, "resume": True, "delete_after_upload": True})[0] == 0
+    assert list(flags["activations_dir"].glob("*.pkl")) == []
+    assert len(list(iter_items(flags["activations_dir"]))) == 8
+
+
+def test_a_foreign_output_is_not_replaced(gcs, flags, shell):
+    gcs.store(f"{PREFIX}/predictions.json", b"of somebody else")
+    for changed in ({}, {"resume": True}):
+        code, line = shell({**flags, **changed})
+        assert code == 2 and "holds predictions.json already" in line
+    assert there(gcs) == {"predictions.json": b"of somebody else"}
+
+
+def test_a_manifest_deleted_by_hand_is_put_back(gcs, flags, shell):
+    assert shell(flags)[0] == 0
+    gcs.storage.objects["bucket"].pop(f"{PREFIX}/metadata.json")
+    assert shell({**flags, "resume": True})[0] == 0
+    assert_bucket_is_whole(gcs, flags)
+
+
+def test_progress_within_a_shard_counts(gcs, flags, monkeypatch):
+    """A slow network is not a dead one."""
+    monkeypatch.setattr(cloud, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(cloud, "ONE_REQUEST_BYTES", 1 << 16)
+    monkeypatch.setattr("google.cloud.storage.blob._MAX_MULTIPART_SIZE", 1 << 16)
+    flags |= {"activation_dtype": "float32", "layers_to_extract": "all", "upload_timeout": 4}
+    prepared = prepare(request_of(flags))
+    object.__setattr__(prepared.request, "max_pending_gb", 0.0001)
+    gcs.latency = 1.5
+    try:
+        run(prepared, NoSignals())
+    except UserError as error:  # at the end, where the deadline is, but not in between
+        assert "could not be uploaded" in str(error)
+    assert len(read_manifest(flags["activations_dir"])["files"]) == 4
+
+
 def test_what_is_nowhere_any_more_is_named(gcs, flags, shell):
     assert shell({**flags, "delete_after_upload": True})[0] == 0
     gcs.storage.objects["bucket"].pop(f"{PREFIX}/{SHARD.format(2)}")
     code, line = shell({**flags, "resume": True})
     assert code == 2 and f"{SHARD.format(2)} is neither in" in line
     code, line = shell({**flags, "resume": True, "cloud_bucket": "gs://bucket/other"})
-    assert code == 2 and f"was sent to gs://bucket/{PREFIX}/" in line
+    assert code == 2 and f"it was sent to gs://bucket/{PREFIX}/" in line
 
 
 def test_a_run_that_was_kept_here_is_sent_later(gcs, flags, shell):
@@ -465,7 +504,7 @@ def test_a_second_run_on_one_prefix_is_refused(gcs, flags, shell, tmp_path):
         code, line = shell({**other, **changed})
         assert code == 2
         assert "holds a run (complete, 8 samples): --resume continues a run" in line
-        assert "choose another prefix" in line
+        assert "choose another prefix" in line and "gcloud storage rm" not in line
     code, line = shell({**other, "resume": True, "max_output_tokens": 9})
     assert code == 2 and "holds another run: generation.max_output_tokens was 8, is 9" in line
     assert not (tmp_path / "b").exists()
@@ -641,6 +680,9 @@ BAD = [
     ({"cloud_bucket": "gs://bucket//x"}, "write gs://bucket/x"),
     ({"cloud_bucket": "gs://nowhere/x"}, "gcloud storage buckets create gs://nowhere"),
     ({"upload_to_cloud": None}, "--cloud_bucket: give --upload_to_cloud too"),
+    ({"activations_dir": "gs://bucket/x"}, "--activations_dir gs://bucket/x is in a bucket"),
+    ({"output_path": "gs://bucket/p.json"}, "--output_path gs://bucket/p.json is in a bucket"),
+    ({"cloud_bucket": "s3://bucket/x"}, "s3://bucket/x is not gs://BUCKET/PREFIX"),
     ({"output_path": "answers.jsonl"}, "answers.jsonl is what a file of the run itself is called"),
 ]
 
@@ -664,9 +706,11 @@ def test_flags_that_need_uploading(gcs, flags, shell, name):
 
 
 def test_forbidden_is_said_before_the_model_loads(gcs, flags, shell, monkeypatch):
-    monkeypatch.setattr("utils.compute.Computation", None)
+    loaded = []
+    monkeypatch.setattr("utils.extract.Computation", loaded.append)
     gcs.fault(403, times=99)
     code, line = shell(flags)
+    assert not loaded
     assert code == 2 and "grant the account roles/storage.objectUser" in line
 
 

@@ -157,6 +157,7 @@ def run(
             "matplotlib",
             "absl",
             "filelock",
+            "urllib3",
         ):
             logging.getLogger(noisy).setLevel(logging.WARNING)
     signals = Signals()

@@ -80,7 +80,8 @@ def parse_uri(uri: str | Path, flag: str = "") -> tuple[str, str]:
         text = SCHEME + text.removeprefix("gs:/")
     where = f"{flag} {text}".strip()
     if not text.startswith(SCHEME):
-        raise UserError(f"{where} is not gs://BUCKET/PREFIX: write gs://{text.lstrip('/')}")
+        written = "that" if ":" in text else f"gs://{text.lstrip('/')}"
+        raise UserError(f"{where} is not gs://BUCKET/PREFIX: write {written}")
     bucket, _, prefix = text.removeprefix(SCHEME).partition("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
         raise UserError(
@@ -107,6 +108,8 @@ def _client() -> Any:
 def _client_of(emulator: str | None) -> Any:
     from google.cloud import storage
 
+    if emulator and not emulator.startswith(("http://", "https://")):
+        raise UserError(f"STORAGE_EMULATOR_HOST is {emulator}: write http://{emulator}")
     return storage.Client(project=None)  # which only making and listing buckets needs
 
 
@@ -122,6 +125,7 @@ class BucketFolder:
         self.uri = f"{SCHEME}{self.bucket_name}/{self.prefix}".rstrip("/")
         self.token = secrets.token_hex(8)  # tells our own objects from equal ones of others
         self._doing = "reach"
+        self.num_chunks = 0  # begun to be sent: a sign of progress
 
     def __str__(self) -> str:
         return self.uri
@@ -135,7 +139,7 @@ class BucketFolder:
         """Of the objects directly under the prefix. Raises UserError, as all that read do."""
         return sorted(self.listing())
 
-    def listing(self, seconds: float = 60) -> dict[str, Receipt]:
+    def listing(self, seconds: float = 15) -> dict[str, Receipt]:
         """Name -> receipt of every object directly under the prefix."""
         return self._ask("list", lambda: self._listing(seconds))
 
@@ -180,7 +184,7 @@ class BucketFolder:
                 raw_download=True,
                 checksum="crc32c",
                 timeout=REQUEST_SECONDS,
-                retry=retry(120),
+                retry=retry(60),
             )
 
         self._ask("read", download, name)
@@ -293,6 +297,11 @@ class BucketFolder:
                     return receipt
                 if receipt.generation != replaces:
                     raise self._taken(receipt, source, name, crc32c)
+            if code_of(cause) == 412 and found is None and replaces:
+                raise UserError(
+                    f"{self.uri_of(name)} was deleted during this run: --resume puts it back",
+                    exit_code=1,
+                )
             if code_of(cause) == 400:
                 self._check_undamaged(source, name, size, crc32c)
             trouble(brief(cause) if cause else f"{name} did not arrive")
@@ -338,7 +347,7 @@ class BucketFolder:
                 self._check_undamaged(source, name, size, crc32c)
             file.seek(0)
             blob.upload_from_file(
-                _Chunks(file, size) if in_chunks else file,
+                _Chunks(file, size, self._count_chunk) if in_chunks else file,
                 # Up to 8 MiB the library takes one request, and several copies, if it knows it.
                 size=None if in_chunks and size < CHUNK_BYTES else size,
                 content_type="application/octet-stream",
@@ -348,6 +357,9 @@ class BucketFolder:
                 retry=retry(120, trouble),
             )
         return self._receipt(blob)
+
+    def _count_chunk(self) -> None:
+        self.num_chunks += 1
 
     def _check_undamaged(self, source: Path | bytes, name: str, size: int, crc32c: str) -> None:
         with opened(source) as file:
@@ -410,12 +422,13 @@ class _Chunks:
     """The first `size` bytes of a file, in chunks that share one buffer, where the library would
     hold three of each upload."""
 
-    def __init__(self, file: BinaryIO, size: int):
-        self._file, self._size = file, size
+    def __init__(self, file: BinaryIO, size: int, read: Callable[[], None]):
+        self._file, self._size, self._read = file, size, read
         self._buffer = bytearray(min(CHUNK_BYTES, size))
         self.tell = file.tell
 
     def read(self, size: int) -> memoryview:
+        self._read()
         view = memoryview(self._buffer)[: min(size, self._size - self.tell())]
         return view[: self._file.readinto(view)]
 

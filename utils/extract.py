@@ -93,6 +93,7 @@ def open_uploads(prepared: Prepared, writer: ShardWriter, peers: Peers) -> Uploa
     extracts = request.activations_dir is not None
     if bucket is None or (not extracts and peers.index):
         return Uploads()
+    first_of_several = extracts and peers.count > 1 and peers.index == 0
     if extracts:
         uploaded_before(bucket, prepared.listing, writer.folder, writer.here)
     return BucketUploads(
@@ -103,6 +104,7 @@ def open_uploads(prepared: Prepared, writer: ShardWriter, peers: Peers) -> Uploa
         timeout=request.upload_timeout,
         delete_after_upload=request.delete_after_upload,
         claim=writer.manifest_path.name if extracts else "metadata.json",
+        joint_files=writer.elsewhere.listed if first_of_several else None,
         shards=extracts,
     )
 
@@ -146,8 +148,10 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
                         started = True
                         if request.overwrite and peers.index == 0:
                             output.unlink(missing_ok=True)
-            with peers.together("taking the bucket"):
-                uploads.start()
+            for turn in (True, False):  # the first process takes the prefix for all
+                with peers.together("taking the bucket"):
+                    if (peers.index == 0) is turn:
+                        uploads.start()
             usage = _run_batches(prepared, todo, done, computation, writer, uploads, signals, peers)
             with peers.together("finishing"):
                 manifest = finish(prepared, writer, usage, signals, peers, shared.leader)

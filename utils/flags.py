@@ -249,7 +249,8 @@ def add_upload_flags(parser: argparse.ArgumentParser) -> None:
         "--upload_to_cloud",
         action="store_true",
         help="send every shard to a bucket while the model computes, each exactly once; manifest, "
-        "predictions and submission follow",
+        "predictions and submission follow; needs `gcloud auth application-default login` and "
+        "roles/storage.objectUser, which --dry_run tests",
     )
     group.add_argument(
         "--cloud_bucket",
@@ -259,6 +260,7 @@ def add_upload_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--upload_timeout",
+        metavar="SECONDS",
         type=float_at_least(1),
         default=Request.upload_timeout,
         help="seconds after the last sample, or of a full --max_pending_gb, in which the uploads "
@@ -266,6 +268,7 @@ def add_upload_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max_pending_gb",
+        metavar="GB",
         type=float_at_least(0.001),
         default=Request.max_pending_gb,
         help="gigabytes (10^9 bytes) of shards that may wait for the network, in each process; "

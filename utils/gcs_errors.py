@@ -5,6 +5,7 @@ Follows https://cloud.google.com/storage/docs/retry-strategy. The client library
 there is an error to look at.
 """
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -86,7 +87,13 @@ def code_of(error: BaseException | None) -> int | None:
 
 def brief(error: BaseException) -> str:
     """The server's own words, or those of the library, in one short line."""
+    import requests
+
     cause = getattr(error, "cause", None) or error  # of a RetryError, what was retried
+    if isinstance(cause, requests.Timeout):
+        return "no answer in time"
+    if isinstance(cause, requests.ConnectionError):
+        return "no connection"
     response, code = getattr(cause, "response", None), code_of(cause)
     words = response.text if code and code >= 400 and response is not None else ""
     words = words or getattr(cause, "message", "") or str(cause)
@@ -105,6 +112,13 @@ def explained(error: Exception, what: str, bucket: str, uri: str, is_object: boo
     from google.cloud.storage.exceptions import DataCorruption
 
     code = code_of(error)
+    if isinstance(error, DefaultCredentialsError) and (
+        path := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    ):
+        return UserError(
+            f"GOOGLE_APPLICATION_CREDENTIALS is {path}, which gives no credentials for {uri} "
+            f"({brief(error)}): correct or unset it"
+        )
     if isinstance(error, DefaultCredentialsError):
         return UserError(
             f"no Google Cloud credentials for {uri}: run `gcloud auth application-default "

@@ -52,8 +52,8 @@ def look_for_run(
             run = merge_manifests(read_manifests(bucket.uri))
             there = f"holds a run ({run['status']}, {run['total_samples']} samples)"
         raise UserError(
-            f"{bucket} {there}: --resume continues a run; objects are never replaced, so choose "
-            f"another prefix, or remove it: gcloud storage rm -r {bucket}"
+            f"{bucket} {there}: --resume continues a run; objects are never replaced, not with "
+            "--overwrite either, so choose another prefix"
         )
     local = read_manifests(folder) if folder.exists() else {}
     here = {
@@ -65,10 +65,14 @@ def look_for_run(
     said = peers.exchange("known", [sorted(local), here])
     known_manifests = {name for names, _ in said for name in names}
     known = {name: crc32c for _, files in said for name, crc32c in files.items()}
-    if not held:
-        return Elsewhere(names=listing)
-    manifests = read_manifests(bucket.uri)
+    if not held and output in listing:
+        raise UserError(
+            f"{bucket} holds {output} already, and no run to resume: choose another prefix"
+        )
+    manifests = read_manifests(bucket.uri) if held else {}
     if not manifests:
+        if all(name in known for name in filter(SHARD.fullmatch, held)):
+            return Elsewhere(names=listing)
         raise UserError(f"{bucket} holds a run's files but no metadata.json: choose another prefix")
     for manifest in manifests.values():
         if changes := differences({key: manifest.get(key) for key in settings}, settings):
@@ -82,7 +86,7 @@ def look_for_run(
     if orphans and peers.index == 0:
         log.info(
             "%d shards in %s are in no manifest, %s for one: a machine was lost as it sent them; "
-            "their samples are computed again, and readers ignore them",
+            "their samples are computed again; readers ignore them, and they can be deleted",
             *(len(orphans), bucket, orphans[0]),
         )
     owners = {f"_host{i:03d}" for i in range(peers.count)} if peers.count > 1 else {""}
@@ -106,7 +110,13 @@ def look_for_run(
         adopted = taken.setdefault(name, {**base, "files": []})
         entry = {key: value for key, value in entry.items() if key != "elsewhere"}
         adopted["files"] = [*adopted["files"], entry]
-    return Elsewhere(taken, listing, bucket.read)
+    journals = [f"answers{owner_of(name)}.jsonl" for name, part in taken.items() if part["files"]]
+    return Elsewhere(
+        taken,
+        listing,
+        {name: bucket.read(name) for name in journals if name in listing},
+        [{key: entry[key] for key in entry if key != "elsewhere"} for entry in listed],
+    )
 
 
 def uploaded_before(
@@ -120,11 +130,11 @@ def uploaded_before(
         there = listing.get(name)
         if there is None:
             if not (folder / name).is_file():
-                was = entry["uploaded"]["uri"] if entry["uploaded"] else bucket.uri_of(name)
-                raise UserError(
-                    f"{name} is neither in {folder} nor in {bucket}; it was sent to {was}: resume "
-                    "with that --cloud_bucket, put the file back, or --overwrite"
-                )
+                was = entry["uploaded"]["uri"] if entry["uploaded"] else ""
+                way_on = "put it back, or start again with another --activations_dir and prefix"
+                if was and was != bucket.uri_of(name):
+                    way_on = f"it was sent to {was}, so resume with that --cloud_bucket"
+                raise UserError(f"{name} is neither in {folder} nor in {bucket}: {way_on}")
         elif there.holds(entry["size_bytes"], entry["crc32c"]):
             receipts[name] = there
         else:

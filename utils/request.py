@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from utils.cloud import parse_uri
+from utils.cloud import is_uri, parse_uri
 from utils.errors import UserError
 
 
@@ -89,6 +89,13 @@ class Request:
             if getattr(self, name) == "":
                 flag = self.output_flag if name == "output_path" else f"--{name}"
                 raise UserError(f"{flag} is empty: give a path")
+        for name in ("output_path", "activations_dir"):
+            if (path := getattr(self, name)) is not None and is_uri(path):
+                flag = self.output_flag if name == "output_path" else f"--{name}"
+                raise UserError(
+                    f"{flag} {path} is in a bucket: give a local path here, and --upload_to_cloud "
+                    "--cloud_bucket gs://BUCKET/PREFIX for the bucket"
+                )
         if self.shard_id >= self.num_shards:
             raise UserError(
                 f"--shard_id {self.shard_id} does not exist: of --num_shards {self.num_shards} "

@@ -81,8 +81,9 @@ class BucketUploads(Uploads):
 
     known: receipts of objects that were there before. max_pending_bytes: of shards that may wait.
     timeout: seconds for what is left at the end, and seconds that a full backlog may stand still.
-    claim: name of the manifest by which this process takes the prefix. shards: whether they are
-        sent, or only what the run ends with.
+    claim: name of the manifest by which this process takes the prefix. joint_files: of the first of
+        several, which takes `metadata.json` besides: what the bucket lists already. shards: whether
+        they are sent, or only what the run ends with.
     num_objects, num_bytes: sent so far, all kinds. waited: seconds that computing waited. receipts:
         of the shards, as the manifest has them.
     """
@@ -97,6 +98,7 @@ class BucketUploads(Uploads):
         timeout: float,
         delete_after_upload: bool = False,
         claim: str,
+        joint_files: list[dict[str, Any]] | None = None,
         shards: bool = True,
     ):
         self.bucket, self.writer = bucket, writer
@@ -106,10 +108,11 @@ class BucketUploads(Uploads):
         self._there = dict(known)
         self._max_pending, self._timeout = max_pending_bytes, timeout
         self._deletes, self._claim, self._shards = delete_after_upload, claim, shards
+        self._joint_files = joint_files
         self._changed = threading.Condition()  # of what follows
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._sizes: dict[str, int] = {}  # of what is sealed and not in the bucket's manifest
-        self._pending_bytes = 0  # of what is sealed and not in the bucket
+        self._pending: dict[str, int] = {}  # of what fills the disk until it is sent
         self._new: dict[str, Receipt] = {}  # sent, and not in a manifest
         self._damaged: dict[str, str] = {}
         self._failure: BaseException | None = None
@@ -129,7 +132,7 @@ class BucketUploads(Uploads):
             self.writer.record_uploads(self.receipts)
         within(
             CLAIM_SECONDS,
-            lambda: self._send_manifest(always=True),
+            self._take_prefix,
             lambda: UserError(f"{self.bucket} took no manifest within {CLAIM_SECONDS} s: "
                               f"{self._trouble}; check the network, then --resume", exit_code=1),
         )  # fmt: skip
@@ -138,6 +141,10 @@ class BucketUploads(Uploads):
                 if entry["filename"] not in self.receipts:
                     self.submit(entry)
             self.writer.on_sealed = self.submit
+        if self._deletes:  # what an earlier run sent and left
+            for entry in filter(self._is_left, files):
+                self._sizes[entry["filename"]] = entry["size_bytes"]
+                self._new[entry["filename"]] = self._there[entry["filename"]]
         for name, work in [("manifests", self._keep_manifest)] + [("upload", self._send)] * THREADS:
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True).start()
 
@@ -150,17 +157,24 @@ class BucketUploads(Uploads):
             with open(path, "rb") as file:
                 if not there.holds(path.stat().st_size, checksum(file)):
                     return False
+        if self._deletes and any(map(self._is_left, entries)):
+            return False
         return all(entry["filename"] in self._there for entry in entries)
+
+    def _is_left(self, entry: dict[str, Any]) -> bool:
+        """Whether a shard that the bucket holds is still on the disk."""
+        name = entry["filename"]
+        return name in self._there and (self.writer.folder / name).exists()
 
     def submit(self, entry: dict[str, Any]) -> None:
         with self._changed:
             self._sizes[entry["filename"]] = entry["size_bytes"]
-            self._pending_bytes += entry["size_bytes"]
+            self._pending[entry["filename"]] = entry["size_bytes"]
         self._queue.put(entry)
 
     def make_room(self) -> None:
         begin = still = time.monotonic()
-        sent = self.num_bytes
+        sent = self.num_bytes, self.bucket.num_chunks
         with self._changed:
             if self._has_room():
                 return
@@ -168,26 +182,26 @@ class BucketUploads(Uploads):
                 self._told_waiting = begin
                 log.info(
                     "computing waits for the network: %.2f GB of shards wait to be uploaded",
-                    self._pending_bytes / 1e9,
+                    sum(self._pending.values()) / 1e9,
                 )
             while not self._has_room():
                 self._changed.wait(0.5)
-                if sent != self.num_bytes:
-                    sent, still = self.num_bytes, time.monotonic()
+                if sent != (now := (self.num_bytes, self.bucket.num_chunks)):
+                    sent, still = now, time.monotonic()
                 if time.monotonic() - still > self._timeout:
                     self._stop_by = time.monotonic()
+                    waiting = sum(self._pending.values()) / 1e9
                     raise UserError(
                         f"nothing could be uploaded to {self.bucket} for {self._timeout:g} s, while"
-                        f" {self._pending_bytes / 1e9:.2f} GB wait ({self._trouble or 'no answer'})"
-                        "; they are intact in "
-                        f"{self.writer.folder}. To go on: {command_to_resume()}",
+                        f" {waiting:.2f} GB wait ({self._trouble or 'no answer'}); they are intact "
+                        f"in {self.writer.folder}. To go on: {command_to_resume()}",
                         exit_code=1,
                     )
         self.waited += time.monotonic() - begin
 
     def _has_room(self) -> bool:
         ending = self._stopping.is_set() or self._hurry.is_set() or self._failure is not None
-        return ending or self._pending_bytes <= self._max_pending
+        return ending or sum(self._pending.values()) <= self._max_pending
 
     def check(self) -> None:
         if self._failure is not None:
@@ -206,7 +220,10 @@ class BucketUploads(Uploads):
                 bar.update(total - sum(self._left().values()) - bar.n)
         self._stop_by = time.monotonic()
         self.check()
-        problems = list(self._damaged.values())
+        problems = [
+            f"{words} (restore the file, or start again with another --activations_dir and prefix)"
+            for words in self._damaged.values()
+        ]
         if left := self._left():
             problems.append(
                 f"{_shards(left)} could not be uploaded to {self.bucket} within {self._timeout:g} s"
@@ -214,9 +231,8 @@ class BucketUploads(Uploads):
                 f' {self.writer.folder}, where metadata.json says "uploaded": false'
             )
         if problems:
-            raise UserError(
-                f"{'; '.join(problems)}. To send the rest: {command_to_resume()}", exit_code=1
-            )
+            way_on = f". To send the rest: {command_to_resume()}" if left else ""
+            raise UserError("; ".join(problems) + way_on, exit_code=1)
 
     def finish(self, check: Callable[[], None], *paths: Path) -> None:
         def late() -> UserError:
@@ -248,6 +264,8 @@ class BucketUploads(Uploads):
 
     def stop(self) -> None:
         self.release()
+        if (left := self._left()) and self._stop_by > time.monotonic():
+            log.info("sending %s for up to %d s", _shards(left), STOP_SECONDS)
         while not self._settled(0.1) and time.monotonic() < self._stop_by:
             pass
         self._stopping.set()
@@ -296,18 +314,17 @@ class BucketUploads(Uploads):
                 log.error("%s", error)
                 with self._changed:
                     self._damaged[name] = str(error)
-                    self._pending_bytes -= size
+                    del self._pending[name]
                     self._changed.notify_all()
                 continue
             with self._changed:
                 self._new[name] = receipt
-                self._pending_bytes -= size
+                if not self._deletes:  # else once it is deleted
+                    del self._pending[name]
                 self._count(size)
                 self._changed.notify_all()
 
     def _keep_manifest(self) -> None:
-        if self._deletes:  # what an earlier run sent
-            self._delete({name: self._there[name] for name in self.receipts})
         due = earliest = 0.0
         while True:
             with self._changed:
@@ -328,10 +345,18 @@ class BucketUploads(Uploads):
             with self._changed:
                 for name in new:
                     del self._sizes[name]
+                    self._pending.pop(name, None)
                 self._changed.notify_all()
             now = time.monotonic()
             pause = min((now - begin) / MANIFEST_SHARE, MAX_MANIFEST_SECONDS)
             earliest, due = now + MANIFEST_SECONDS, now + pause
+
+    def _take_prefix(self) -> None:
+        """By `metadata.json`, whatever the number of processes, and this process's manifest."""
+        if self._joint_files is not None:
+            manifest = self.writer.bucket_manifest((), self._joint_files)[0]
+            self._put(manifest, len(manifest), "metadata.json", always=True)
+        self._send_manifest(always=True)
 
     def _send_manifest(self, always: bool = False) -> None:
         """The answers first, so that none is missing that the manifest speaks of."""

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,14 @@ class Elsewhere:
     """What is known of a run from outside of its folder.
 
     manifests: file name -> manifest; of what it lists, this process is to look after. names: of
-    files there, whose numbers are taken. read: a file's content.
+    files there, whose numbers are taken. journals: file name -> content, of the answers to those.
+    listed: entries of all shards that are listed there.
     """
 
     manifests: dict[str, Manifest] = field(default_factory=dict)
     names: Collection[str] = ()
-    read: Callable[[str], bytes] | None = None
+    journals: dict[str, bytes] = field(default_factory=dict)
+    listed: list[dict[str, Any]] = field(default_factory=list)
 
 
 class ShardWriter:
@@ -159,13 +161,13 @@ class ShardWriter:
         self._timing = (0.0, 0.0, 0.0)
         self._failure: UserError | None = None
         self._lock = threading.RLock()
-        self._elsewhere = elsewhere or Elsewhere()
+        self.elsewhere = elsewhere or Elsewhere()
         self._extra: dict[str, Any] = {}
         self.on_sealed: Callable[[dict[str, Any]], None] = lambda entry: None
 
         check_writable(self.folder)
         manifests = read_manifests(self.folder) if self.folder.exists() else {}
-        manifests = {**self._elsewhere.manifests, **manifests}
+        manifests = {**self.elsewhere.manifests, **manifests}
         run = None if overwrite else resumable_run(self.folder, manifests, settings, resume)
         self.continues = run is not None
         run = run or {"status": "running", "files": []}
@@ -178,7 +180,7 @@ class ShardWriter:
         self.hosts = sorted(int(owner.removeprefix("_host")) for owner in owners)
         self._listed = {entry["filename"] for entry in run["files"]}
         self.done: set[SampleKey] = {(t, i) for entry in here for t, i in entry["samples"]}
-        taken = filter(SHARD.fullmatch, {*self._listed, *self._elsewhere.names})
+        taken = filter(SHARD.fullmatch, {*self._listed, *self.elsewhere.names})
         named = [SHARD.fullmatch(name).groups() for name in taken]
         numbers = [int(number) for suffix, number in named if (suffix or "") == self._suffix]
         self._next_number = 1 + max(numbers, default=0)
@@ -214,19 +216,18 @@ class ShardWriter:
                     for entry in self.here
                     if entry["filename"] not in known and owner_of(entry["filename"]) not in others
                 ]
-            self._fetch_journals()
+            self._write_journals()
             self._commit(self.files, "running")
             with open(self.journal_path, "a+b") as journal:
                 journal.seek(0)  # a line that a kill cut short has no newline
                 self._journal_bytes = journal.read().rfind(b"\n") + 1
 
-    def _fetch_journals(self) -> None:
+    def _write_journals(self) -> None:
         """The answers that belong to shards which are in a bucket alone."""
-        for owner in {owner_of(entry["filename"]) for entry in self.files}:
-            path = self.folder / f"answers{owner}.jsonl"
-            if path.name in self._elsewhere.names and not path.exists():
-                with replacing(path) as sink:
-                    sink.write(self._elsewhere.read(path.name))
+        for name, content in self.elsewhere.journals.items():
+            if not (self.folder / name).exists():
+                with replacing(self.folder / name) as sink:
+                    sink.write(content)
 
     def other_journals(self) -> list[Path]:
         """Of processes that take no part any more, and whose shards this one looks after."""
@@ -319,11 +320,15 @@ class ShardWriter:
             self._commit(files, self._status, self._extra)
             self.files = files
 
-    def bucket_manifest(self, names: Collection[str]) -> tuple[bytes, int]:
+    def bucket_manifest(
+        self, names: Collection[str], others: Sequence[dict[str, Any]] = ()
+    ) -> tuple[bytes, int]:
         """The manifest as a reader of the bucket is to find it while the run goes on, with those
-        shards alone; and how many bytes of the journal hold the answers to them."""
+        shards alone and the entries of `others`; and how many bytes of the journal hold the answers
+        to them."""
         with self._lock:
             files = [entry for entry in self.files if entry["filename"] in names]
+            files += others
             return json_lines(self._manifest(files, "running", {})), self._journal_bytes
 
     def _commit(
