@@ -685,13 +685,18 @@ def test_a_host_that_is_gone_with_its_disk(models, tasks, tmp_path, gcs, count):
     """What it had sent is in the bucket, and is not computed again."""
     folder = tmp_path / "run"
     flags = {"mesh_shape": [2, 1], **CLOUD, **LONG}
+    gcs.fault("stall", lambda r: "host001_batch_00001" in r.name, times=10**6)  # it cannot end
     run = start(models["14-2"], tasks, folder, 2, 1, True, **flags)
     deadline = time.monotonic() + 120
-    while b'"total_batches": 2' not in gcs.objects("run/").get("metadata_host001.json", b""):
+    listed = []
+    while len(listed) < 2:
         assert time.monotonic() < deadline, run.text(0)
         time.sleep(0.05)
+        manifest = gcs.objects("run/").get("metadata_host001.json", b'{"files": []}')
+        listed = json.loads(manifest)["files"]
     run.processes[1].kill()
     run.finish([1, -9])
+    gcs.faults.clear()
     shutil.rmtree(folder / "acts1")
     listed = json.loads(gcs.objects("run/")["metadata_host001.json"])["files"]
     changed = {**flags, "mesh_shape": [count, 1], "resume": True}
