@@ -124,6 +124,15 @@ def in_shell(monkeypatch, capfd):
         signal.signal(signum, handler)
 
 
+def words(flags: dict) -> list[str]:
+    """{"a": 1, "b": [2, 3], "c": True} -> --a 1 --b 2 3 --c."""
+    found = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        found += [f"--{name}", *map(str, values)]
+    return found
+
+
 def run_script(*args, cwd=None, env=None, timeout=300) -> subprocess.CompletedProcess:
     """Runs a script of the project as a user would."""
     script, *rest = map(str, args)

@@ -217,6 +217,13 @@ class GcsServer:
             self.faults.append(Fault(action, when, times))
             return self.faults[-1]
 
+    def recover(self) -> None:
+        """From here on without faults; connections that stall are broken."""
+        self.faults.clear()
+        self.closing.set()
+        time.sleep(0.1)
+        self.closing.clear()
+
     def take(self, request, only=(), condition=True) -> Fault | None:
         """The first fault that is meant for this request; of those before it is read, `only`."""
         early = ("reset", "midway")

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, NoSignals, random_task
+from conftest import ROOT, TINY, NoSignals, random_task, words
 from parity import TOLERANCE, worst_error
 
 import distributed_inference_with_activations as script
@@ -43,15 +43,6 @@ HEADS = {
     },
     "16-8": {"model_type": "llama", "num_attention_heads": 16, "num_key_value_heads": 8},
 }
-
-
-def words(flags: dict) -> list[str]:
-    """{"a": 1, "b": [2, 3], "c": True} -> --a 1 --b 2 3 --c."""
-    found = []
-    for name, value in flags.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        found += [f"--{name}", *map(str, values)]
-    return found
 
 
 @pytest.fixture(scope="module")

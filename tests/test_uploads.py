@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, NoSignals, random_task
+from conftest import ROOT, NoSignals, random_task, words
 
 import simple_extraction_inference as script
 from utils import cloud, storage, uploads
@@ -52,14 +52,6 @@ def flags(tiny_model, tasks_file, tmp_path):
         "upload_to_cloud": True,
         "cloud_bucket": f"gs://bucket/{PREFIX}/",
     }
-
-
-def words(flags: dict) -> list[str]:
-    found = []
-    for name, value in flags.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        found += [f"--{name}", *map(str, values)]
-    return found
 
 
 def request_of(flags) -> Request:
@@ -310,10 +302,7 @@ def test_kill_while_uploading(gcs, flags, shell, moment):
     time.sleep(0.3)
     process.kill()
     process.communicate()
-    gcs.faults.clear()
-    gcs.closing.set()
-    time.sleep(0.1)
-    gcs.closing.clear()
+    gcs.recover()
     assert_manifests_are_true(gcs)
     code, line = shell({**flags, "resume": True})
     assert code == 0, line
@@ -334,10 +323,7 @@ def test_sigterm_with_a_server_that_stalls(gcs, flags, shell):
     assert time.monotonic() - begin < 20
     assert process.returncode == 143
     assert "on this disk, and not yet in gs://bucket" in err
-    gcs.faults.clear()
-    gcs.closing.set()
-    time.sleep(0.1)
-    gcs.closing.clear()
+    gcs.recover()
     assert_manifests_are_true(gcs)
     assert shell({**flags, "resume": True})[0] == 0
     assert_bucket_is_whole(gcs, flags, shards=8)
@@ -364,10 +350,7 @@ def test_a_run_goes_on_from_the_bucket_alone(gcs, flags, shell, tmp_path):
         time.sleep(0.05)
     process.kill()
     process.communicate()
-    gcs.faults.clear()
-    gcs.closing.set()
-    time.sleep(0.1)
-    gcs.closing.clear()
+    gcs.recover()
     shutil.rmtree(flags["activations_dir"])
     flags["output_path"].unlink(missing_ok=True)
     listed = json.loads(there(gcs)["metadata.json"])["files"]
