@@ -671,7 +671,8 @@ def test_processes_write_under_one_prefix(models, tasks, tmp_path, reference, gc
     assert_bucket_is_whole(gcs, folder, parts, reference)
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
 def test_a_host_that_is_gone_with_its_disk(models, tasks, tmp_path, gcs, count):
     """What it had sent is in the bucket, and is not computed again."""
     folder = tmp_path / "run"
@@ -803,6 +804,7 @@ def test_runs_of_one_and_of_two_that_start_at_once(models, tasks, tmp_path, gcs)
     assert_bucket_is_whole(gcs, tmp_path / str(won + 1), ["acts"], None)
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_send(models, tasks, tmp_path, gcs):
     folder = tmp_path / "run"
     flags = {"mesh_shape": [2, 1], **CLOUD, "upload_timeout": 3}
