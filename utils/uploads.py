@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class Uploads:
     """Of a run that goes to no bucket: nothing to do, ever. See `BucketUploads`."""
 
-    num_objects = num_bytes = 0
+    num_bytes = 0
     waited = 0.0
     receipts: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (never written to)
 
@@ -84,7 +84,7 @@ class BucketUploads(Uploads):
     claim: name of the manifest by which this process takes the prefix. joint_files: of the first of
         several, which takes `metadata.json` besides: what the bucket lists already. shards: whether
         they are sent, or only what the run ends with.
-    num_objects, num_bytes: sent so far, all kinds. waited: seconds that computing waited. receipts:
+    num_bytes: sent so far, of all kinds. waited: seconds that computing waited. receipts:
         of the shards, as the manifest has them.
     """
 
@@ -102,7 +102,7 @@ class BucketUploads(Uploads):
         shards: bool = True,
     ):
         self.bucket, self.writer = bucket, writer
-        self.num_objects = self.num_bytes = 0
+        self.num_bytes = 0
         self.waited = 0.0
         self.receipts: dict[str, dict[str, Any]] = {}
         self._there = dict(known)
@@ -401,7 +401,6 @@ class BucketUploads(Uploads):
                 log.warning("%s is kept: %s", path, error)
 
     def _count(self, size: int) -> None:
-        self.num_objects += 1
         self.num_bytes += size
         self._healthy = time.monotonic()
 
