@@ -359,18 +359,30 @@ def outline(folder: str | Path) -> None:
         file.truncate(8 + len(text) + size)
 
 
+def write_checkpoint(folder: str | Path, fields: dict[str, Any], params: dict[str, Any]) -> None:
+    """Writes `config.json` with `fields` and a parameter tree as bfloat16 in one safetensors file.
+
+    params: as `Checkpoint.load` gives it, on one device. Raises UserError where it cannot.
+    """
+    tensors = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        name = _hf_name(path)
+        stored, axes = _axes(row_of(name)[0])
+        flat = [axes.index(axis) for group in stored for axis in group]
+        tensor = np.asarray(leaf).transpose(flat)
+        tensors[name] = tensor.reshape(_stored_shape(row_of(name)[0], leaf.shape))
+    _write(Path(folder), fields, tensors)
+
+
 def write_random_checkpoint(folder: str | Path, fields: dict[str, Any], seed: int = 0) -> None:
     """Writes `config.json` with `fields` and random bfloat16 weights in one safetensors file.
 
     For examples and benchmarks: the shapes of a real model, the knowledge of none. Kernels have
     standard deviation 1 / sqrt(inputs), embeddings 0.05, norm scales stay near 1.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2))
     random = np.random.default_rng(seed)
     tensors = {}
-    for path, shape in abstract_params(ModelConfig.from_hf(folder)).items():
+    for path, shape in abstract_params(ModelConfig.from_dict(fields)).items():
         name = _hf_name(path)
         row, _ = row_of(name)
         stored = _stored_shape(row, shape)
@@ -381,8 +393,16 @@ def write_random_checkpoint(folder: str | Path, fields: dict[str, Any], seed: in
             noise *= 0.1
         else:
             noise *= 0.05 if path in ("embedding", "head") else stored[1] ** -0.5
-        tensors[name] = noise.astype(jnp.bfloat16)
+        tensors[name] = noise
+    _write(Path(folder), fields, tensors)
+
+
+def _write(folder: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """A checkpoint folder; tensors by their names in the checkpoint, stored as bfloat16."""
+    rounded = {name: np.ascontiguousarray(t.astype(jnp.bfloat16)) for name, t in tensors.items()}
     try:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:  # a full disk is either
         raise UserError(f"cannot write the weights to {folder}: {error}") from error
