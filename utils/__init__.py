@@ -34,6 +34,10 @@ scoring     grids -> predictions, submission, accuracy
 manifest    metadata.json and the journal of answers: reading, merging, comparing
 shards      reading shards of a folder or a bucket, with verification
 writer      filling, closing and committing shards; resuming
+stats       mean, deviation and norms of what a run captured, kept beside its manifest
+dataset     stored activations as training data: selected, shuffled, in batches
+bridges     the same for torch, SAELens and dictionary_learning
+contrast    what differs between solved and failed tasks, by layer and role
 merge       the folders of separate hosts' runs, as one (python -m utils.shards merge)
 prepare     a request, checked: samples, prompts and batches, before a model loads
 compute     batches through the engine, and what comes back as items

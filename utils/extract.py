@@ -54,6 +54,7 @@ def open_writer(prepared: Prepared, peers: Peers) -> ShardWriter:
         "mesh_shape": [prepared.layout.data, prepared.layout.model],
         "processes": peers.count,
         "train_pairs": train_pairs(prepared),
+        "special_ids": sorted(prepared.tokenizer.all_special_ids),
     }
     deciding, elsewhere = settings(prepared, peers), None
     if prepared.bucket is not None:

@@ -57,6 +57,11 @@ def iter_items(folder: str | Path) -> Iterator[dict[str, Any]]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def read_entry(folder: str | Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The items of a shard that the manifest of `folder` lists as `entry`, verified."""
+    return _read_shard(_place_of(place_of(folder), entry), entry["filename"], entry)
+
+
 def _place_of(place: Place, entry: dict[str, Any]) -> Place:
     """Where a shard lies: in its folder, or, deleted there, in the bucket that it was sent to."""
     if isinstance(place, LocalFolder) and isinstance(entry["uploaded"], dict):

@@ -1,0 +1,391 @@
+"""Activations as training data: rows of shards, selected, shuffled, in numpy batches.
+
+    from utils.dataset import ActivationDataset, Selection
+
+    dataset = ActivationDataset("results/activations", Selection(layer=11, role="output"))
+    for batch in dataset.batches(4096, shuffle_buffer=200_000, seed=0):
+        batch.activations  # float32 [4096, width]
+
+A row is what one layer made of one token. Which rows are taken is said by a `Selection`, and what
+was left out is counted in `dataset.left_out` and logged.
+"""
+
+# N rows   D model width   T tokens   C cells
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.capture import HOOK_POINTS
+from utils.errors import UserError
+from utils.manifest import Manifest, differences, read_manifest, some
+from utils.shards import read_entry
+from utils.stats import activation_stats
+from utils.tokens import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+ROLES = {"input": 0, "output": 1}
+NO_CELL = -2  # in all columns of a row whose token holds no cell
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows; what is None selects nothing away.
+
+    layer: from 0, negative from the end of those captured. hook_point: where in the layer. part:
+    "prompt" or "answer". role: "input" or "output" grids. pair: "train", "test", or the number of a
+    train pair in the prompt. colors: of cells. With role, pair or colors only tokens that hold such
+    a cell are taken. correct: of solved or of failed samples (those whose answer is unknown are
+    neither). original: role, pair, row, col and color speak of the task as it was before its view
+    of an augmented run. drop_special: leave out special tokens. drop_sinks: leave out rows whose
+    norm is more than so many times the run's median norm (attention sinks: 10 is a fair choice).
+    """
+
+    layer: int
+    hook_point: str = "resid_post"
+    part: str | None = None
+    role: str | None = None
+    pair: str | int | None = None
+    colors: Collection[int] | None = None
+    correct: bool | None = None
+    original: bool = False
+    drop_special: bool = False
+    drop_sinks: float | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, allowed: Collection[Any]) -> None:
+            if (value := getattr(self, name)) is not None and value not in allowed:
+                raise UserError(f"{name} {value!r} is none of {', '.join(map(str, allowed))}")
+
+        check("hook_point", HOOK_POINTS)
+        check("part", ("prompt", "answer"))
+        check("role", tuple(ROLES))
+        if isinstance(self.pair, str):
+            check("pair", ("train", "test"))
+        if self.colors is not None and not set(self.colors) <= set(range(10)):
+            raise UserError(f"colors {sorted(self.colors)} are not all among 0..9")
+        if self.drop_sinks is not None and self.drop_sinks <= 1:
+            raise UserError(f"drop_sinks {self.drop_sinks:g} would drop half of all: give 2 to 100")
+
+    @property
+    def by_cell(self) -> bool:
+        return (self.role, self.pair, self.colors) != (None, None, None)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rows and where they come from.
+
+    activations: [N, D]. samples: int32 [N], places in `ActivationDataset.samples`. tokens: int32
+    [N], places in the sample's `input_ids`; token_ids: int32 [N], what stands there. cells: int32
+    [N, 5], columns pair, role, row, col, color of the cell that the token holds, the first of
+    several that are selected; NO_CELL in all of them where it holds none.
+    """
+
+    activations: np.ndarray
+    samples: np.ndarray
+    tokens: np.ndarray
+    token_ids: np.ndarray
+    cells: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: Any) -> "Rows":
+        """Rows of a slice, a mask or an array of places."""
+        return Rows(*(getattr(self, f.name)[index] for f in fields(Rows)))
+
+    @staticmethod
+    def joined(parts: Sequence["Rows"]) -> "Rows":
+        return Rows(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)))
+
+
+class ActivationDataset:
+    """The selected rows of a run, or of several runs of one model.
+
+    folders: of a disk or `gs://bucket/prefix`; shards are verified as they are read. special_ids:
+    default, what the manifest says, or the tokenizer of the manifest's model.
+
+    Attributes: name, such as "resid_post.11"; width; samples, the keys of all samples in the order
+    of the manifests, `(task_id, sample_idx)` and, in an augmented run, the view's number; left_out,
+    cause -> rows that the last pass has left out.
+
+    Raises UserError: no manifest, no such layer or hook point, runs that do not belong together.
+    """
+
+    def __init__(
+        self,
+        folders: str | Path | Sequence[str | Path],
+        selection: Selection,
+        special_ids: Collection[int] | None = None,
+    ):
+        self.folders = [folders] if isinstance(folders, str | Path) else list(folders)
+        manifests = [read_manifest(folder) for folder in self.folders]
+        self.name, self.width = _captured(self.folders[0], manifests[0], selection)
+        _check_alike(self.folders, manifests)
+        self.selection = selection
+        self.samples: list[tuple[Any, ...]] = []
+        self._entries = []  # folder, manifest's entry, place of its first sample
+        for folder, manifest in zip(self.folders, manifests, strict=True):
+            for entry in manifest["files"]:
+                self._entries.append((folder, entry, len(self.samples)))
+                self.samples += map(tuple, entry["samples"])
+        if not self.samples:
+            raise UserError(f"{self.folders[0]} holds no samples yet: let its run go on first")
+        self.left_out: Counter[str] = Counter()
+        self._special = np.zeros(0, int)
+        if selection.drop_special:
+            self._special = np.array(sorted(special_ids or _special_ids(manifests[0])), int)
+        self._norm_limit = None
+        if selection.drop_sinks is not None:
+            stats = [activation_stats(folder)[self.name].norm_median for folder in self.folders]
+            self._norm_limit = selection.drop_sinks * float(np.median(stats))
+
+    def parts(
+        self, seed: int | None = None, worker: int = 0, workers: int = 1
+    ) -> Iterator[tuple[dict[str, Any], Rows]]:
+        """Every sample's item and its selected rows, as stored; items without any are left out.
+
+        seed: of the order of shards; None keeps the manifests'. worker, workers: this one's share
+        of the shards. The next shard is read while this one is used. Raises UserError where
+        nothing is selected in the end, which a share of several workers may be.
+        """
+        order = np.arange(len(self._entries))
+        if seed is not None:
+            np.random.default_rng(seed).shuffle(order)
+        self.left_out = Counter()
+        found = 0
+        for first, items in self._shards([self._entries[i] for i in order[worker::workers]]):
+            for place, item in enumerate(items, first):
+                rows = self._select(item, place)
+                found += len(rows)
+                if len(rows):
+                    yield item, rows
+        if not found and workers == 1:
+            causes = ", ".join(f"{n} {cause}" for cause, n in self.left_out.items())
+            raise UserError(
+                f"nothing is selected of {some(list(map(str, self.folders)))}: of "
+                f"{self.left_out.total()} rows {causes}; select less narrowly"
+            )
+        if dropped := {c: n for c, n in self.left_out.items() if c in (SPECIAL, SINK)}:
+            said = " and ".join(f"{n} {cause}" for cause, n in dropped.items())
+            log.info("left out %s; %d rows stay", said, found)
+
+    def _shards(self, entries: list[tuple[Any, ...]]) -> Iterator[tuple[int, list[dict]]]:
+        """Place of its first sample, and items, of each shard; one is read ahead."""
+        pool = ThreadPoolExecutor(1, "read")
+        try:
+            ahead = [pool.submit(read_entry, *entry[:2]) for entry in entries[:1]]
+            for number, (_, _, first) in enumerate(entries):
+                items = ahead.pop().result()
+                ahead = [pool.submit(read_entry, *e[:2]) for e in entries[number + 1 : number + 2]]
+                yield first, items
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _select(self, item: dict[str, Any], place: int) -> Rows:
+        s = self.selection
+        states = item["activations"][self.name]
+        T, P = len(item["input_ids"]), item["prompt_length"]
+        tokens = item.get("positions")
+        tokens = np.arange(T, dtype=np.int32) if tokens is None else tokens
+        left = np.ones(len(tokens), bool)
+
+        def drop(cause: str, where: np.ndarray) -> None:
+            nonlocal left
+            self.left_out[cause] += int((left & where).sum())
+            left = left & ~where
+
+        if s.correct is not None and item["correct"] is not s.correct:
+            drop("of samples not " + ("solved" if s.correct else "failed"), left)
+        if s.part is not None:
+            drop(f"not in the {s.part}", (tokens < P) != (s.part == "prompt"))
+        held = cells_of_tokens(item, s)[tokens]
+        if s.by_cell:
+            drop("of other tokens or cells", held[:, 0] == NO_CELL)
+        if len(self._special):
+            drop(SPECIAL, np.isin(item["input_ids"][tokens], self._special))
+        if self._norm_limit is not None:
+            norms = np.linalg.norm(states.astype(np.float32), axis=1)
+            drop(SINK, norms > self._norm_limit)
+        rows = np.flatnonzero(left)
+        states = states if len(rows) == len(states) else states[rows]
+        samples = np.full(len(rows), place, np.int32)
+        return Rows(states, samples, tokens[rows], item["input_ids"][tokens[rows]], held[rows])
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        epochs: int | None = 1,
+        drop_last: bool = False,
+        dtype: Any = np.float32,
+        worker: int = 0,
+        workers: int = 1,
+    ) -> Iterator[Rows]:
+        """Batches of `batch_size` rows, activations in `dtype`; the last one may be smaller.
+
+        shuffle_buffer: rows that are mixed in memory, 0 for the order of storage; with it the order
+        of shards is drawn too. The same seed gives the same batches; each epoch is shuffled anew.
+        epochs: passes over the rows, None without end.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} is below 1")
+        if 0 < shuffle_buffer < batch_size:
+            raise UserError(
+                f"shuffle_buffer {shuffle_buffer} is below the batch_size {batch_size}: give 0, or "
+                "ten batches and more"
+            )
+        epoch = 0
+        while epochs is None or epoch < epochs:
+            order = [seed, epoch] if shuffle_buffer else None
+            blocks = (rows for _, rows in self.parts(order, worker, workers))
+            if shuffle_buffer:
+                blocks = _mixed(blocks, shuffle_buffer, np.random.default_rng([seed, epoch, 1]))
+            empty = True
+            for rows in _cut(blocks, batch_size, drop_last):
+                empty = False
+                yield replace(rows, activations=rows.activations.astype(dtype, copy=False))
+            if empty and workers == 1:
+                raise UserError(f"the selection has fewer rows than a batch of {batch_size}")
+            epoch += 1
+
+    def rows(self, most: int | None = None, seed: int | None = None) -> Rows:
+        """All selected rows in memory, or `most` of them, from shards in an order drawn by `seed`.
+
+        Activations are as stored.
+        """
+        parts, count = [], 0
+        for _, rows in self.parts(seed):
+            parts.append(rows)
+            count += len(rows)
+            if most is not None and count >= most:
+                break
+        return Rows.joined(parts)[:most]
+
+
+SPECIAL, SINK = "special tokens", "attention sinks"
+
+
+def cells_of_tokens(item: dict[str, Any], selection: Selection) -> np.ndarray:
+    """int32 [T, 5]: pair, role, row, col, color of the first selected cell that a token holds."""
+    cells = item["cells"]
+    if selection.original:
+        cells = item.get("cells_original", cells)
+    keep = np.ones(len(cells), bool)
+    if selection.role is not None:
+        keep &= cells[:, 1] == ROLES[selection.role]
+    if selection.pair in ("train", "test"):
+        keep &= (cells[:, 0] == -1) == (selection.pair == "test")
+    elif selection.pair is not None:
+        keep &= cells[:, 0] == selection.pair
+    if selection.colors is not None:
+        keep &= np.isin(cells[:, 4], list(selection.colors))
+    cells = cells[keep]
+    held = np.full((len(item["input_ids"]), 5), NO_CELL, np.int32)
+    counts = cells[:, 6] - cells[:, 5]
+    which = np.repeat(np.arange(len(cells)), counts)
+    tokens = np.arange(len(which)) - np.repeat(counts.cumsum() - counts, counts) + cells[which, 5]
+    held[tokens[::-1]] = cells[which[::-1], :5]  # the first of several is written last
+    return held
+
+
+def _captured(folder: Any, manifest: Manifest, selection: Selection) -> tuple[str, int]:
+    """Name and width of what is selected. Raises UserError where it was not captured."""
+    there = manifest["activations"]
+    if not there:
+        raise UserError(f"{folder} holds no activations: was it a run with --no_extraction?")
+    layers = sorted(a["layer"] for a in there.values() if a["hook_point"] == selection.hook_point)
+    layer = selection.layer
+    if layer < 0 and len(layers) >= -layer:
+        layer = layers[layer]
+    name = f"{selection.hook_point}.{layer}"
+    if name not in there:
+        raise UserError(f"{folder} has no {name}; captured were {some(list(there), 12)}")
+    return name, there[name]["width"]
+
+
+def _check_alike(folders: Sequence[Any], manifests: Sequence[Manifest]) -> None:
+    """Raises UserError for runs of different models, prompts or captures."""
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        for key in ("model", "prompt", "capture"):
+            if changes := differences(manifests[0].get(key), manifest.get(key), key):
+                raise UserError(
+                    f"{folder} is of another run than {folders[0]}: {some(changes)}; train on runs "
+                    "of one model and prompt"
+                )
+        lacking = manifests[0]["activations"].keys() - manifest["activations"].keys()
+        if lacking:
+            raise UserError(f"{folder} has no {some(sorted(lacking))}, which {folders[0]} has")
+    if len(set(map(str, folders))) < len(folders):
+        raise UserError("a folder is given twice: its rows would count double")
+
+
+def _special_ids(manifest: Manifest) -> list[int]:
+    if "special_ids" in manifest:
+        return manifest["special_ids"]
+    path = manifest["model"]["path"]
+    try:
+        return load_tokenizer(path).all_special_ids
+    except UserError as error:
+        raise UserError(
+            f"which tokens are special is not known ({error}): pass special_ids"
+        ) from error
+
+
+def _mixed(blocks: Iterator[Rows], size: int, random: np.random.Generator) -> Iterator[Rows]:
+    """Rows through a buffer of `size`: once it is full, a random half of it leaves."""
+    buffer: Rows | None = None
+    free = np.arange(size)  # places to be filled
+    for block in blocks:
+        if buffer is None:
+            buffer = Rows(
+                *(
+                    np.empty(
+                        (size, *getattr(block, f.name).shape[1:]), getattr(block, f.name).dtype
+                    )
+                    for f in fields(Rows)
+                )
+            )
+        if block.activations.dtype.itemsize > buffer.activations.dtype.itemsize:
+            # float16 could not hold a value of this block, so it was stored as float32.
+            wider = buffer.activations.astype(block.activations.dtype)
+            buffer = replace(buffer, activations=wider)
+        while len(block):
+            count = min(len(block), len(free))
+            for f in fields(Rows):
+                getattr(buffer, f.name)[free[:count]] = getattr(block, f.name)[:count]
+            free, block = free[count:], block[count:]
+            if not len(free):
+                free = random.permutation(size)[: max(1, size // 2)]
+                yield buffer[free]
+    if buffer is not None:
+        taken = np.ones(size, bool)
+        taken[free] = False
+        yield buffer[random.permutation(np.flatnonzero(taken))]
+
+
+def _cut(blocks: Iterator[Rows], size: int, drop_last: bool) -> Iterator[Rows]:
+    waiting: list[Rows] = []
+    count = 0
+    for block in blocks:
+        waiting.append(block)
+        count += len(block)
+        if count < size:
+            continue
+        rows = Rows.joined(waiting) if len(waiting) > 1 else block
+        whole = count - count % size
+        for start in range(0, whole, size):
+            yield rows[start : start + size]
+        waiting, count = [rows[whole:]], count - whole
+    if count and not drop_last:
+        yield Rows.joined(waiting)
