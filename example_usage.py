@@ -1,10 +1,11 @@
-"""The whole pipeline in a minute, offline: tasks in, activations and a picture out.
+"""The tour, offline, in three minutes: from a dataset to features that light up on grid cells.
 
     python example_usage.py
 
-Writes a few tasks and a tiny model with random weights, runs the scripts on them as a user would,
-and shows what they stored. Nothing is downloaded. To see what a run of your own stored, on a disk
-or in a bucket:
+Inspects and transforms the example tasks, runs the small model that ships with this repository on
+them, loads what was stored, trains a sparse autoencoder on it, and writes a page with pictures,
+example_run/report.html. Nothing is downloaded. To see what a run of your own stored, on a disk or
+in a bucket:
 
     python example_usage.py --activations_dir gs://your-bucket/arc-activations
 """
@@ -15,12 +16,11 @@ import os
 import pickle
 import shlex
 import signal
-import string
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,31 +35,16 @@ from utils.manifest import read_manifest, write_json
 from utils.shards import iter_items
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerFast
 
 SCRIPTS = Path(__file__).parent
 RECORD = ".example_usage.json"  # path -> sha256 of each file that the example made
-MADE = ("rows.jsonl", "model", "arc_data", "results", "teacher_forced", "mesh", "picture.png")
+MADE = ("arc_data", "results", "sae", "mesh", "report.html")
+EXAMPLES = SCRIPTS / "examples"
+MODEL, ROWS = EXAMPLES / "arc_tiny", EXAMPLES / "tasks.jsonl"
+LAYER = 3  # the middle one of six
+MESH_TASKS = 16
 FOUR_CPUS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MODEL = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
 
 
 def build_parser() -> Parser:
@@ -121,68 +106,15 @@ def recorded(folder: Path) -> Iterator[None]:
         write_json(folder / RECORD, made)
 
 
-def example_rows(seed: int = 5) -> list[dict[str, Any]]:
-    """Rows of four rules, two of each; then one row a second time, and one that holds no task."""
-    random = np.random.default_rng(seed)
-    rules = {
-        "mirror": lambda grid, _: grid[:, ::-1],
-        "transpose": lambda grid, _: grid.T,
-        "recolour": lambda grid, new_colors: new_colors[grid],
-        "gravity": lambda grid, _: np.take_along_axis(
-            grid, np.argsort(grid != 0, axis=0, kind="stable"), axis=0
-        ),
-    }
-    rows = []
-    for name, rule in [*rules.items()] * 2:
-        colors = random.permutation(np.arange(1, 10))[:4]
-        new_colors = np.array([0, *random.permutation(np.arange(1, 10))])
-        examples = []
-        for _ in range(random.integers(3, 5)):
-            shape = random.integers(4, 8, 2)
-            grid = np.where(random.random(shape) < 0.45, random.choice(colors, shape), 0)
-            examples.append([grid.tolist(), rule(grid, new_colors).tolist()])
-        rows.append({"source": name, "examples": examples, "seeds": []})
-    broken = {"source": "broken", "examples": [[[[0, 12]], [[12, 0]]], [[[1]], [[2]]]], "seeds": []}
-    return [*rows[:3], rows[0], broken, *rows[3:]]
-
-
-def character_tokenizer() -> "PreTrainedTokenizerFast":
-    """One token a character of printable ASCII, and the special tokens of ChatML."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    characters = ["\n", " ", *string.digits, *string.ascii_letters, *string.punctuation]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(characters)}, []))
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-def write_inputs(folder: Path) -> None:
-    from utils.weights import write_random_checkpoint
-
-    rows, tokenizer = example_rows(), character_tokenizer()
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fields = {**MODEL, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    write_random_checkpoint(folder / "model", fields)
-    tokenizer.save_pretrained(folder / "model")
-    print(f"{len(rows)} rows in {folder / 'rows.jsonl'}")
-    size = f"{MODEL['num_hidden_layers']} layers, {MODEL['hidden_size']} wide, random weights"
-    print(f"{size}, and a tokenizer of {len(tokenizer)} tokens in {folder / 'model'}")
+def shown(path: Path) -> Path:
+    """As a user at this shell would write it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def show_command(
     name: str, *flags: Sequence[str | int | Path], env: Mapping[str, str] | None = None
 ) -> None:
-    path = SCRIPTS / name
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    words = [[str(shown)], *([str(word) for word in flag] for flag in flags)]
+    words = [[str(shown(SCRIPTS / name))], *([str(word) for word in flag] for flag in flags)]
     surroundings = "".join(f"{key}={value} \\\n  " for key, value in (env or {}).items())
     print(f"$ {surroundings}python " + " \\\n      ".join(map(shlex.join, words)))
 
@@ -208,15 +140,17 @@ def script(
         raise UserError(f"{name} ended with exit code {code}, see above", exit_code=1)
 
 
-def infer(folder: Path, name: str, *flags: Sequence[str | int]) -> None:
+def infer(folder: Path) -> None:
     script(
         "simple_extraction_inference.py",
-        ("--model_path", folder / "model"),
+        ("--model_path", shown(MODEL)),
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
-        ("--output_path", folder / name / "predictions.json"),
-        ("--activations_dir", folder / name / "activations"),
-        ("--batch_size", 4),
-        *flags,
+        ("--output_path", folder / "results" / "predictions.json"),
+        ("--activations_dir", folder / "results" / "activations"),
+        ("--prompt_format", "compact"),
+        ("--layers_to_extract", "all"),
+        ("--max_output_tokens", 64),
+        ("--batch_size", 25),
     )
 
 
@@ -265,107 +199,77 @@ def show_tokens(item: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> N
         print(line.rstrip())
 
 
-def cell_grids(item: dict[str, Any], name: str, role: int) -> tuple[np.ndarray, np.ndarray]:
-    """Colors, and the activation norm of each cell (the mean over its tokens), [rows, cols] both.
-
-    name: of the activations. role: 0 for the test input, 1 for the answer.
-    """
-    cells = item["cells"][(item["cells"][:, 0] == -1) & (item["cells"][:, 1] == role)]
-    norms = np.linalg.norm(item["activations"][name].astype(np.float32), axis=1)
-    grids = np.zeros((2, *cells[:, 2:4].max(axis=0) + 1), np.float32)
-    for _, _, row, col, color, start, stop in cells:
-        grids[:, row, col] = color, norms[start:stop].mean()
-    return grids[0], grids[1]
-
-
-def draw_cells(ax: "Axes", values: Any, title: str, edge: str, **colors: Any) -> Any:
-    """A grid of squares, the first row on top."""
-    rows, cols = np.shape(values)
-    mesh = ax.pcolormesh(values, edgecolors=edge, linewidth=0.6, **colors)
-    ax.set(aspect="equal", anchor="N", xticks=[], yticks=[], xlim=(0, cols), ylim=(rows, 0))
-    ax.set_title(f"{title}, {rows} x {cols}")
-    return mesh
-
-
-def draw(item: dict[str, Any], forced: dict[str, Any], text: str, no_grid: str, path: Path) -> None:
-    """Write the picture.
-
-    item, forced: one sample of the generating and of the teacher-forced run. text: its answer.
-    no_grid: why that is no grid, where `item["prediction"]` is None.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap
-
-    from utils.encodings import PALETTE
-
-    arc_colors = ListedColormap(np.frombuffer(PALETTE, np.uint8).reshape(10, 3) / 255)
-    name = list(forced["activations"])[-1]
-    grids, heat = zip(*(cell_grids(forced, name, role) for role in (0, 1)), strict=True)
-    low, high = min(h.min() for h in heat), max(h.max() for h in heat)
-
-    figure, axes = plt.subplots(2, 3, figsize=(11, 7.8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
-    figure.suptitle(f"Task {forced['task_id']}", fontsize=15)
-    titles = ("Test input", "Target", "Prediction")
-    for ax, title, grid in zip(axes[0], titles, [*grids, item["prediction"]], strict=True):
-        if grid is not None:
-            draw_cells(ax, grid, title, "#606060", cmap=arc_colors, vmin=-0.5, vmax=9.5)
-            continue
-        ax.set_title(title)
-        height, width = np.shape(forced["target"])
-        ax.set(xticks=[], yticks=[], anchor="N", facecolor="#f2f2f2", box_aspect=height / width)
-        ax.text(0.06, 0.88, no_grid[0].upper() + no_grid[1:], fontsize=11)
-        lines = textwrap.wrap(text.replace("\n", "↵"), 27)[:10]
-        style = {"va": "top", "family": "monospace", "color": "#606060", "parse_math": False}
-        ax.text(0.06, 0.82, "\n".join(lines), **style)
-    for ax, title, norm in zip(axes[1], ("Norms, test input", "Norms, target"), heat, strict=False):
-        shades = draw_cells(ax, norm, title, "white", cmap="viridis", vmin=low, vmax=high)
-    axes[1, 2].set_axis_off()
-    axes[1, 2].set_box_aspect(1)
-    bar = axes[1, 2].inset_axes([0.06, 0.72, 0.88, 0.07])
-    figure.colorbar(shades, cax=bar, orientation="horizontal")
-    bar.set_title(f"Norm of {name}", fontsize=11)
-    key = axes[1, 2].inset_axes([0.06, 0.36, 0.88, 0.088])
-    draw_cells(key, [range(10)], "", "#606060", cmap=arc_colors, vmin=-0.5, vmax=9.5)
-    key.set_xticks(np.arange(10) + 0.5, range(10))
-    key.tick_params(length=0)
-    key.set_title("Colors", fontsize=11)
-    note = "The weights are random: the prediction\nand the norms carry no meaning."
-    axes[1, 2].text(0.5, 0.12, note, ha="center", va="center", style="italic")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def show_results(folder: Path) -> None:
-    from utils.prompts import load_format
     from utils.tokens import load_tokenizer
 
-    heading("5. What was stored")
-    show_shards(folder / "results" / "activations")
-    generated, teacher_forced = (
-        {item["task_id"]: item for item in iter_items(folder / name / "activations")}
-        for name in ("results", "teacher_forced")
-    )
-    task_id = max(generated, key=lambda task_id: np.size(generated[task_id]["target"]))
-    item, forced = generated[task_id], teacher_forced[task_id]
-    tokenizer = load_tokenizer(folder / "model")
-    text = tokenizer.decode(item["input_ids"][item["prompt_length"] :])
-    reason = load_format("chat", None, tokenizer).parse(text).reason or ""
-    no_grid = reason if reason.startswith("no grid") else f"no grid: {reason}"
-    print(f"\nOne item of {folder / 'results' / 'activations'}:")
+    show_shards(folder)
+    item = next(iter_items(folder))
+    print(f"\nOne item of {folder}:")
     show_item(item)
     print("Every token has one row in each activation array.")
     print("\nIts tokens where the test input begins, each with the cell that it holds:")
-    show_tokens(item, tokenizer)
-    print(f"\nIts answer ({no_grid if reason else 'a grid'}):\n  {text!r}")
+    show_tokens(item, load_tokenizer(MODEL))
 
-    heading("6. A picture")
-    path = folder / "picture.png"
-    draw(item, forced, text, no_grid, path)
-    print(f"{path}: input, target and prediction; the activation norm of each cell")
+
+def show_loaders(folder: Path) -> None:
+    """The same rows, selected and shuffled, as a program that trains on them reads them."""
+    from utils.dataset import ActivationDataset, Selection
+    from utils.stats import activation_stats
+
+    print("  activation      rows  mean norm  highest")
+    for name, stats in activation_stats(folder).items():
+        print(f"  {name:13} {stats.count:6}  {stats.norm_mean:9.2f}  {stats.norm_max:7.2f}")
+    red_outputs = Selection(layer=LAYER, role="output", colors=[2], correct=True)
+    dataset = ActivationDataset(folder, red_outputs)
+    batch = next(dataset.batches(256, shuffle_buffer=2048))
+    print("\nOf solved tasks, the red cells of output grids, shuffled:")
+    print(f"  {dataset.name}: {batch.activations.dtype} {list(batch.activations.shape)}")
+    print("  pair, role, row, col, color of the first: ", batch.cells[0].tolist())
+
+
+def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
+    """The autoencoder, what was measured of it, and the features that a rule finds in it."""
+    from examples.features import find_features
+    from examples.sae import SaeConfig, describe, fit
+    from utils.dataset import ActivationDataset, Selection
+
+    activations, config = folder / "results" / "activations", SaeConfig(steps=1200)
+    sae, measured = fit(ActivationDataset(activations, Selection(LAYER, drop_special=True)), config)
+    sae.save(folder / "sae", {"training": asdict(config), "held_out": measured})
+    print(f"{folder / 'sae'}: {describe(measured)} on held-out samples")
+    by_cell = ActivationDataset(activations, Selection(LAYER, colors=range(10)))
+    rows = by_cell.rows()
+    features = find_features(sae, rows)
+    print("\nLatents whose top cells share a colour, a role or a position, found by a rule:")
+    for feature in features:
+        print(f"  {feature}")
+    return features, measured, {"rows": rows, "samples": by_cell.samples, "name": by_cell.name}
+
+
+def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[str, Any]) -> None:
+    from examples.report import Findings, write_report
+    from utils.contrast import contrast
+    from utils.rows import to_task
+
+    activations = folder / "results" / "activations"
+    items = list(tqdm(iter_items(activations), desc="reading", unit=" samples"))
+    about = {}
+    for line in ROWS.read_text().splitlines():
+        row = json.loads(line)
+        task, _ = to_task(row, "examples")
+        about[task.task_id] = row["source"].splitlines()[1].removeprefix("# description: ")
+    both = {item["correct"] for item in items} >= {True, False}
+    found = Findings(
+        manifest=read_manifest(activations),
+        items=items,
+        about=about,
+        sae=measured,
+        features=features,
+        contrast=contrast(activations) if both else None,
+        **cells,
+    )
+    write_report(folder / "report.html", found)
+    print(f"{folder / 'report.html'}: open it in a browser")
 
 
 def show_run(place: str) -> None:
@@ -392,44 +296,46 @@ def show_run(place: str) -> None:
     show_item(first)
 
 
-def infer_on_mesh(folder: Path, *flags: Sequence[str | int]) -> None:
-    """The run of step 4 on four virtual devices, and how far its states are from those."""
+def infer_on_mesh(folder: Path) -> None:
+    """Some of the tasks on four virtual devices, and how far their states are from step 4's."""
     script(
         "distributed_inference_with_activations.py",
-        ("--model_path", folder / "model"),
+        ("--model_path", shown(MODEL)),
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
         ("--output_filepath", folder / "mesh" / "submission.json"),
         ("--activations_dir", folder / "mesh" / "activations"),
         ("--extract_activations",),
+        ("--prompt_format", "compact"),
+        ("--layers_to_extract", LAYER),
+        ("--max_output_tokens", 64),
+        ("--max_tasks", MESH_TASKS),
         ("--mesh_shape", 2, 2),
-        *flags,
         env=FOUR_CPUS,
     )
     one, mesh = (
         {(item["task_id"], item["sample_idx"]): item for item in iter_items(folder / name)}
         for name in ("results/activations", "mesh/activations")
     )
-    same = [key for key in one if np.array_equal(one[key]["input_ids"], mesh[key]["input_ids"])]
+    same = [key for key in mesh if np.array_equal(one[key]["input_ids"], mesh[key]["input_ids"])]
+    name = f"resid_post.{LAYER}"
     worst = max(
         float((np.linalg.norm(a - b, axis=-1) / np.linalg.norm(a, axis=-1)).max())
         for key in same
-        for name in one[key]["activations"]
         for a, b in [[i[key]["activations"][name].astype(np.float32) for i in (one, mesh)]]
     )
-    print(f"\n{len(same)} of {len(one)} answers are those of one device; of their states the one")
+    print(f"\n{len(same)} of {len(mesh)} answers are those of one device; of their states the one")
     print(f"that differs most does so by {worst:.0e} of its norm (stored as float16)")
 
 
-def show_next(folder: Path) -> None:
+def show_next() -> None:
     print(
-        "The weights above are random, so predictions and norms carry no meaning. For real ones\n"
-        "give the folder of a Llama, Mistral or Qwen checkpoint as --model_path, and a dataset of\n"
-        "your own to the transformation. On the tasks above:\n"
+        "Give the folder of a Llama, Mistral or Qwen checkpoint as --model_path, and a dataset of\n"
+        "your own to the transformation; see README.md. On the tasks above:\n"
     )
     show_command(
         "simple_extraction_inference.py",
         ("--model_path", "YOUR_MODEL_PATH"),
-        ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
+        ("--dataset_path", "example_run/arc_data/arc_format_train.json"),
         ("--output_path", "results/predictions.json"),
         ("--activations_dir", "results/activations"),
     )
@@ -444,26 +350,29 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         clear(folder, args.overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         with recorded(folder):
-            heading("1. Example tasks, and a tiny model with random weights")
-            write_inputs(folder)
-            heading("2. Inspect the rows")
-            script("test_transformation.py", ("--dataset", folder / "rows.jsonl"))
-            heading("3. Rows -> ARC tasks")
+            heading("1. Inspect the rows of a dataset")
+            script("test_transformation.py", ("--dataset", shown(ROWS)))
+            heading("2. Rows -> ARC tasks")
             script(
                 "transform_hf_to_arc.py",
-                ("--dataset", folder / "rows.jsonl"),
+                ("--dataset", shown(ROWS)),
                 ("--output_dir", folder / "arc_data"),
             )
-            heading("4. Predictions and activations")
-            sampled = (("--max_output_tokens", 60), ("--temperature", 1))
-            infer(folder, "results", *sampled, ("--save_every_n_samples", 4))
-            print("\nThe same with the true answers in place of generated ones:\n")
-            infer(folder, "teacher_forced", ("--teacher_forcing",))
-            show_results(folder)
-            heading("7. On a mesh of devices, here four virtual ones")
-            infer_on_mesh(folder, *sampled)
-            heading("8. With a model of your own")
-            show_next(folder)
+            heading("3. Predictions and activations, with the model that ships")
+            infer(folder)
+            heading("4. What was stored")
+            show_results(folder / "results" / "activations")
+            heading("5. Load it as training data")
+            show_loaders(folder / "results" / "activations")
+            heading("6. Train a sparse autoencoder")
+            found = train_sae(folder)
+            heading("7. A page of pictures")
+            report(folder, *found)
+            heading("8. On a mesh of devices, here four virtual ones")
+            infer_on_mesh(folder)
+            heading("9. With a model of your own")
+            show_next()
+            print(f"\nThe pictures: {folder / 'report.html'}")
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -21,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
+from utils.encodings import COLORS
 from utils.errors import UserError
 
 PAIRS = 4  # of a row: three to learn the rule from, and the test pair
@@ -218,16 +219,23 @@ def _scatter(random: Random) -> np.ndarray:
 @dataclass(frozen=True)
 class Family:
     """rule: grid, parameters -> grid. parameters: what one task of the family fixes; draw: an
-    input for them. about: what the rule does, with its parameters to be filled in."""
+    input for them. about: what the rule does, in words, of its parameters."""
 
     rule: Callable[..., np.ndarray]
-    about: str
+    about: Callable[[Parameters], str]
     parameters: Callable[[Random], Parameters]
     draw: Callable[[Random, Parameters], np.ndarray]
 
     @property
     def name(self) -> str:
         return self.rule.__name__
+
+
+SIDES = {(0, 0): "below", (0, 1): "above", (1, 0): "to the right", (1, 1): "to the left"}
+
+
+def _name(color: int) -> str:
+    return COLORS[color].lower()
 
 
 def _choice(**values: Any) -> Callable[[Random], Parameters]:
@@ -247,97 +255,101 @@ FAMILIES = {
     for family in (
         Family(
             recolor,
-            "Every cell of color {old} becomes {new}.",
+            lambda p: f"Every {_name(p['old'])} cell becomes {_name(p['new'])}.",
             _distinct("old", "new"),
             lambda random, p: _scene(random, wanted=(p["old"],)),
         ),
         Family(
             swap,
-            "The colors {first} and {second} change places.",
+            lambda p: f"{_name(p['first']).capitalize()} and {_name(p['second'])} change places.",
             _distinct("first", "second"),
             lambda random, p: _scene(random, wanted=(p["first"], p["second"])),
         ),
         Family(
             keep,
-            "Only the cells of color {color} stay.",
+            lambda p: f"Only the {_name(p['color'])} cells stay.",
             _distinct("color"),
             lambda random, p: _scene(random, wanted=(p["color"],)),
         ),
         Family(
             flip,
-            "The grid is mirrored along axis {axis}.",
+            lambda p: f"The grid is flipped {('upside down', 'left to right')[p['axis']]}.",
             _choice(axis=(0, 1)),
             lambda random, _: _scene(random),
         ),
         Family(
             rotate,
-            "The grid is turned clockwise by {turns} quarter turns.",
+            lambda p: f"The grid is turned clockwise by {90 * p['turns']} degrees.",
             _choice(turns=(1, 2, 3)),
             lambda random, _: _scene(random),
         ),
         Family(
             transpose,
-            "Rows and columns change places (about the other diagonal: {anti}).",
+            lambda p: f"The grid is flipped about its {('main', 'other')[p['anti']]} diagonal.",
             _choice(anti=(0, 1)),
             lambda random, _: _scene(random),
         ),
         Family(
             tile,
-            "The grid is repeated {down} times down and {across} times across.",
+            lambda p: f"The grid is repeated, {p['down']} down by {p['across']} across.",
             _tiles,
             lambda random, _: _scene(random, 2, 3),
         ),
         Family(
             upscale,
-            "Every cell becomes a square of side {factor}.",
+            lambda p: f"Every cell becomes a square of side {p['factor']}.",
             _choice(factor=(2,)),
             lambda random, _: _scene(random, 2, 3),
         ),
         Family(
             mirror,
-            "The grid is joined with its mirror image along axis {axis} (image first: {before}).",
+            lambda p: f"The grid gets its mirror image {SIDES[p['axis'], p['before']]}.",
             _choice(axis=(0, 1), before=(0, 1)),
             lambda random, _: _scene(random, 2, 4),
         ),
         Family(
             crop,
-            "The object is cut out.",
+            lambda _: "The object is cut out.",
             _choice(),
             lambda random, _: _object(random),
         ),
         Family(
             fill,
-            "What is enclosed is filled with color {color}.",
+            lambda p: f"What is enclosed is filled with {_name(p['color'])}.",
             _distinct("color"),
             lambda random, p: _rooms(random, p["color"]),
         ),
         Family(
             gravity,
-            "All cells fall (down, after {turns} quarter turns).",
+            lambda p: (
+                f"All cells fall {('down', 'to the left', 'up', 'to the right')[p['turns']]}."
+            ),
             _choice(turns=(0, 1, 2, 3)),
             lambda random, _: _scene(random, filled=0.4),
         ),
         Family(
             connect,
-            "Two cells of one color are joined by a straight line.",
+            lambda _: "Two cells of one color are joined by a straight line.",
             _choice(),
             lambda random, _: _points(random),
         ),
         Family(
             outline,
-            "Every cell gets a border of color {color}.",
+            lambda p: f"Every cell gets a {_name(p['color'])} border.",
             _distinct("color"),
             lambda random, p: _pixels(random, p["color"]),
         ),
         Family(
             count,
-            "A bar as long as the number of colored cells (lying: {across}).",
+            lambda p: (
+                f"A bar as long as there are colored cells, {('down', 'across')[p['across']]}."
+            ),
             _choice(across=(0, 1)),
             lambda random, _: _scatter(random),
         ),
         Family(
             frame,
-            "The outermost cells become color {color}.",
+            lambda p: f"The outermost cells become {_name(p['color'])}.",
             _distinct("color"),
             lambda random, p: _scene(random),
         ),
@@ -366,7 +378,7 @@ def source(family: Family, parameters: Parameters) -> str:
     """A program whose `main` is the rule with these parameters."""
     given = "".join(f", {name}={value}" for name, value in parameters.items())
     return (
-        f"# concepts: {family.name}\n# description: {family.about.format(**parameters)}\n"
+        f"# concepts: {family.name}\n# description: {family.about(parameters)}\n"
         f"import numpy as np\n\n\n{inspect.getsource(family.rule)}\n\n"
         f"def main(input_grid):\n    return {family.name}(input_grid{given})\n"
     )

@@ -55,6 +55,8 @@ ARROW = "+/-=O"  # of the `compact` format, between input and output: one token
 # (number of tasks, seed of generate_tasks): examples/tasks.jsonl, and the set of the accuracy table
 HELD_OUT = ((200, 1), (500, 2))
 TRAIN_SEED = 1000  # and above
+# Families that take longest to learn are drawn more often than the others.
+PRACTICE = {"flip": 3, "rotate": 3, "transpose": 3, "mirror": 3, "gravity": 2}
 POOL = 2048  # rows that are drawn and sorted by length together
 WIDTH = 32  # lengths are padded to a multiple of it, in tokens
 CHECKED = 128  # held-out rows on which progress is measured
@@ -125,7 +127,7 @@ class Rows:
     ) -> list[tuple[np.ndarray, ...]]:
         """The batches of pool number `index`: rows of like length, `batch_tokens` each, and as many
         rows as are a `multiple`."""
-        families = list(FAMILIES.values())
+        families = [f for name, f in FAMILIES.items() for _ in range(PRACTICE.get(name, 1))]
         by_length: dict[int, list[np.ndarray]] = defaultdict(list)
         for i in range(POOL):
             row = draw_row(families[i % len(families)], (TRAIN_SEED + seed, index, i))

@@ -124,6 +124,8 @@ def export_for_saelens(
             "token_ids": Sequence(Value("int32"), length=context_size),
         }
     )
+    if dataset.rows(context_size).tokens.size < context_size:
+        raise UserError(f"the selection has fewer rows than a context of {context_size}")
     left = 0
 
     def contexts() -> Iterator[dict[str, np.ndarray]]:

@@ -1,0 +1,129 @@
+"""What the latents of a sparse autoencoder stand for on ARC grids, found by a rule.
+
+For every latent, the cells where it is most active are compared with all cells: the colour, the
+role of their grid and their position in it. A latent is taken for a feature of one of these if at
+least `PURITY` of its top cells share it.
+"""
+
+# N cells   F latents   A attributes
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.sae import Sae
+from utils.contrast import ROLES
+from utils.dataset import Rows
+from utils.encodings import COLORS
+
+TOP = 100  # cells that speak for a latent
+PURITY = 0.9
+LIFT = 2.0  # times as common among the top cells as among all
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """kind: "color", "role" or "position"; label: in words; mask: bool [N], the cells that have
+    it."""
+
+    kind: str
+    label: str
+    mask: np.ndarray
+
+    @property
+    def base(self) -> float:
+        return float(self.mask.mean())
+
+
+@dataclass(frozen=True)
+class Feature:
+    """latent: its number. top: int [TOP], places of the cells where it is most active, first the
+    most; activations: float32 [N], of all cells. share: of the top cells that have the attribute,
+    base: of all cells. frequency: share of all cells where it is active at all."""
+
+    latent: int
+    attribute: Attribute
+    share: float
+    top: np.ndarray
+    activations: np.ndarray
+    frequency: float
+
+    @property
+    def base(self) -> float:
+        return self.attribute.base
+
+    def __str__(self) -> str:
+        return (
+            f"latent {self.latent}: {self.share:.0%} of its top {len(self.top)} cells are "
+            f"{self.attribute.label} (of all cells {self.base:.0%})"
+        )
+
+
+def role_of(cells: np.ndarray) -> np.ndarray:
+    """int [N], places in `contrast.ROLES`, of cells [N, 5]."""
+    return np.where(cells[:, 0] >= 0, cells[:, 1], 2 + cells[:, 1])
+
+
+def attributes(cells: np.ndarray, shapes: np.ndarray) -> list[Attribute]:
+    """What can be said of a cell. cells: int [N, 5] of `Rows`; shapes: int [N, 2], of its grid."""
+    row, col, color = cells[:, 2], cells[:, 3], cells[:, 4]
+    roles = role_of(cells)
+    found = [Attribute("color", name.lower(), color == i) for i, name in enumerate(COLORS)]
+    found += [Attribute("role", f"in the {r}", roles == i) for i, r in enumerate(ROLES[:4])]
+    found.append(Attribute("role", "in an output or the answer", cells[:, 1] == 1))
+    ends = shapes - 1
+    found += [Attribute("position", f"in row {i + 1}", row == i) for i in range(6)]
+    found += [Attribute("position", f"in column {i + 1}", col == i) for i in range(6)]
+    found += [
+        Attribute("position", "in the last row", row == ends[:, 0]),
+        Attribute("position", "in the last column", col == ends[:, 1]),
+    ]
+    return [attribute for attribute in found if attribute.mask.any()]
+
+
+def shapes_of(rows: Rows) -> np.ndarray:
+    """int [N, 2]: rows and columns of the grid of each cell."""
+    grid = np.stack([rows.samples, rows.cells[:, 0], rows.cells[:, 1]], axis=1)
+    _, which = np.unique(grid, axis=0, return_inverse=True)
+    which = which.reshape(-1)
+    sizes = np.zeros((which.max() + 1, 2), np.int64)
+    np.maximum.at(sizes, which, rows.cells[:, 2:4] + 1)
+    return sizes[which]
+
+
+def find_features(sae: Sae, rows: Rows, most: int = 8) -> list[Feature]:
+    """The purest features, those whose attribute is rarest among all cells first, each attribute
+    once, kinds in turn.
+
+    rows: of cells alone, one row a cell. A latent that is active on fewer than TOP cells, or that
+    names no attribute with PURITY and LIFT, is none.
+    """
+    states = [sae.encode(rows.activations[i : i + 4096]) for i in range(0, len(rows), 4096)]
+    latents = np.concatenate(states)  # [N, F]
+    known = attributes(rows.cells, shapes_of(rows))
+    masks = np.stack([attribute.mask for attribute in known], axis=1)  # [N, A]
+    bases = masks.mean(axis=0)
+    found: dict[str, list[Feature]] = {"color": [], "role": [], "position": []}
+    for latent in np.flatnonzero((latents > 0).sum(axis=0) >= TOP):
+        active = latents[:, latent]
+        top = np.argsort(-active, kind="stable")[:TOP]
+        shares = masks[top].mean(axis=0)
+        fits = (shares >= PURITY) & (shares >= LIFT * bases)
+        if not fits.any():
+            continue
+        best = int(np.argmax(np.where(fits, shares / bases, 0)))
+        feature = Feature(
+            int(latent), known[best], float(shares[best]), top, active, float((active > 0).mean())
+        )
+        found[known[best].kind].append(feature)
+    chosen: list[Feature] = []
+    queues = []
+    for features in found.values():
+        features.sort(key=lambda f: (-f.share / f.base, f.latent))
+        seen: dict[str, Feature] = {}
+        for feature in features:
+            seen.setdefault(feature.attribute.label, feature)
+        queues.append(list(seen.values()))
+    while len(chosen) < most and any(queues):
+        chosen += [queue.pop(0) for queue in queues if queue]
+    return chosen[:most]

@@ -1,0 +1,420 @@
+"""One HTML page that shows a run: solved and failed tasks, activation norms, features, contrast.
+
+Self-contained: pictures are SVG in the page, nothing is fetched. `write_report` is called by
+`example_usage.py`, and can be called on any run whose cells hold one token each.
+"""
+
+# R rows   C columns of a grid   D model width
+
+import html
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.features import TOP, Feature, role_of
+from utils.arc import Grid
+from utils.contrast import ROLES, Contrast
+from utils.dataset import Rows
+from utils.encodings import COLORS, PALETTE
+from utils.errors import UserError
+from utils.manifest import replacing
+
+COLOR_CODES = [f"#{PALETTE[i : i + 3].hex()}" for i in range(0, 30, 3)]
+HEAT = ("#2b1d52", "#6a2c8c", "#b73779", "#f1605d", "#fcb97d", "#fcfdbf")  # low to high
+SHOWN_TASKS, SHOWN_GRIDS = 3, 6
+
+STYLE = """
+:root { --ink: #1d1f24; --soft: #5c6270; --line: #e3e5ea; --paper: #ffffff; --ground: #f5f6f8; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); line-height: 1.5;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1160px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 8px 0; }
+h2 { font-size: 1.35rem; margin: 40px 0 4px; }
+h3 { font-size: 1rem; margin: 0 0 4px; }
+p { margin: 4px 0 12px; max-width: 46rem; }
+.soft { color: var(--soft); font-size: .9rem; }
+.figures { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }
+.figure { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
+  padding: 10px 16px; min-width: 130px; flex: 1 1 130px; }
+.figure b { display: block; font-size: 1.35rem; }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
+  padding: 16px; margin: 12px 0; }
+.grids { display: flex; flex-wrap: wrap; gap: 14px 18px; align-items: flex-start; }
+.grids figure { margin: 0; }
+figcaption { font-size: .8rem; color: var(--soft); margin-bottom: 3px; }
+.pair { display: flex; gap: 8px; align-items: flex-start; }
+svg { display: block; max-width: 100%; height: auto; }
+.tag { display: inline-block; border-radius: 4px; padding: 0 8px; font-size: .8rem;
+  font-weight: 600; }
+.yes { background: #d8f3df; color: #14602b; } .no { background: #fde0dd; color: #8d1c13; }
+.two { display: grid; grid-template-columns: minmax(0, 330px) minmax(0, 1fr); gap: 20px; }
+.layer { display: grid; grid-template-columns: 230px minmax(0, 1fr); gap: 4px 20px;
+  padding: 8px 0; border-bottom: 1px solid var(--line); }
+.layer:last-child { border-bottom: 0; }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 2px 8px;
+  font-size: .8rem; align-items: center; }
+.bar { height: 10px; border-radius: 2px; background: #3b5bdb; min-width: 1px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+@media (max-width: 720px) { .two, .layer { grid-template-columns: minmax(0, 1fr); }
+  h1 { font-size: 1.5rem; } .card { padding: 12px; } }
+"""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a page shows. items: of the run; about: task id -> what its rule is, in words; sae: what
+    was measured of the autoencoder, `name` of its input; rows: the cells that `features` speak
+    of, samples: their keys."""
+
+    manifest: dict[str, Any]
+    items: Sequence[dict[str, Any]]
+    about: dict[str, str]
+    name: str
+    sae: dict[str, float]
+    features: Sequence[Feature]
+    rows: Rows
+    samples: Sequence[tuple[Any, ...]]
+    contrast: Contrast | None
+
+
+def write_report(path: Path, findings: Findings) -> None:
+    """Raises UserError where `path` is there already or cannot be written."""
+    if path.exists():
+        raise UserError(f"{path} exists: choose another folder, or move it away")
+    parts = [
+        head(findings),
+        solved_and_failed(findings),
+        norms(findings),
+        features(findings),
+        contrast(findings),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Inside a model that solves ARC tasks</title><style>{STYLE}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as sink:
+            sink.write(page.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def picture(
+    fills: Sequence[Sequence[str]],
+    cell: int = 15,
+    *,
+    opacity: np.ndarray | None = None,
+    rings: Iterable[tuple[int, int]] = (),
+    words: str = "",
+) -> str:
+    """An SVG grid, [R, C] of CSS colours; opacity: float [R, C]; rings: cells with a frame."""
+    R, C = len(fills), len(fills[0])
+    width, height = C * cell + 2, R * cell + 2
+    parts = [
+        f'<svg viewBox="-1 -1 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{html.escape(words or f"grid of {R} by {C}")}">'
+        f'<rect x="-1" y="-1" width="{width}" height="{height}" fill="#8a8d94"/>'
+    ]
+    for r in range(R):
+        for c in range(C):
+            at = f'x="{c * cell + 0.5:g}" y="{r * cell + 0.5:g}" width="{cell - 1}" '
+            at += f'height="{cell - 1}"'
+            if opacity is not None and opacity[r, c] < 1:
+                parts.append(f'<rect {at} fill="#ffffff"/>')
+                parts.append(f'<rect {at} fill="{fills[r][c]}" opacity="{opacity[r, c]:.2f}"/>')
+            else:
+                parts.append(f'<rect {at} fill="{fills[r][c]}"/>')
+    for r, c in rings:
+        parts.append(
+            f'<rect x="{c * cell + 1.5:g}" y="{r * cell + 1.5:g}" width="{cell - 3}" '
+            f'height="{cell - 3}" fill="none" stroke="#ffffff" stroke-width="3"/>'
+            f'<rect x="{c * cell + 1.5:g}" y="{r * cell + 1.5:g}" width="{cell - 3}" '
+            f'height="{cell - 3}" fill="none" stroke="#e8590c" stroke-width="1.6"/>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def colored(grid: Grid, **more: Any) -> str:
+    return picture([[COLOR_CODES[color] for color in row] for row in grid], **more)
+
+
+def heat(values: np.ndarray, low: float, high: float, **more: Any) -> str:
+    """values: float [R, C], from `low` (dark) to `high` (light)."""
+    return picture(
+        [[shade((v - low) / ((high - low) or 1)) for v in row] for row in values], **more
+    )
+
+
+def shade(x: float) -> str:
+    """A colour of HEAT for 0..1."""
+    x = min(max(float(x), 0.0), 1.0) * (len(HEAT) - 1)
+    i = min(int(x), len(HEAT) - 2)
+    ends = [np.frombuffer(bytes.fromhex(code[1:]), np.uint8) for code in HEAT[i : i + 2]]
+    mixed = np.round(ends[0] + (x - i) * (ends[1].astype(float) - ends[0])).astype(np.uint8)
+    return f"#{mixed.tobytes().hex()}"
+
+
+def figure(caption: str, content: str) -> str:
+    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{content}</figure>"
+
+
+def scale(low: str, high: str, shades: Sequence[str]) -> str:
+    stops = ", ".join(shades)
+    return (
+        '<p class="soft" style="display:flex;gap:8px;align-items:center;flex-wrap:wrap">'
+        f'<span>{low}</span><span style="width:120px;height:12px;border-radius:3px;'
+        f'background:linear-gradient(90deg,{stops})"></span><span>{high}</span></p>'
+    )
+
+
+def grids_of(item: dict[str, Any]) -> dict[tuple[int, int], np.ndarray]:
+    """(pair, role) -> cells int [C, 5]: row, col, color, token_start, token_stop, in the order of
+    the prompt."""
+    found: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
+    for cell in item["cells"]:
+        found[int(cell[0]), int(cell[1])].append(cell[2:])
+    return {key: np.array(cells) for key, cells in found.items()}
+
+
+def as_grid(cells: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values of cells [C] -> [R, C]."""
+    grid = np.zeros(cells[:, :2].max(axis=0) + 1, values.dtype)
+    grid[cells[:, 0], cells[:, 1]] = values
+    return grid
+
+
+def head(found: Findings) -> str:
+    scored = [item for item in found.items if item["correct"] is not None]
+    solved = sum(item["correct"] for item in scored)
+    model = found.manifest["model"]
+    boxes = {
+        "solved": f"{solved / len(scored):.1%}" if scored else "?",
+        "tasks": f"{len(found.items)}",
+        "tokens, each with its states": f"{found.manifest['total_tokens']:,}",
+        f"variance of {found.name} explained": f"{found.sae['explained_variance']:.1%}",
+        "latents active a token (L0)": f"{found.sae['l0']:.1f}",
+        "latents that never fire": f"{found.sae['dead_fraction']:.1%}",
+    }
+    figures = "".join(
+        f'<div class="figure"><b>{html.escape(value)}</b>{html.escape(name)}</div>'
+        for name, value in boxes.items()
+    )
+    path = html.escape(Path(model["path"]).name)
+    return (
+        "<h1>Inside a model that solves ARC tasks</h1>"
+        f"<p>The model <b>{path}</b> ({model['model_type']}, {model['num_layers']} layers, "
+        f"{model['hidden_size']} wide) was given tasks that it had not seen before. Its hidden "
+        "states were kept while it answered, each tied to the grid cell that its token stands "
+        f'for.</p><div class="figures">{figures}</div>'
+    )
+
+
+def solved_and_failed(found: Findings) -> str:
+    answered = [item for item in found.items if item["prediction"] and item["correct"] is not None]
+    good = sorted((i for i in answered if i["correct"]), key=lambda i: i["prompt_length"])
+    bad = [i for i in answered if not i["correct"]]
+    # Of the failed, those first that are wrong in the fewest cells.
+    bad.sort(key=lambda i: (len(wrong_cells(i) or [()] * 900), i["task_id"]))
+    chosen = (
+        [good[i] for i in np.linspace(0, len(good) - 1, SHOWN_TASKS).astype(int)] if good else []
+    )
+    cards = "".join(card(item, found.about) for item in [*chosen, *bad[:SHOWN_TASKS]])
+    return (
+        "<h2>What it solved, and what it did not</h2>"
+        "<p>Three of each. A frame marks a predicted cell that is wrong. The last grid shows how "
+        "sure the model was of each cell of its answer: the probability that it gave the token."
+        f"</p>{scale('p = 0', 'p = 1', HEAT)}{cards}"
+    )
+
+
+def wrong_cells(item: dict[str, Any]) -> list[tuple[int, int]] | None:
+    """Cells of the prediction that differ from the target; None where the shapes do."""
+    said, target = np.array(item["prediction"]), np.array(item["target"])
+    if said.shape != target.shape:
+        return None
+    return [(int(r), int(c)) for r, c in np.argwhere(said != target)]
+
+
+def card(item: dict[str, Any], about: dict[str, str]) -> str:
+    grids = grids_of(item)
+    parts = []
+    for pair in range(item["num_train_pairs"]):
+        sides = [colored(as_grid(c, c[:, 2]).tolist(), cell=11) for c in both(grids, pair)]
+        parts.append(figure(f"pair {pair + 1}", f'<div class="pair">{"".join(sides)}</div>'))
+    given = grids[-1, 0]
+    parts.append(figure("test input", colored(as_grid(given, given[:, 2]).tolist())))
+    parts.append(figure("target", colored(item["target"])))
+    wrong = wrong_cells(item)
+    parts.append(figure("prediction", colored(item["prediction"], rings=wrong or ())))
+    answer = grids[-1, 1]
+    logprobs = np.array(
+        [
+            item["output_logprobs"][
+                start - item["prompt_length"] : stop - item["prompt_length"]
+            ].sum()
+            for start, stop in answer[:, 3:]
+        ]
+    )
+    sure = as_grid(answer, np.exp(logprobs))
+    lowest = f"{logprobs.min():.2f}"
+    parts.append(figure(f"log p of a cell: at least {lowest}", heat(sure, 0, 1)))
+    tag = '<span class="tag yes">solved</span>' if item["correct"] else (
+        '<span class="tag no">failed</span>'
+    )  # fmt: skip
+    note = "" if wrong is not None else " The prediction has another shape than the target."
+    words = html.escape(about.get(item["task_id"], f"task {item['task_id']}"))
+    return (
+        f'<div class="card"><h3>{tag} {words}</h3><p class="soft">task '
+        f'{html.escape(item["task_id"])}.{note}</p><div class="grids">{"".join(parts)}</div></div>'
+    )
+
+
+def both(grids: dict[tuple[int, int], np.ndarray], pair: int) -> list[np.ndarray]:
+    return [grids[pair, role] for role in (0, 1)]
+
+
+def norms(found: Findings) -> str:
+    """Norms of one solved sample, every captured layer of the hook point a row."""
+    solved = [item for item in found.items if item["correct"]] or list(found.items)
+    item = sorted(solved, key=lambda i: -i["prompt_length"])[len(solved) // 2]
+    grids = grids_of(item)
+    wanted = [k for k in grids if k[0] in (0, -1)]
+    captions = {
+        (0, 0): "train input",
+        (0, 1): "train output",
+        (-1, 0): "test input",
+        (-1, 1): "answer",
+    }
+
+    def line(left: str, drawn: dict[tuple[int, int], str]) -> str:
+        shown = "".join(figure(captions[key], drawn[key]) for key in wanted)
+        return f'<div class="layer"><div>{left}</div><div class="grids">{shown}</div></div>'
+
+    plain = {key: colored(as_grid(grids[key], grids[key][:, 2]).tolist()) for key in wanted}
+    lines = [line("<h3>the task</h3>", plain)]
+    for name, states in item["activations"].items():
+        norm = np.linalg.norm(states.astype(np.float32), axis=1)
+        held = {k: np.array([norm[s:e].mean() for s, e in grids[k][:, 3:]]) for k in wanted}
+        low, high = (f(np.concatenate([*held.values()])) for f in (np.min, np.max))
+        left = f"<h3>{html.escape(name)}</h3>{scale(f'{low:.1f}', f'{high:.1f}', HEAT)}"
+        shades = {k: heat(as_grid(grids[k], held[k]), low, high) for k in wanted}
+        lines.append(line(left, shades))
+    body = f'<div class="card">{"".join(lines)}</div>'
+    return (
+        "<h2>How large the activations are, layer by layer</h2>"
+        "<p>One task, first as the model reads it, then with every cell shaded by the norm of its "
+        f"token's state after each captured layer.</p>{body}"
+    )
+
+
+def features(found: Findings) -> str:
+    cards = "".join(feature_card(feature, found) for feature in found.features)
+    count = len(found.features)
+    return (
+        "<h2>What single features see</h2>"
+        f"<p>A sparse autoencoder was trained on <b>{html.escape(found.name)}</b>. A rule went "
+        f"over its latents and kept those whose {TOP} most active cells share a colour, a role or "
+        f"a position; here are {count}. Cells are drawn in ARC's colours, faded where the latent "
+        f"is silent, framed where it is among its top cells.</p>{cards}"
+    )
+
+
+def feature_card(feature: Feature, found: Findings) -> str:
+    cells = found.rows.cells[feature.top]
+    by_color = [(name.lower(), float((cells[:, 4] == i).mean())) for i, name in enumerate(COLORS)]
+    roles = role_of(cells)
+    by_role = [(role, float((roles == i).mean())) for i, role in enumerate(ROLES[:4])]
+    places = np.zeros(np.maximum(cells[:, 2:4].max(axis=0) + 1, 2))
+    np.add.at(places, (cells[:, 2], cells[:, 3]), 1)
+    shares = (
+        '<div><figcaption>share of each colour among the top cells</figcaption><div class="bars">'
+        + "".join(bar(n, s, COLOR_CODES[i]) for i, (n, s) in enumerate(by_color) if s)
+        + '</div><figcaption style="margin-top:8px">share of each role</figcaption>'
+        + '<div class="bars">'
+        + "".join(bar(n, s, "#3b5bdb") for n, s in by_role if s)
+        + '</div><figcaption style="margin-top:8px">where in the grid: light is often'
+        + "</figcaption>"
+        + heat(places, 0, float(places.max()))
+        + "</div>"
+    )
+    return (
+        f'<div class="card"><h3>Latent {feature.latent}: '
+        f"{html.escape(feature.attribute.label)}</h3>"
+        f'<p class="soft">{feature.share:.0%} of its top {len(feature.top)} cells; of all cells '
+        f"{feature.base:.0%}. Active on {feature.frequency:.1%} of the cells.</p>"
+        f'<div class="two">{shares}<div class="grids">{"".join(firing(feature, found))}</div>'
+        "</div></div>"
+    )
+
+
+def bar(name: str, share: float, color: str) -> str:
+    return (
+        f'<span>{html.escape(name)}</span><span class="bar" style="width:{100 * share:.0f}%;'
+        f'background:{color}"></span><span>{share:.0%}</span>'
+    )
+
+
+def firing(feature: Feature, found: Findings) -> list[str]:
+    """The grids of the top cells, each of another task, every cell as strong as the latent is."""
+    rows, top = found.rows, set(feature.top.tolist())
+    highest = float(feature.activations.max())
+    shown, tasks = [], set()
+    for place in feature.top:
+        task = found.samples[rows.samples[place]][0]
+        if task in tasks or len(shown) == SHOWN_GRIDS:
+            continue
+        tasks.add(task)
+        same = rows.samples == rows.samples[place]
+        same &= (rows.cells[:, :2] == rows.cells[place, :2]).all(axis=1)
+        where = np.flatnonzero(same)
+        cells = rows.cells[where]
+        strength = as_grid(cells[:, 2:], feature.activations[where] / highest)
+        role = ROLES[int(role_of(cells[:1])[0])]
+        rings = [
+            (int(r), int(c)) for i, (r, c) in zip(where, cells[:, 2:4], strict=True) if i in top
+        ]
+        grid = as_grid(cells[:, 2:], cells[:, 4]).tolist()
+        drawn = colored(grid, cell=18, opacity=np.clip(0.22 + strength, 0, 1), rings=rings)
+        shown.append(figure(role, drawn))
+    return shown
+
+
+def contrast(found: Findings) -> str:
+    title = "<h2>What differs between solved and failed tasks</h2>"
+    if found.contrast is None:
+        return f"{title}<p>Nothing to compare: all were solved, or all failed.</p>"
+    values = found.contrast.consistency
+    names = list(dict.fromkeys(name for name, _ in values))
+    names.sort(key=lambda name: (name.rpartition(".")[0], int(name.rpartition(".")[2])))
+    roles = [role for role in ROLES if any((name, role) in values for name in names)]
+    top = max([2.0, *values.values()])
+    rows = ""
+    for name in names:
+        row = ""
+        for role in roles:
+            value = values.get((name, role))
+            if value is None:
+                row += "<td>-</td>"
+                continue
+            fill = (value - 1) / (top - 1)
+            ink = "#ffffff" if fill < 0.6 else "#1d1f24"
+            row += f'<td style="background:{shade(fill)};color:{ink}">{value:.1f}</td>'
+        rows += f"<tr><td>{html.escape(name)}</td>{row}</tr>"
+    header = "".join(f"<th>{html.escape(role)}</th>" for role in roles)
+    return (
+        f"{title}<p>{len(found.contrast.pairs)} failed samples, each beside a solved one of like "
+        "length. How consistently their mean states differ, by layer and role: 1 is what chance "
+        f"gives, {np.sqrt(len(found.contrast.pairs)):.1f} is all pairs differing alike.</p>"
+        f'<div class="card scroll"><table><tr><th>activation</th>{header}</tr>{rows}</table></div>'
+    )

@@ -1,0 +1,314 @@
+"""A TopK sparse autoencoder on one layer's activations, in JAX.
+
+    python examples/sae.py --activations_dir results/activations --layer 11 --output_dir sae
+
+Follows Gao et al. (2024), "Scaling and evaluating sparse autoencoders": the K largest latents, a
+decoder of unit-norm rows, and an auxiliary loss by which dead latents learn what the others leave
+over. Inputs are normalised: the mean of the training rows is taken away, and the deviations from it
+are brought to unit mean square. A tenth of the samples is held out, and on it are measured the
+explained variance, the number of active latents (L0) and the share of latents that never fire.
+"""
+
+# B rows   D input width   F latents   K active latents   A auxiliary latents
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import cli
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+    from utils.dataset import ActivationDataset, Rows
+
+HELD_OUT = 10  # every tenth sample
+WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """width: latents. k: of them active in a row. dead_steps: after so many steps without firing a
+    latent counts as dead, and `aux_k` of them try to explain what is left over, with the weight
+    `aux_coefficient`."""
+
+    width: int = 1024
+    k: int = 32
+    steps: int = 2000
+    batch_size: int = 1024
+    learning_rate: float = 2e-3
+    aux_k: int = 64
+    aux_coefficient: float = 1 / 32
+    dead_steps: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sae:
+    """encoder: float32 [D, F]; bias: [F]; decoder: [F, D], rows of unit norm; center: [D] and scale
+    bring an input x to (x - center) / scale; shift: [D], learned, is taken from that."""
+
+    encoder: np.ndarray
+    bias: np.ndarray
+    decoder: np.ndarray
+    shift: np.ndarray
+    center: np.ndarray
+    scale: float
+    k: int
+
+    def encode(self, rows: np.ndarray) -> np.ndarray:
+        """Activations [B, D] -> latents, float32 [B, F], at most K of a row above zero."""
+        x = (rows.astype(np.float32) - self.center) / np.float32(self.scale)
+        return np.asarray(_latents(self._params(), x, self.k))
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents [B, F] -> activations, float32 [B, D]."""
+        return (latents @ self.decoder + self.shift) * np.float32(self.scale) + self.center
+
+    def _params(self) -> dict[str, Any]:
+        return {n: getattr(self, n) for n in ("encoder", "bias", "decoder", "shift")}
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Writes sae.safetensors and config.json. Raises UserError where `folder` has files."""
+        from safetensors.numpy import save_file
+
+        check_new(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {**self._params(), "center": self.center, "scale": np.float32([self.scale])}
+        save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps({"k": self.k, **about}, indent=2) + "\n")
+
+
+def load_sae(folder: str | Path) -> Sae:
+    """Raises UserError where there is none."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(Path(folder) / WEIGHTS)
+        k = json.loads((Path(folder) / CONFIG).read_text())["k"]
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no autoencoder: {error}") from error
+    return Sae(**{**tensors, "scale": float(tensors["scale"][0])}, k=k)
+
+
+def check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists: choose another folder, or move it away")
+
+
+def _latents(params: Any, x: Any, k: int) -> "jax.Array":
+    import jax
+    import jax.numpy as jnp
+
+    before = (x - params["shift"]) @ params["encoder"] + params["bias"]
+    return _top(jax.nn.relu(before), k, jnp)
+
+
+def _top(values: Any, k: int, jnp: Any) -> Any:
+    """[B, F], all but the `k` largest of each row set to zero."""
+    import jax
+
+    threshold = jax.lax.top_k(values, k)[0][:, -1:]
+    return jnp.where(values >= threshold, values, 0)
+
+
+def initial(width: int, inputs: int, seed: int) -> dict[str, np.ndarray]:
+    """Decoder rows drawn from the sphere; the encoder begins as their transpose."""
+    random = np.random.default_rng(seed)
+    decoder = random.standard_normal((width, inputs), dtype=np.float32)
+    decoder /= np.linalg.norm(decoder, axis=1, keepdims=True)
+    return {
+        "encoder": decoder.T.copy(),
+        "bias": np.zeros(width, np.float32),
+        "decoder": decoder,
+        "shift": np.zeros(inputs, np.float32),
+    }
+
+
+def train(
+    batches: Iterator[np.ndarray], center: np.ndarray, scale: float, config: SaeConfig
+) -> Sae:
+    """batches: activations [B, D], all of one size, at least `config.steps` of them."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from tqdm import tqdm
+
+    D, F = len(center), config.width
+    decay = optax.linear_schedule(config.learning_rate, 0, config.steps // 4)
+    schedule = optax.join_schedules(
+        [optax.linear_schedule(0, config.learning_rate, 50), lambda _: config.learning_rate, decay],
+        [50, config.steps - config.steps // 4],
+    )
+    tx = optax.adam(schedule, b1=0.9, b2=0.999)
+    center, scale = np.asarray(center, np.float32), np.float32(scale)
+
+    def loss(params: Any, x: Any, silent: Any) -> tuple[Any, Any]:
+        before = jax.nn.relu((x - params["shift"]) @ params["encoder"] + params["bias"])
+        latents = _top(before, config.k, jnp)
+        error = x - params["shift"] - latents @ params["decoder"]
+        total = (x - x.mean(axis=0)) ** 2
+        main = (error**2).sum() / total.sum()
+        # The dead latents see what is left over, as if they were the only ones.
+        dead = silent >= config.dead_steps
+        second = _top(jnp.where(dead, before, 0), min(config.aux_k, F), jnp)
+        left = jax.lax.stop_gradient(error)
+        missed = ((left - second @ params["decoder"]) ** 2).sum() / (left**2).sum()
+        auxiliary = jnp.where(dead.any(), jnp.nan_to_num(missed), 0)
+        return main + config.aux_coefficient * auxiliary, ((latents > 0).any(axis=0), main)
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params: Any, state: Any, silent: Any, rows: Any) -> Any:
+        x = (rows - center) / scale
+        gradient, (fired, main) = jax.grad(loss, has_aux=True)(params, x, silent)
+        rows = params["decoder"]
+        along = (gradient["decoder"] * rows).sum(axis=1, keepdims=True)
+        gradient["decoder"] -= along * rows  # what would change their norm alone
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        norms = jnp.linalg.norm(params["decoder"], axis=1, keepdims=True)
+        params["decoder"] /= norms
+        return params, state, jnp.where(fired, 0, silent + 1), main
+
+    params = jax.tree.map(jnp.asarray, initial(F, D, config.seed))
+    state, silent = tx.init(params), jnp.zeros(F, jnp.int32)
+    bar = tqdm(total=config.steps, desc="training the SAE", unit="step")
+    for number, rows in zip(range(config.steps), batches, strict=False):
+        params, state, silent, unexplained = step(params, state, silent, rows)
+        if number % 50 == 0:
+            dead = int((silent >= config.dead_steps).sum())
+            bar.set_postfix_str(f"unexplained {float(unexplained):.3f}, dead {dead}")
+        bar.update()
+    bar.close()
+    trained = {name: np.asarray(value) for name, value in params.items()}
+    return Sae(**trained, center=center, scale=float(scale), k=config.k)
+
+
+def measure(sae: Sae, rows: np.ndarray) -> dict[str, float]:
+    """On rows [N, D] that were not trained on.
+
+    explained_variance: 1 - squared error over the squared distance to the rows' mean. l0: active
+    latents of a row, mean. dead_fraction: latents that are active in none of the rows.
+    """
+    fired = np.zeros(sae.decoder.shape[0], bool)
+    error = active = 0.0
+    for start in range(0, len(rows), 4096):
+        part = rows[start : start + 4096].astype(np.float32)
+        latents = sae.encode(part)
+        error += float(((part - sae.decode(latents)) ** 2).sum(dtype=np.float64))
+        active += int((latents > 0).sum())
+        fired |= (latents > 0).any(axis=0)
+    total = ((rows - rows.mean(axis=0, dtype=np.float32)) ** 2).sum(dtype=np.float64)
+    return {
+        "explained_variance": 1 - error / float(total),
+        "l0": active / len(rows),
+        "dead_fraction": float(1 - fired.mean()),
+    }
+
+
+def split(rows: "Rows") -> tuple[np.ndarray, np.ndarray]:
+    """Activations of the samples to train on, and of every tenth sample, which is held out."""
+    held_out = rows.samples % HELD_OUT == HELD_OUT - 1
+    states = rows.activations.astype(np.float32)
+    return states[~held_out], states[held_out]
+
+
+def shuffled(rows: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches of rows [N, D] without end, each pass in a new order."""
+    random = np.random.default_rng(seed)
+    while True:
+        order = random.permutation(len(rows))
+        for start in range(0, len(rows) - batch_size + 1, batch_size):
+            yield rows[order[start : start + batch_size]]
+
+
+def fit(
+    dataset: "ActivationDataset", config: SaeConfig, most: int | None = None
+) -> tuple[Sae, dict[str, float]]:
+    """Train on the rows of `dataset` in memory, `most` of them, and measure on what is held out.
+
+    Raises UserError where the autoencoder does not fit its input or the rows are too few.
+    """
+    if config.width < dataset.width:
+        raise UserError(
+            f"an SAE of {config.width} latents is narrower than its input of {dataset.width}: "
+            f"give a width of at least {dataset.width}, usually four times that and more"
+        )
+    if not 0 < config.k <= config.width:
+        raise UserError(f"k {config.k} is not between 1 and the width {config.width}")
+    rows = dataset.rows(most, seed=config.seed)
+    train_rows, held_out = split(rows)
+    if len(train_rows) < config.batch_size or not len(held_out):
+        raise UserError(
+            f"{len(rows)} rows of {len(np.unique(rows.samples))} samples are too few to train on: "
+            f"extract more tasks, or lower the batch size of {config.batch_size}"
+        )
+    center = train_rows.mean(axis=0)
+    scale = float(np.sqrt(((train_rows - center) ** 2).mean()))
+    batches = shuffled(train_rows, config.batch_size, config.seed)
+    sae = train(batches, center, scale, config)
+    return sae, measure(sae, held_out)
+
+
+def describe(found: dict[str, float]) -> str:
+    return (
+        f"explained variance {found['explained_variance']:.1%}, L0 {found['l0']:.1f}, "
+        f"dead latents {found['dead_fraction']:.1%}"
+    )
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    defaults = SaeConfig()
+    parser.add_argument(
+        "--activations_dir", required=True, help="of a run: a folder or gs://BUCKET/PREFIX"
+    )
+    parser.add_argument("--layer", type=int, required=True, help="from 0; negative from the end")
+    parser.add_argument("--hook_point", default="resid_post", help="where in the layer")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder to make, for the SAE"
+    )
+    for name, words in (
+        ("width", "latents, at least the input's width"),
+        ("k", "latents that are active in a row"),
+        ("steps", "updates"),
+        ("batch_size", "rows an update"),
+        ("seed", "of weights and order"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=cli.int_at_least(0), default=getattr(defaults, name), help=words
+        )
+    parser.add_argument(
+        "--max_rows", type=cli.int_at_least(1), default=1_000_000, help="rows held in memory"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace, _: cli.Signals) -> None:
+    from utils.dataset import ActivationDataset, Selection
+
+    check_new(args.output_dir)
+    config = SaeConfig(
+        width=args.width, k=args.k, steps=args.steps, batch_size=args.batch_size, seed=args.seed
+    )
+    selection = Selection(args.layer, args.hook_point, drop_special=True)
+    dataset = ActivationDataset(args.activations_dir, selection)
+    sae, found = fit(dataset, config, args.max_rows)
+    about = {"activation": dataset.name, "training": asdict(config), "held_out": found}
+    sae.save(args.output_dir, about)
+    print(f"{args.output_dir}: {describe(found)} on held-out samples")
+
+
+if __name__ == "__main__":
+    cli.run(main, build_parser())

@@ -1,0 +1,150 @@
+"""The same rows through torch, SAELens and dictionary_learning, each the real library."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from test_dataset import run_folder, sorted_rows  # noqa: F401 (a fixture)
+
+from utils.bridges import DictionaryLearningBuffer, TorchRows, export_for_saelens, hook_name
+from utils.dataset import ActivationDataset, Selection
+from utils.errors import UserError
+
+torch = pytest.importorskip("torch", reason="torch is not installed: requirements-torch.txt")
+
+
+@pytest.fixture
+def dataset(run_folder):  # noqa: F811
+    return ActivationDataset(run_folder, Selection(layer=2, part="prompt"))
+
+
+def test_torch_gives_the_rows_of_the_batches(dataset):
+    loader = torch.utils.data.DataLoader(TorchRows(dataset, 48), batch_size=None)
+    batches = list(loader)
+    assert all(batch.dtype == torch.float32 for batch in batches)
+    want = [batch.activations for batch in dataset.batches(48)]
+    assert [len(batch) for batch in batches] == [len(batch) for batch in want]
+    assert np.array_equal(torch.cat(batches).numpy(), np.concatenate(want))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 6])  # of four shards
+def test_workers_share_the_rows(dataset, workers):
+    rows = TorchRows(dataset, 48, shuffle_buffer=100, seed=3)
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=workers)
+    want = dataset.rows().activations
+    epochs = []
+    for epoch in range(2):
+        rows.set_epoch(epoch)
+        epochs.append(torch.cat(list(loader)).numpy())
+        assert np.array_equal(sorted_rows(epochs[-1]), sorted_rows(want))
+    assert not np.array_equal(*epochs)
+
+
+def test_the_dictionary_learning_buffer_goes_round_and_round(dataset):
+    buffer = DictionaryLearningBuffer(dataset, 32, shuffle_buffer=64)
+    count = len(dataset.rows()) // 32
+    batches = [next(buffer) for _ in range(2 * count)]
+    assert {tuple(batch.shape) for batch in batches} == {(32, 32)}
+    stored = {row.tobytes() for row in dataset.rows().activations.astype(np.float32)}
+    for epoch in (batches[:count], batches[count:]):
+        rows = {row.tobytes() for row in torch.cat(epoch).numpy()}
+        assert rows <= stored and len(rows) > 0.9 * min(len(stored), 32 * count)
+    assert json.loads(json.dumps(buffer.config))["activation"] == "resid_post.2"
+    once = list(DictionaryLearningBuffer(dataset, 32, epochs=1, drop_last=False))
+    assert np.array_equal(torch.cat(once).numpy(), dataset.rows().activations)
+
+
+def test_dictionary_learning_trains_on_it(dataset, tmp_path):
+    training = pytest.importorskip("dictionary_learning.training")
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
+
+    trainer = {
+        "trainer": TopKTrainer,
+        "dict_class": AutoEncoderTopK,
+        "steps": 20,
+        "warmup_steps": 5,
+        "activation_dim": dataset.width,
+        "dict_size": 64,
+        "k": 8,
+        "layer": 2,
+        "lm_name": "tiny",
+        "device": "cpu",
+    }
+    training.trainSAE(
+        data=DictionaryLearningBuffer(dataset, 32, shuffle_buffer=64),
+        trainer_configs=[trainer],
+        steps=20,
+        save_dir=str(tmp_path),
+        device="cpu",
+        autocast_dtype=torch.float32,
+    )
+    saved = json.loads((tmp_path / "trainer_0" / "config.json").read_text())
+    assert saved["buffer"]["d_submodule"] == dataset.width
+    weights = torch.load(tmp_path / "trainer_0" / "ae.pt")
+    assert weights["decoder.weight"].shape == (dataset.width, 64)
+
+
+def test_the_export_is_a_dataset_of_whole_contexts(dataset, tmp_path, caplog):
+    from datasets import load_from_disk
+
+    caplog.set_level("INFO")
+    fields = export_for_saelens(dataset, tmp_path / "cached", 16)
+    rows = dataset.rows()
+    whole = len(rows) // 16
+    made = load_from_disk(tmp_path / "cached").with_format("numpy")
+    assert len(made) == whole and fields["training_tokens"] == 16 * whole
+    states = np.concatenate([made[i]["blocks.2.hook_resid_post"] for i in range(whole)])
+    assert np.array_equal(states, rows.activations[: 16 * whole].astype(np.float32))
+    ids = np.concatenate([made[i]["token_ids"] for i in range(whole)])
+    assert np.array_equal(ids, rows.token_ids[: 16 * whole])
+    left = len(rows) - 16 * whole
+    assert left and f"left out the last {left} rows" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cached"]
+    with pytest.raises(UserError, match="cached exists: choose another"):
+        export_for_saelens(dataset, tmp_path / "cached", 16)
+    with pytest.raises(UserError, match="fewer rows than a context"):
+        export_for_saelens(dataset, tmp_path / "other", 10**6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cached"]
+
+
+def test_saelens_reads_the_export(dataset, tmp_path):
+    store = pytest.importorskip("sae_lens.training.activations_store")
+    fields = export_for_saelens(dataset, tmp_path / "cached", 16)
+    activations = store.ActivationsStore(
+        model=None,
+        dataset=None,
+        streaming=False,
+        hook_name=fields["hook_name"],
+        hook_head_index=None,
+        context_size=fields["context_size"],
+        d_in=dataset.width,
+        n_batches_in_buffer=2,
+        total_training_tokens=fields["training_tokens"],
+        store_batch_size_prompts=2,
+        train_batch_size_tokens=16,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        cached_activations_path=fields["cached_activations_path"],
+    )
+    contexts = fields["training_tokens"] // 16
+    read = [activations._load_raw_llm_batch_from_cached(True) for _ in range(contexts // 2)]
+    states = torch.cat([batch[0] for batch in read]).numpy()
+    assert np.array_equal(states, dataset.rows().activations[: len(states)].astype(np.float32))
+    ids = torch.cat([batch[1] for batch in read]).numpy()
+    assert np.array_equal(ids, dataset.rows().token_ids[: len(ids)])
+
+
+def test_hook_points_are_called_as_transformer_lens_does():
+    assert hook_name("resid_post.11") == "blocks.11.hook_resid_post"
+    assert hook_name("attn_out.0") == "blocks.0.hook_attn_out"
+
+
+def test_without_torch_it_says_so(dataset, monkeypatch):
+    monkeypatch.setattr("utils.bridges.torch", None)
+    for bridge in (TorchRows, DictionaryLearningBuffer):
+        with pytest.raises(UserError) as error:
+            bridge(dataset, 8)
+        assert re.search("pip install torch", str(error.value))

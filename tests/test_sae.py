@@ -1,0 +1,195 @@
+"""The example's autoencoder on data whose features are known, and what the rule finds in it."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run_script
+from test_dataset import run_folder  # noqa: F401 (a fixture)
+
+from examples import sae as sae_module
+from examples.features import TOP, find_features
+from examples.sae import Sae, SaeConfig, fit, load_sae, measure, train
+from utils.contrast import contrast, pair_up, roles_of_tokens
+from utils.dataset import ActivationDataset, Rows, Selection
+from utils.errors import UserError
+
+D, F = 16, 24
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """Rows that are sums of two of 24 directions, shifted and scaled, and which two."""
+    random = np.random.default_rng(0)
+    directions = random.standard_normal((F, D))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    which = np.array([random.permutation(F)[:2] for _ in range(20_000)])
+    strength = random.uniform(1, 2, which.shape)
+    rows = (directions[which] * strength[..., None]).sum(axis=1) * 7 + 3
+    return rows.astype(np.float32), directions, which
+
+
+@pytest.fixture(scope="module")
+def trained(planted):
+    rows, *_ = planted
+    config = SaeConfig(width=32, k=2, steps=1500, batch_size=256, learning_rate=5e-3)
+    center, scale = rows.mean(axis=0), float(rows.std())
+    return train(sae_module.shuffled(rows[2000:], 256, 0), center, scale, config)
+
+
+def test_it_finds_the_directions_that_were_planted(planted, trained):
+    rows, directions, _ = planted
+    alike = np.abs(directions @ trained.decoder.T).max(axis=1)
+    assert (alike > 0.95).mean() > 0.9
+    found = measure(trained, rows[:2000])
+    assert found["explained_variance"] > 0.9 and found["l0"] <= 2
+    np.testing.assert_allclose(np.linalg.norm(trained.decoder, axis=1), 1, atol=1e-5)
+
+
+def test_what_is_measured_is_what_it_says(planted, trained):
+    rows = planted[0][:500]
+    latents = trained.encode(rows)
+    assert latents.shape == (500, 32) and ((latents > 0).sum(axis=1) <= 2).all()
+    x = (rows - trained.center) / trained.scale - trained.shift
+    before = np.maximum(x @ trained.encoder + trained.bias, 0)
+    for row, kept in zip(before, latents, strict=True):
+        highest = np.sort(np.argsort(row)[-2:])
+        assert set(np.flatnonzero(kept)) <= set(highest)
+        np.testing.assert_allclose(kept[highest], row[highest], atol=1e-4)
+    left = rows - trained.decode(latents)
+    found = measure(trained, rows)
+    want = 1 - (left**2).sum() / ((rows - rows.mean(axis=0)) ** 2).sum()
+    assert found["explained_variance"] == pytest.approx(want, abs=1e-5)
+    assert found["l0"] == pytest.approx((latents > 0).sum() / 500)
+    assert found["dead_fraction"] == pytest.approx((~(latents > 0).any(axis=0)).mean())
+
+
+def test_the_auxiliary_loss_wakes_latents_that_would_never_fire(planted, monkeypatch):
+    """Half of the latents begin too weak to be among the two highest."""
+    rows, *_ = planted
+    center, scale = rows.mean(axis=0), float(rows.std())
+    begin = sae_module.initial
+
+    def weak(*args):
+        params = begin(*args)
+        params["encoder"][:, 16:] *= 0.1
+        return params
+
+    monkeypatch.setattr(sae_module, "initial", weak)
+
+    def dead(coefficient):
+        config = SaeConfig(
+            width=32, k=2, steps=400, batch_size=256, aux_coefficient=coefficient, dead_steps=20
+        )
+        sae = train(sae_module.shuffled(rows, 256, 0), center, scale, config)
+        return measure(sae, rows)["dead_fraction"]
+
+    assert dead(1 / 8) < 0.1 < 0.3 < dead(0)
+
+
+def test_it_is_saved_as_safetensors_and_comes_back(trained, tmp_path, planted):
+    from safetensors.numpy import load_file
+
+    trained.save(tmp_path / "sae", {"activation": "resid_post.3"})
+    assert load_file(tmp_path / "sae" / "sae.safetensors")["decoder"].shape == (32, D)
+    assert json.loads((tmp_path / "sae" / "config.json").read_text())["k"] == 2
+    rows = planted[0][:10]
+    assert np.array_equal(load_sae(tmp_path / "sae").encode(rows), trained.encode(rows))
+    with pytest.raises(UserError, match="sae exists: choose another folder"):
+        trained.save(tmp_path / "sae", {})
+    with pytest.raises(UserError, match="holds no autoencoder"):
+        load_sae(tmp_path)
+
+
+def test_an_sae_that_cannot_be_trained_is_refused(run_folder):  # noqa: F811
+    dataset = ActivationDataset(run_folder, Selection(0))
+    with pytest.raises(UserError, match="of 31 latents is narrower than its input of 32"):
+        fit(dataset, SaeConfig(width=31))
+    with pytest.raises(UserError, match="k 0 is not between 1 and the width 64"):
+        fit(dataset, SaeConfig(width=64, k=0))
+    with pytest.raises(UserError, match="too few to train on"):
+        fit(dataset, SaeConfig(width=64, k=4, batch_size=10**6))
+
+
+def test_the_script_trains_on_a_run(run_folder, tmp_path):  # noqa: F811
+    flags = ["--activations_dir", run_folder, "--layer", 2, "--output_dir", tmp_path / "sae"]
+    small = ["--width", 64, "--k", 8, "--steps", 30, "--batch_size", 64]
+    result = run_script("examples/sae.py", *flags, *small)
+    assert result.returncode == 0, result.stderr
+    assert "explained variance" in result.stdout and "special tokens" in result.stderr
+    about = json.loads((tmp_path / "sae" / "config.json").read_text())
+    assert about["activation"] == "resid_post.2" and 0 < about["held_out"]["l0"] <= 8
+    again = run_script("examples/sae.py", *flags, *small)
+    assert again.returncode == 2 and "sae exists" in again.stderr
+    narrow = run_script("examples/sae.py", *flags[:-1], tmp_path / "b", "--width", 8)
+    assert narrow.returncode == 2 and "narrower than its input" in narrow.stderr
+    assert narrow.stderr.count("\n") == 1 and not (tmp_path / "b").exists()
+
+
+def test_the_rule_names_colors_roles_and_positions():
+    """Latents that are planted: one for red, one for the answer, one for row 2; one for nothing."""
+    random = np.random.default_rng(1)
+    N = 20_000
+    cells = np.stack(
+        [
+            random.integers(-1, 3, N),
+            random.integers(0, 2, N),
+            random.integers(0, 6, N),
+            random.integers(0, 6, N),
+            random.integers(0, 10, N),
+        ],
+        axis=1,
+    ).astype(np.int32)
+    states = np.zeros((N, D), np.float32)
+    states[:, 0] = (cells[:, 4] == 2) * random.uniform(1, 2, N)
+    states[:, 1] = ((cells[:, 0] == -1) & (cells[:, 1] == 1)) * random.uniform(1, 2, N)
+    states[:, 2] = (cells[:, 2] == 1) * random.uniform(1, 2, N)
+    states[:, 3] = random.uniform(0, 1, N)
+    identity = np.eye(D, dtype=np.float32)
+    zeros = np.zeros(D, np.float32)
+    sae = Sae(identity, zeros, identity, zeros, zeros, 1.0, k=D)
+    numbers = np.arange(N, dtype=np.int32)
+    rows = Rows(states, numbers % 500, numbers, numbers, cells)
+    found = find_features(sae, rows)
+    assert {f.latent: f.attribute.label for f in found} == {
+        0: "red",
+        1: "in the answer",
+        2: "in row 2",
+    }
+    for feature in found:
+        assert feature.share == 1 and len(feature.top) == TOP
+        assert feature.base == pytest.approx(feature.attribute.mask.mean())
+    assert "latent 0: 100% of its top 100 cells are red (of all cells 10%)" in map(str, found)
+
+
+def test_failed_samples_are_paired_with_solved_ones_of_like_length():
+    assert pair_up({"a": 100, "b": 10}, {"x": 11, "y": 90, "z": 500}) == [("b", "x"), ("a", "y")]
+    assert pair_up({"a": 1, "b": 2}, {"x": 5}) == [("a", "x")]
+    assert pair_up({}, {"x": 5}) == []
+
+
+def test_a_contrast_is_the_mean_difference_of_its_pairs(monkeypatch):
+    """Two failed and two solved samples of one token a role, written out."""
+
+    def item(task, correct, value):
+        cells = [[0, 0, 0, 0, 1, 0, 1], [0, 1, 0, 0, 1, 1, 2], [-1, 0, 0, 0, 1, 2, 3]]
+        return {
+            "task_id": task,
+            "sample_idx": 0,
+            "input_ids": np.arange(5, dtype=np.int32),
+            "prompt_length": 4,
+            "cells": np.array([*cells, [-1, 1, 0, 0, 1, 4, 5]], np.int32),
+            "correct": correct,
+            "activations": {"resid_post.0": np.full((5, 2), value, np.float16)},
+        }
+
+    items = [item("a", True, 3), item("b", False, 1), item("c", True, 5), item("d", False, 3)]
+    assert roles_of_tokens(items[0]).tolist() == [0, 1, 2, 4, 3]
+    monkeypatch.setattr("utils.contrast.iter_items", lambda _: iter(items))
+    found = contrast("anywhere")
+    assert found.pairs == [(("b", 0), ("a", 0)), (("d", 0), ("c", 0))]
+    assert found.differences["resid_post.0", "answer"].tolist() == [2, 2]
+    assert found.consistency["resid_post.0", "other"] == pytest.approx(np.sqrt(2))
+    items[:] = items[:1]
+    with pytest.raises(UserError, match="1 solved and 0 failed samples: a contrast needs both"):
+        contrast("anywhere")
