@@ -113,6 +113,12 @@ BAD_VALUES = [
     ({"prompt_format": ""}, "nor a Jinja file"),
     ({"grid_encoding": "hex"}, "--grid_encoding: invalid choice"),
     ({"max_train_pairs": 0}, "--max_train_pairs: 0 is below 1"),
+    ({"augmentations": 0}, "--augmentations: 0 is below 1"),
+    ({"augmentations": "all"}, "--augmentations: 'all' is not a whole number"),
+    (
+        {"augmentations": 3_000_000},
+        "--augmentations 3000000 is more than the 2903040 views that a task with one train pair",
+    ),
     ({"max_model_len": 0}, "--max_model_len: 0 is below 1"),
     ({"max_model_len": 2000}, "--max_model_len 2000 is more than the model's 1024 positions"),
     (
@@ -731,6 +737,7 @@ def test_resume_names_what_differs(refused, run, tiny_model, tasks_file, tmp_pat
         ({"prompt_format": "compact"}, "prompt.format was 'chat', is 'compact'"),
         ({"grid_encoding": "words"}, "prompt.encoding was 'digits', is 'words'"),
         ({"max_train_pairs": None}, "prompt.max_train_pairs was 1, is None"),
+        ({"augmentations": 2}, "prompt.augmentations was None, is 2"),
         ({"layers_to_extract": 0}, "activations.resid_post.1 was {"),
         ({"hook_points": "attn_out"}, "activations.attn_out.0 was None"),
         ({"token_positions": "last"}, "capture.token_positions was 'all', is 'last'"),

@@ -20,6 +20,7 @@ from parity import TOLERANCE, worst_error
 import distributed_inference_with_activations as script
 from utils.errors import UserError
 from utils.extract import run
+from utils.items import sample_key
 from utils.manifest import read_answers, read_manifest
 from utils.prepare import prepare, shard_of
 from utils.request import Request
@@ -86,7 +87,7 @@ def result_of(folder, *parts):
     items = {}
     for part in parts or ("acts",):
         for item in iter_items(folder / part):
-            key = (item["task_id"], item["sample_idx"])
+            key = sample_key(item)
             assert key not in items, f"{key} is stored twice"
             items[key] = item
     return items, json.loads((folder / "submission.json").read_text())
@@ -579,6 +580,21 @@ def test_the_manifest_speaks_of_the_last_start(models, tasks, tmp_path):
     assert manifest["arguments"]["resume"] and len(manifest["devices"]) == 2
     assert manifest["status"] == "complete" and manifest["total_samples"] == 29
     assert manifest["seconds"] > earlier
+
+
+@pytest.mark.slow
+def test_views_over_two_processes(models, tasks, tmp_path):
+    """Each view of each test input once, one of the processes killed on the way."""
+    flags = {"augmentations": 3, **LONG}
+    expected = in_process(models["14-2"], tasks, tmp_path / "one", mesh_shape=[8, 1], **flags)
+    folder = tmp_path / "run"
+    run = start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[2, 1], **flags)
+    run.wait_for(folder, "acts/*_batch_000002.pkl")
+    run.processes[1].kill()
+    run.finish([1, -9])
+    start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[2, 1], resume=True, **flags).finish()
+    assert_same(result_of(folder), expected)
+    assert read_manifest(folder / "acts")["total_samples"] == 3 * 29 == len(expected[0])
 
 
 def test_told_to_stop_before_the_others_came(models, tasks, tmp_path):

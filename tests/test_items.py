@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.items import Sink, checksum, dump, load, shard_bytes, stored_item, to_storage
+from utils.items import (
+    Sink,
+    checksum,
+    dump,
+    load,
+    sample_key,
+    sample_name,
+    shard_bytes,
+    stored_item,
+    to_storage,
+)
 
 
 def item(sample_idx=0, tokens=4, width=3, task_id="task", **changes):
@@ -118,11 +128,38 @@ def test_dtypes_of_a_stored_item():
         ({"sample_idx": True}, "sample_idx"),
         ({"colour": 1}, "colour"),
         ({"input_ids": np.zeros(4)}, "int32"),
+        ({"cells_original": np.zeros((2, 7), int)}, "cells_original"),
+        ({"cells_original": np.zeros((1, 7))}, "int32"),
+        ({"view": 1}, "int as view"),
+        ({"view": {}}, "a view without a number"),
+        ({"view": {"number": True}}, "a view without a number"),
     ],
 )
 def test_misfits_are_refused_where_they_are_made(changes, message):
     with pytest.raises((TypeError, ValueError), match=message):
         stored_item(item(**changes), "float16")
+
+
+VIEW = {"number": 2, "dihedral": 5, "colors": [*range(10)], "pair_order": [0]}
+
+
+def test_an_item_of_an_augmented_run():
+    """Two keys more, each at its place; without them the bytes are those of before."""
+    cells = np.array([[0, 0, 1, 0, 7, 1, 2]])
+    stored = stored_item(item(cells_original=cells, view=VIEW), "float16")
+    keys = [key for key in stored if key not in ("view", "cells_original")]
+    assert keys == list(stored_item(item(), "float16"))
+    assert stored["cells_original"].dtype == np.int32
+    loaded = load(io.BytesIO(dumped([stored])))
+    assert same(stored, loaded[0]) and same(stored, pickle.loads(dumped([stored]))[0])
+
+
+def test_the_key_of_a_sample():
+    assert sample_key(item(3)) == ("task", 3)
+    assert sample_key(item(3, view=VIEW)) == ("task", 3, 2)
+    assert sample_key({"task_id": "a", "sample_idx": 0, "view": 0, "attempts": []}) == ("a", 0, 0)
+    assert sample_name(("a", 1)) == "a, sample 1"
+    assert sample_name(("a", 1, 0)) == "a, sample 1, view 0"
 
 
 def test_only_plain_values_reach_the_disk():
@@ -247,6 +284,10 @@ HOSTILE = {
     "a number": (pickle.dumps(3), "not a list"),
     "a list of numbers": (pickle.dumps([3]), "not a dict"),
     "an item without keys": (pickle.dumps([{"task_id": "x"}]), "lacks sample_idx"),
+    "a view without a number": (
+        pickle.dumps([{**stored_item(item(), "float16"), "view": {"number": "2"}}], 5),
+        "view without a number",
+    ),
     "a list where an array belongs": (
         pickle.dumps([{**stored_item(item(), "float16"), "cells": []}], 5),
         "list as cells",

@@ -1,17 +1,20 @@
 """predictions.json, submission.json and the three conventions of accuracy."""
 
-from utils.scoring import accuracy, answer, predictions, submission
+import pytest
+
+from utils.items import sample_key
+from utils.scoring import accuracy, answer, predictions, submission, vote
 
 A, B, C = [[1, 2]], [[3], [4]], [[5]]
 WRONG = [[9]]
 
 
-def attempt(grid, text="text"):
-    return {"grid": grid, "text": text, "logprob": -1.5}
+def attempt(grid, text="text", logprob=-1.5):
+    return {"grid": grid, "text": text, "logprob": logprob}
 
 
 def answers(*found):
-    return {(a["task_id"], a["sample_idx"]): a for a in found}
+    return {sample_key(a): a for a in found}
 
 
 TARGETS = {"t2": [A, B], "t1": [C], "t3": [None], "t4": [A]}
@@ -89,3 +92,80 @@ def test_only_outputs_with_a_known_target_count():
     found = answers(answer("t", 0, [attempt(A)], A), answer("t", 1, [attempt(B)], None))
     scores = accuracy(predictions({"t": [A, None]}, found))
     assert [(s["solved"], s["total"]) for s in scores.values()] == [(1, 1)] * 3
+
+
+# ------------------------------------------------------------------------------------- voting
+
+
+def voted(*views, target=None):
+    """The one answer to the attempts of each view, given as (grid, logprob); texts are `view.n`."""
+    found = []
+    for number, attempts in enumerate(views):
+        attempts = [attempt(g, f"{number}.{n}", lp) for n, (g, lp) in enumerate(attempts)]
+        found.append(answer("t", 0, attempts, target, number))
+    (key, chosen), *others = vote(answers(*reversed(found))).items()  # whatever their order
+    assert key == ("t", 0) and others == [] and "view" not in chosen
+    return [(a["grid"], a["text"], a["logprob"], a["votes"]) for a in chosen["attempts"]]
+
+
+VOTES = {
+    "the more votes": (
+        ([(A, -1)], [(B, -4)], [(B, -2)], [(C, -9)], [(C, -9)], [(B, -3)]),
+        [(B, "2.0", -3.0, 3), (C, "3.0", -9.0, 2)],
+    ),
+    "of equals the higher mean": (
+        ([(A, -1)], [(A, -8)], [(B, -4)], [(B, -4)]),
+        [(B, "2.0", -4.0, 2), (A, "0.0", -4.5, 2)],
+    ),
+    "then the earlier view": (
+        ([(C, -3)], [(A, -1)], [(B, -1)], [(B, -3)], [(A, -3)]),
+        [(A, "1.0", -2.0, 2), (B, "2.0", -2.0, 2)],
+    ),
+    "then the earlier attempt": (
+        ([(WRONG, -3)], [(B, -1), (A, -1), (C, -1)]),
+        [(B, "1.0", -1.0, 1), (A, "1.1", -1.0, 1)],
+    ),
+    "every attempt of a view is a vote": (
+        ([(A, -1), (B, -5), (B, -7)], [(None, 0), (A, -3), (A, -2)]),
+        [(A, "0.0", -2.0, 3), (B, "0.1", -6.0, 2)],
+    ),
+    "what did not parse has none": (
+        ([(None, 0)], [(None, 0)], [(A, -6)]),
+        [(A, "2.0", -6.0, 1)],
+    ),
+    "nothing parsed": (([(None, -5), (None, -1)], [(None, -2)]), [(None, "0.0", -5, 0)]),
+    "nothing was generated": (([], []), []),
+}
+
+
+@pytest.mark.parametrize("name", VOTES)
+def test_votes(name):
+    views, expected = VOTES[name]
+    assert voted(*views) == expected
+
+
+def test_a_vote_is_correct_when_one_of_its_two_attempts_is():
+    said = [answer("t", 0, [attempt(g)], C, i) for i, g in enumerate([A, A, A, B, B, C])]
+    assert {a["correct"] for a in said[:5]} == {False} and said[5]["correct"] is True
+    assert vote(answers(*said))["t", 0]["correct"] is False  # C comes third
+    assert vote(answers(*said[2:4], said[5]))["t", 0]["correct"] is False
+    assert vote(answers(*said[3:]))["t", 0]["correct"] is True
+    assert vote(answers(answer("t", 0, [], C, 0)))["t", 0]["correct"] is None
+    assert vote(answers(answer("t", 0, [attempt(C)], None, 3)))["t", 0]["correct"] is None
+
+
+def test_votes_become_predictions_and_submission():
+    """Of t2's second output the first view was skipped, of t4 every one."""
+    said = [answer("t2", 0, [attempt(g)], A, i) for i, g in enumerate([B, A, A])]
+    said += [answer("t2", 1, [attempt(g)], B, i) for i, g in ((1, None), (2, B))]
+    chosen = vote(answers(*said))
+    targets = {"t2": [A, B], "t4": [A]}
+    found = predictions(targets, chosen)
+    assert [[a["grid"] for a in s["attempts"]] for s in found["t2"]] == [[A, B], [B]]
+    assert [s["correct"] for s in found["t2"]] == [True, True]
+    assert found["t4"] == [{"sample_idx": 0, "attempts": [], "target": A, "correct": False}]
+    assert accuracy(found)["outputs_solved"]["solved"] == 2
+    assert submission(targets, chosen)["t2"] == [
+        {"attempt_1": A, "attempt_2": B},
+        {"attempt_1": B, "attempt_2": B},
+    ]

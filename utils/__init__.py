@@ -6,6 +6,7 @@ disk        whether a folder can be written, and how much room it has
 jsonfile    a JSON file written item by item that appears when it is whole
 arc         tasks, pairs, grids; reading and writing ARC files
 rows        Hugging Face dataset rows -> tasks
+augment     views of a task: its symmetries, colors and orders of pairs; and back
 encodings   a grid as text, with the span of every cell, and back
 templates   chat templates and Jinja files, filled with placeholders for grids
 prompts     prompt formats: render with cell spans, parse the answer

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import scoring, tokens
+from utils.augment import original_cells
 from utils.batching import Batch, Bucket, pad_rows
 from utils.generate import Decoded, Engine, Prefilled, Sampling, result_specs
 from utils.mesh import use_compilation_cache
@@ -252,13 +253,14 @@ class Computation:
 
 def _sample_key(seed: int, sample: Sample, prediction: int) -> int:
     """What a sample draws does not depend on its place in the dataset or batch; never 0."""
-    text = f"{seed}:{sample.task.task_id}:{sample.sample_idx}:{prediction}"
+    text = ":".join(map(str, (seed, *sample.key, prediction)))
     return zlib.crc32(text.encode()) or 1
 
 
 def to_item(row: Row, prepared: Prepared) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The item of a shard and the answer of `predictions.json`."""
-    request, sample = prepared.request, row.sample
+    """The item of a shard, its grids as the view shows them, and the answer of the journal, its
+    grids as the task has them."""
+    request, sample, view = prepared.request, row.sample, row.sample.view
     P = len(row.prompt_ids)
     cells, attempts, prediction, correct = [row.prompt_cells], [], None, None
     if request.teacher_forcing:
@@ -270,13 +272,14 @@ def to_item(row: Row, prepared: Prepared) -> tuple[dict[str, Any], dict[str, Any
                 prediction = said.grid
                 cells.append(said.cells)
             logprob = float(logprobs.sum(dtype=np.float64))
-            attempts.append({"grid": said.grid, "text": said.text, "logprob": logprob})
+            grid = view.invert(said.grid) if view and said.grid else said.grid
+            attempts.append({"grid": grid, "text": said.text, "logprob": logprob})
         if sample.target is not None:
             correct = prediction == sample.target
     ids = np.concatenate([row.prompt_ids, *row.answers[:1]])
     item = {
-        "task_id": sample.key[0],
-        "sample_idx": sample.key[1],
+        "task_id": sample.original.task_id,
+        "sample_idx": sample.sample_idx,
         "input_ids": ids,
         "prompt_length": P,
         "activations": row.captures,
@@ -292,8 +295,13 @@ def to_item(row: Row, prepared: Prepared) -> tuple[dict[str, Any], dict[str, Any
         item["output_logits"] = row.logits
     if prepared.capture.positions != "all":
         item["positions"] = kept_positions(prepared.capture.positions, P, len(ids))
-    answer = scoring.answer(*sample.key, attempts, sample.target)
-    return item, answer
+    task_id, sample_idx, *number = sample.key
+    if view:
+        dropped = len(sample.original.train) - sample.num_train_pairs
+        item["view"] = view.to_dict()
+        item["cells_original"] = original_cells(item["cells"], view, dropped)
+    target = sample.original.test[sample_idx].output
+    return item, scoring.answer(task_id, sample_idx, attempts, target, *number)
 
 
 def kept_positions(positions: str, prompt_length: int, length: int) -> np.ndarray:

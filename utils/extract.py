@@ -24,7 +24,7 @@ from utils.compute import Computation, Row, Usage, to_item
 from utils.disk import locked
 from utils.errors import UserError
 from utils.finish import finish, last_files, send_the_rest
-from utils.manifest import SampleKey
+from utils.items import SampleKey, sample_name
 from utils.pipeline import Pipeline
 from utils.prepare import Prepared, settings, train_pairs
 from utils.processes import Peers, Sharing
@@ -195,7 +195,8 @@ def _done_by_all(writer: ShardWriter, shared: Sharing, peers: Peers) -> set[Samp
             other = owners[twice[0]]
             raise UserError(
                 f"{folder} of process {index} and {said[other][1]} of process {other} both hold "
-                f"{len(twice)} samples, {twice[0]} for one: move one of the folders away"
+                f"{len(twice)} samples, {sample_name(twice[0])} for one: move one of the folders "
+                "away"
             )
         for host in hosts:
             if host < peers.count and said[host][0] != index:

@@ -12,6 +12,7 @@ from utils import scoring
 from utils.cli import Signals
 from utils.compute import Usage
 from utils.errors import UserError
+from utils.items import sample_key, sample_name
 from utils.manifest import (
     Manifest,
     merge_manifests,
@@ -50,14 +51,15 @@ def finish(
     extra: dict[str, Any] = {"useful_slots": _useful(usages)}
     with signals.shielded():
         if peers.index == 0:
-            answers = {
-                (a["task_id"], a["sample_idx"]): a for part in parts for a in part["answers"]
-            }
+            answers = {sample_key(a): a for part in parts for a in part["answers"]}
             if missing := [s.key for s in prepared.samples if s.key not in answers]:
                 raise UserError(
                     f"the answers to {len(missing)} samples are in none of the folders, the first "
-                    f"{missing[0]}: bring the folder of the process that made them, or --overwrite"
+                    f"to {sample_name(missing[0])}: bring the folder of the process that made "
+                    "them, or --overwrite"
                 )
+            if request.augmentations > 1:
+                answers = scoring.vote(answers)
             targets = {t.task_id: [pair.output for pair in t.test] for t in prepared.tasks}
             predictions = scoring.predictions(targets, answers, generated=request.generates)
             if request.generates:

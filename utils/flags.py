@@ -136,6 +136,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="take the first so many train pairs of a task (default: all)",
     )
     group.add_argument(
+        "--augmentations",
+        metavar="N",
+        type=int_at_least(1),
+        default=Request.augmentations,
+        help="run each test input in N views, at N times the cost: as it is, then with the whole "
+        "task turned or mirrored (any 8 in a row hold all 8 ways), its colors permuted (black "
+        "stays black) and its train pairs shuffled, as --seed draws it; answers are mapped back "
+        "and voted into two attempts, and each item records its view",
+    )
+    group.add_argument(
         "--max_model_len",
         type=int_at_least(1),
         help="tokens of prompt and answer together; a longer prompt loses its first train pairs "
@@ -163,7 +173,12 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         help="of the answers after the first, or of the only one (default: 0, greedy, for one "
         "answer; 0.7 for those after the first)",
     )
-    group.add_argument("--seed", type=int, default=Request.seed, help="of the random draws")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=Request.seed,
+        help="of the random draws, also those of the views",
+    )
     group.add_argument(
         "--teacher_forcing",
         action="store_true",

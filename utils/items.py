@@ -18,10 +18,12 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 
+SampleKey = tuple[str, int] | tuple[str, int, int]  # task_id, sample_idx, number of the view
 CELL_COLUMNS = ("pair", "role", "row", "col", "color", "token_start", "token_stop")
 _TYPES: dict[str, type | tuple[type, ...]] = {  # in the order of storage
     "task_id": str,
     "sample_idx": int,
+    "view": dict,  # of an augmented run: `number`, `dihedral`, `colors`, `pair_order`
     "input_ids": np.ndarray,  # int32 [T]
     "prompt_length": int,
     "positions": np.ndarray,  # int32 [R], absent when every token has a row
@@ -29,15 +31,34 @@ _TYPES: dict[str, type | tuple[type, ...]] = {  # in the order of storage
     "output_logits": np.ndarray,  # [1, V], absent under --no_logits
     "output_logprobs": np.ndarray,  # float32 [T - prompt_length]
     "cells": np.ndarray,  # int32 [C, 7]
+    "cells_original": np.ndarray,  # int32 [C, 7], of an augmented run
     "num_train_pairs": int,
-    "prediction": (list, NoneType),
+    "prediction": (list, NoneType),  # this and `target` as the view shows them
     "target": (list, NoneType),
     "correct": (bool, NoneType),
     "teacher_forced": bool,
 }
-_OPTIONAL = {"positions", "output_logits"}
+_OPTIONAL = {"view", "positions", "output_logits", "cells_original"}
 _INTEGERS = {key for key, kind in _TYPES.items() if kind is int}
 _CHUNK = 1 << 20  # bytes; checksummed, then written, while still in the cache
+
+
+def sample_key(entry: dict[str, Any]) -> SampleKey:
+    """The sample that an item, an answer of the journal or an entry of what was skipped is of.
+
+    The views of an augmented run are samples of their own: an item holds its view whole, the others
+    its number. Raises KeyError or TypeError for anything else.
+    """
+    key = entry["task_id"], entry["sample_idx"]
+    if (view := entry.get("view")) is None:
+        return key
+    return (*key, view["number"] if isinstance(view, dict) else view)
+
+
+def sample_name(key: SampleKey) -> str:
+    """`task1, sample 0`, or with its view `task1, sample 0, view 2`."""
+    words = zip(("{}", "sample {}", "view {}"), key, strict=False)
+    return ", ".join(word.format(part) for word, part in words)
 
 
 def to_storage(array: Any, dtype: str) -> np.ndarray:
@@ -65,7 +86,7 @@ def stored_item(item: dict[str, Any], activation_dtype: str) -> dict[str, Any]:
     mistake of the program's, never of the user's. A copy is made only of what is not stored as is.
     """
     item = dict(item)
-    for key in ("input_ids", "positions", "cells"):
+    for key in ("input_ids", "positions", "cells", "cells_original"):
         if key in item:
             array = np.asarray(item[key])
             item[key] = np.ascontiguousarray(array.astype(np.int32, "C", "same_kind", copy=False))
@@ -81,6 +102,8 @@ def stored_item(item: dict[str, Any], activation_dtype: str) -> dict[str, Any]:
     shapes = {name: len(array) == rows for name, array in item["activations"].items()}
     shapes["output_logprobs"] = item["output_logprobs"].shape == (tokens - item["prompt_length"],)
     shapes["cells"] = item["cells"].shape[1:] == (len(CELL_COLUMNS),)
+    if "cells_original" in item:
+        shapes["cells_original"] = item["cells_original"].shape == item["cells"].shape
     if wrong := [name for name, fits in shapes.items() if not fits]:
         raise ValueError(f"{item['task_id']}: {', '.join(wrong)} do not fit its {tokens} tokens")
     return {key: item[key] for key in _TYPES if key in item}
@@ -100,6 +123,8 @@ def check_items(items: Any) -> None:
         for key, value in item.items():
             if not isinstance(value, _TYPES[key]) or (isinstance(value, bool) and key in _INTEGERS):
                 raise TypeError(f"item {index} holds a {type(value).__name__} as {key}")
+        if "view" in item and type(item["view"].get("number")) is not int:
+            raise TypeError(f"item {index} holds a view without a number")
         for name, array in item["activations"].items():
             if not isinstance(name, str) or not isinstance(array, np.ndarray):
                 raise TypeError(f"item {index}: activations[{name!r}] is not an array")

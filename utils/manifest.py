@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.items import Sink
+from utils.items import SampleKey, Sink, sample_key, sample_name
 from utils.places import place_of
 
 FORMAT_VERSION = 1
@@ -27,7 +27,6 @@ _TIMINGS = ("seconds", "compile_seconds", "tokens_per_second")
 _ENTRY = {"samples", "size_bytes", "crc32c", "uploaded"}
 
 Manifest = dict[str, Any]
-SampleKey = tuple[str, int]  # task_id, sample_idx
 
 
 def stem(name: str) -> str | None:
@@ -94,12 +93,12 @@ def merge_manifests(manifests: dict[str, Manifest]) -> Manifest:
             files[entry["filename"]] = entry
     owners: dict[SampleKey, str] = {}
     for name, entry in files.items():
-        for task, index in entry["samples"]:
-            if (other := owners.setdefault((task, index), name)) != name:
+        for key in map(tuple, entry["samples"]):
+            if (other := owners.setdefault(key, name)) != name:
                 raise UserError(
-                    f"{other} and {name} both hold {task}, sample {index}: not one run's shards"
+                    f"{other} and {name} both hold {sample_name(key)}: not one run's shards"
                 )
-    skipped = {(s["task_id"], s["sample_idx"]): s for m in ordered for s in m["skipped"]}
+    skipped = {sample_key(s): s for m in ordered for s in m["skipped"]}
     merged = manifests.get("metadata.json")
     parts = [m for m in ordered if m is not merged]
     seconds, compile_seconds, tokens = map(max, zip(*map(timing, ordered), strict=True))
@@ -206,13 +205,13 @@ def read_answers(folder: str | Path, all_here: bool = True) -> dict[SampleKey, d
             continue
         if host not in journals:
             journals[host] = _read_journal(journal)
-        for task, index in entry["samples"]:
-            if (task, index) not in journals[host]:
+        for key in map(tuple, entry["samples"]):
+            if key not in journals[host]:
                 raise UserError(
-                    f"{journal} lacks the answer to {task}, sample {index}: put the file back, or "
+                    f"{journal} lacks the answer to {sample_name(key)}: put the file back, or "
                     "--overwrite"
                 )
-            answers[task, index] = journals[host][task, index]
+            answers[key] = journals[host][key]
     return answers
 
 
@@ -220,7 +219,7 @@ def _read_journal(path: Path) -> dict[SampleKey, dict[str, Any]]:
     try:
         *lines, _torn = path.read_bytes().split(b"\n")
         answers = map(json.loads, lines)  # of a sample that was computed twice, the last counts
-        return {(answer["task_id"], answer["sample_idx"]): answer for answer in answers}
+        return {sample_key(answer): answer for answer in answers}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -19,6 +19,7 @@ from utils import scoring
 from utils.cli import Parser, Signals
 from utils.disk import check_writable
 from utils.errors import UserError
+from utils.items import sample_key
 from utils.manifest import (
     Manifest,
     differences,
@@ -207,9 +208,10 @@ def _link(source: Path, target: Path) -> None:
 def submission(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Kaggle's submission, of the answers in a merged folder; skipped samples are unsolved."""
     answers = read_answers(folder)
-    skipped = [(entry["task_id"], entry["sample_idx"]) for entry in manifest["skipped"]]
     counts: dict[str, int] = {}
-    for task, index in [*answers, *skipped]:
+    for task, index, *_ in [*answers, *map(sample_key, manifest["skipped"])]:
         counts[task] = max(counts.get(task, 0), index + 1)
     targets = {task: [None] * counts[task] for task in sorted(counts)}
+    if manifest["prompt"].get("augmentations", 1) > 1:
+        answers = scoring.vote(answers)
     return scoring.submission(targets, answers)

@@ -8,7 +8,7 @@ import collections
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import arc, tokens
+from utils.augment import View, views
 from utils.batching import Batch, Length, Limits, plan_batches
 from utils.capture import CaptureSpec
 from utils.cloud import BucketFolder, Receipt
@@ -26,6 +27,7 @@ from utils.config import ModelConfig
 from utils.disk import check_writable
 from utils.errors import UserError
 from utils.fetch import localized, speaking_of
+from utils.items import SampleKey
 from utils.layout import Layout
 from utils.manifest import differences, some, stem
 from utils.memory import Workload, choose_model_axis, device_bytes, rows_that_fit
@@ -38,20 +40,32 @@ from utils.weights import Checkpoint
 
 @dataclass(frozen=True)
 class Sample:
-    """One test input of a task, and how much of the task its prompt holds."""
+    """One test input of a task in one view, and how much of the task its prompt holds.
 
-    task: arc.Task
+    original: the task as the dataset has it. view: None where a run is not augmented.
+    """
+
+    original: arc.Task
     sample_idx: int
     num_train_pairs: int
     length: Length
+    view: View | None = None
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.task.task_id, self.sample_idx
+    def key(self) -> SampleKey:
+        key = self.original.task_id, self.sample_idx
+        return (*key, self.view.number) if self.view else key
+
+    @property
+    def task(self) -> arc.Task:
+        """As the model is shown it; made anew, so that a dataset is in memory once."""
+        return self.view.show_task(self.original) if self.view else self.original
 
     @property
     def target(self) -> arc.Grid | None:
-        return self.task.test[self.sample_idx].output
+        """As the model is expected to say it."""
+        output = self.original.test[self.sample_idx].output
+        return self.view.show(output) if self.view and output else output
 
 
 @dataclass
@@ -249,7 +263,7 @@ def tasks_hash(tasks: Sequence[arc.Task]) -> str:
 def train_pairs(prepared: Prepared) -> dict[str, int]:
     """How many train pairs the samples' tasks have, how many their prompts keep, and how many
     samples keep fewer than there are, for want of room."""
-    there = [len(sample.task.train) for sample in prepared.samples]
+    there = [len(sample.original.train) for sample in prepared.samples]
     kept = [sample.num_train_pairs for sample in prepared.samples]
     shortened = sum(k < n for k, n in zip(kept, there, strict=True))
     return {"available": sum(there), "kept": sum(kept), "samples_shortened": shortened}
@@ -341,16 +355,19 @@ def plan_samples(
     request: Request,
     max_model_len: int,
 ) -> tuple[list[Sample], list[dict[str, Any]]]:
-    """Every test input as a sample, with as many train pairs as fit, or skipped with a reason."""
+    """Every test input in every view as a sample, with as many train pairs as fit, or skipped with
+    a reason."""
     samples, skipped = [], []
-    for task in tqdm(tasks, desc="tokenising", unit=" tasks", disable=len(tasks) < 200):
+    few = len(tasks) * request.augmentations < 200
+    for original, view in _shown(tqdm(tasks, "tokenising", unit=" tasks", disable=few), request):
+        task = view.show_task(original) if view else original
         for index, pair in enumerate(task.test):
             reserved = request.max_output_tokens
             answer = 0
             if request.teacher_forcing:
                 if pair.output is None:
                     reason = "no ground truth to force"
-                    skipped.append(_skip(task, index, reason))
+                    skipped.append(_skip(task, index, view, reason))
                     continue
                 answer = reserved = len(tokens.encode_answer(fmt, pair.output, tokenizer)[0])
             wanted = len(task.train)
@@ -358,15 +375,25 @@ def plan_samples(
                 prompt = len(tokens.encode(fmt.render(task, index, pairs), tokenizer)[0])
                 if prompt + reserved <= max_model_len:
                     expected = 0 if request.teacher_forcing else expected_cells(task, index)
-                    samples.append(Sample(task, index, pairs, Length(prompt, answer, expected)))
+                    length = Length(prompt, answer, expected)
+                    samples.append(Sample(original, index, pairs, length, view))
                     break
             else:
                 reason = (
                     f"does not fit in {max_model_len} tokens: {prompt} of the prompt with the last "
                     f"train pair alone, {reserved} for the answer"
                 )
-                skipped.append(_skip(task, index, reason))
+                skipped.append(_skip(task, index, view, reason))
     return samples, skipped
+
+
+def _shown(tasks: Iterable[arc.Task], request: Request) -> Iterator[tuple[arc.Task, View | None]]:
+    """Each task with each of its views; with None where a run is not augmented."""
+    for task in tasks:
+        if request.augmentations == 1:
+            yield task, None
+        else:
+            yield from ((task, view) for view in views(task, request.augmentations, request.seed))
 
 
 def expected_cells(task: arc.Task, index: int) -> int:
@@ -381,8 +408,9 @@ def expected_cells(task: arc.Task, index: int) -> int:
     return round(cells(task.test[index].input) * made / seen) if seen else 0
 
 
-def _skip(task: arc.Task, index: int, reason: str) -> dict[str, Any]:
-    return {"task_id": task.task_id, "sample_idx": index, "reason": reason}
+def _skip(task: arc.Task, index: int, view: View | None, reason: str) -> dict[str, Any]:
+    number = {"view": view.number} if view else {}
+    return {"task_id": task.task_id, "sample_idx": index, **number, "reason": reason}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -422,6 +450,8 @@ def settings(prepared: Prepared, peers: Peers) -> dict[str, Any]:
             "template_hash": prepared.fmt.template_hash,
             "max_train_pairs": request.max_train_pairs,
             "max_model_len": prepared.max_model_len,
+            # Where there is but one view nothing is said, as in the manifests of earlier runs.
+            **({"augmentations": request.augmentations} if request.augmentations > 1 else {}),
         },
         "activations": {
             name: {

@@ -24,7 +24,7 @@ def print_plan(prepared: Prepared) -> None:
     model = prepared.uris.get(request.model_path, request.model_path)
     print(f"model         {model}: {prepared.config.model_type}, {prepared.dtype}")
     print(f"tasks         {len(prepared.tasks)}")
-    print(f"samples       {len(prepared.samples)}")
+    print(f"samples       {len(prepared.samples)}{_views(prepared)}")
     print_shortfalls(prepared)
     print(f"prompt tokens {sum(length.prompt for length in lengths)}")
     layout = prepared.layout
@@ -48,6 +48,11 @@ def print_plan(prepared: Prepared) -> None:
     except UserError as error:
         print(f"would be refused: {error}")
     print("dry run: nothing was written")
+
+
+def _views(prepared: Prepared) -> str:
+    number = prepared.request.augmentations
+    return f", each test input in {number} views" if number > 1 else ""
 
 
 def print_placements(prepared: Prepared) -> None:
@@ -89,7 +94,8 @@ def print_summary(prepared: Prepared, manifest: dict[str, Any]) -> None:
     request = prepared.request
     if not manifest:
         return
-    print(f"tasks         {len(prepared.tasks)}, samples {manifest['total_samples']}")
+    samples = f"{manifest['total_samples']}{_views(prepared)}"
+    print(f"tasks         {len(prepared.tasks)}, samples {samples}")
     print_shortfalls(prepared)
     if scores := manifest.get("scores"):
         names = {

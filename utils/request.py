@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from utils.augment import MOST_VIEWS
 from utils.cloud import is_uri, parse_uri
 from utils.errors import UserError
 
@@ -31,6 +32,7 @@ class Request:
     prompt_format: str = "chat"
     grid_encoding: str = "digits"
     max_train_pairs: int | None = None
+    augmentations: int = 1
     max_model_len: int | None = None
     max_output_tokens: int = 1100
     temperature: float | None = None
@@ -100,6 +102,11 @@ class Request:
             raise UserError(
                 f"--shard_id {self.shard_id} does not exist: of --num_shards {self.num_shards} "
                 f"the ids are 0..{self.num_shards - 1}"
+            )
+        if self.augmentations > MOST_VIEWS:
+            raise UserError(
+                f"--augmentations {self.augmentations} is more than the {MOST_VIEWS} views that a "
+                "task with one train pair has: lower it"
             )
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run, --overwrite replaces it: give one of them")

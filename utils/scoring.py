@@ -1,32 +1,72 @@
 """Answers -> predictions.json, submission.json, and accuracy in the three conventions in use."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.arc import Grid
+from utils.items import SampleKey
 
-SampleKey = tuple[str, int]  # task_id, sample_idx
 # task_id -> the true output of each test input, None where unknown; in the order of writing
 Targets = Mapping[str, Sequence[Grid | None]]
 Answers = Mapping[SampleKey, dict[str, Any]]
 
 
 def answer(
-    task_id: str, sample_idx: int, attempts: list[dict[str, Any]], target: Grid | None
+    task_id: str,
+    sample_idx: int,
+    attempts: list[dict[str, Any]],
+    target: Grid | None,
+    view: int | None = None,
 ) -> dict[str, Any]:
     """The answer to one test input, as the journal of a run keeps it.
 
     attempts: each `grid` (None where it did not parse), `text` and `logprob`, summed over the
-    answer's tokens; none when nothing was generated, and then `correct` is None.
+    answer's tokens; none when nothing was generated, and then `correct` is None. view: number of
+    the view in which an augmented run asked; grids are those of the task itself all the same, and
+    `text` is what the model said.
     """
     correct = _solved(attempts, target) if attempts and target is not None else None
     return {
         "task_id": task_id,
         "sample_idx": sample_idx,
+        **({} if view is None else {"view": view}),
         "attempts": attempts,
         "target": target,
         "correct": correct,
     }
+
+
+def vote(answers: Answers) -> Answers:
+    """The answers in all views of an augmented run -> one to each (task_id, sample_idx).
+
+    Each attempt in each view is a vote for its grid. The two grids with the most votes become the
+    attempts; among equals the higher mean logprob comes first, then the earlier view. Their
+    `logprob` is the mean over the votes, `text` that of the vote with the highest, `votes` their
+    number. Where nothing parsed, the attempt is that in the first view, with 0 votes.
+    """
+    by_sample: dict[SampleKey, list[dict[str, Any]]] = {}
+    for key in sorted(answers):  # the views of a sample in their order
+        by_sample.setdefault(key[:2], []).append(answers[key])
+    voted = {}
+    for key, said in by_sample.items():
+        attempts = [attempt for found in said for attempt in found["attempts"]]
+        votes: dict[str, list[dict[str, Any]]] = {}
+        for attempt in attempts:
+            if attempt["grid"] is not None:
+                votes.setdefault(json.dumps(attempt["grid"]), []).append(attempt)
+        # Sorting is stable, and the grids are in the order of their first votes.
+        ranked = sorted(map(_elected, votes.values()), key=lambda c: (-c["votes"], -c["logprob"]))
+        unparsed = [{**attempt, "votes": 0} for attempt in attempts[:1]]
+        voted[key] = answer(*key, ranked[:2] or unparsed, said[0]["target"])
+    return voted
+
+
+def _elected(votes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The attempt that stands for all that gave the same grid."""
+    best = max(votes, key=lambda attempt: attempt["logprob"])
+    mean = sum(attempt["logprob"] for attempt in votes) / len(votes)
+    return {**best, "logprob": mean, "votes": len(votes)}
 
 
 def predictions(

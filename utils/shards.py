@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from utils.errors import UserError
-from utils.items import checksum, load
+from utils.items import checksum, load, sample_key
 from utils.manifest import read_manifest
 from utils.places import LocalFolder, Place, place_of, split
 
@@ -81,7 +81,7 @@ def _load_verified(file: BinaryIO, path: str, entry: dict[str, Any] | None) -> l
         if entry:
             _verify(file, entry)
         items = load(file)
-        if entry and [[item["task_id"], item["sample_idx"]] for item in items] != entry["samples"]:
+        if entry and [list(sample_key(item)) for item in items] != entry["samples"]:
             raise pickle.UnpicklingError("it holds other samples than its manifest says")
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {error}") from error

@@ -13,7 +13,7 @@ from utils.arc import MAX_SIDE
 from utils.compute import encode_row, kept_positions, to_item
 from utils.disk import free_bytes
 from utils.errors import UserError
-from utils.manifest import SampleKey
+from utils.items import SampleKey
 from utils.prepare import Prepared
 from utils.writer import planned_shards
 
@@ -49,7 +49,8 @@ def planned_items(prepared: Prepared, process: int) -> Iterator[dict[str, Any] |
             item = to_item(row, prepared)[0]
             if request.generates:
                 cells = min(A, MAX_SIDE**2)
-                item["cells"] = np.concatenate([item["cells"], np.zeros((cells, 7), np.int32)])
+                for key in {"cells", "cells_original"} & item.keys():
+                    item[key] = np.concatenate([item[key], np.zeros((cells, 7), np.int32)])
                 item["prediction"] = [[0] * MAX_SIDE] * -(-cells // MAX_SIDE)
             yield item
 

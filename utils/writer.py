@@ -18,10 +18,13 @@ from utils.disk import check_writable, free_bytes
 from utils.errors import UserError
 from utils.items import (
     CELL_COLUMNS,
+    SampleKey,
     Sink,
     array_bytes,
     dump,
     float16_overflows,
+    sample_key,
+    sample_name,
     shard_bytes,
     stored_item,
 )
@@ -29,7 +32,6 @@ from utils.manifest import (
     FORMAT_VERSION,
     SHARD,
     Manifest,
-    SampleKey,
     json_lines,
     owner_of,
     read_manifests,
@@ -179,7 +181,7 @@ class ShardWriter:
         owners = {owner_of(entry["filename"]) for entry in here} - {""}
         self.hosts = sorted(int(owner.removeprefix("_host")) for owner in owners)
         self._listed = {entry["filename"] for entry in run["files"]}
-        self.done: set[SampleKey] = {(t, i) for entry in here for t, i in entry["samples"]}
+        self.done: set[SampleKey] = {tuple(key) for entry in here for key in entry["samples"]}
         taken = filter(SHARD.fullmatch, {*self._listed, *self.elsewhere.names})
         named = [SHARD.fullmatch(name).groups() for name in taken]
         numbers = [int(number) for suffix, number in named if (suffix or "") == self._suffix]
@@ -243,9 +245,10 @@ class ShardWriter:
         that was added before.
         """
         item = stored_item(item, self.activation_dtype)
-        key = (item["task_id"], item["sample_idx"])
-        if key in self.done or key != (answer["task_id"], answer["sample_idx"]):
-            raise ValueError(f"{key} is stored already, or the answer is another sample's")
+        key = sample_key(item)
+        if key in self.done or key != sample_key(answer):
+            name = sample_name(key)
+            raise ValueError(f"{name} is stored already, or the answer is another sample's")
         line = json.dumps(answer) + "\n"
         if self._open.lacks_room_for(item):
             self.close_shard()
@@ -272,7 +275,7 @@ class ShardWriter:
                 "float16_overflows": sum(
                     float16_overflows(i, self.activation_dtype) for i in items
                 ),
-                "samples": [[item["task_id"], item["sample_idx"]] for item in items],
+                "samples": [list(sample_key(item)) for item in items],
                 "uploaded": False,
             }
             self._append_answers()
@@ -297,7 +300,8 @@ class ShardWriter:
         self._failure = UserError(f"{self.folder} was given up", exit_code=1)
 
     def set_skipped(self, skipped: list[dict[str, Any]]) -> None:
-        """All samples left out so far: `task_id`, `sample_idx`, `reason`."""
+        """All samples left out so far: `task_id`, `sample_idx`, `reason`, and with augmentations
+        `view`."""
         self._skipped = skipped
 
     def update_timing(self, seconds: float, compile_seconds: float, tokens: int) -> None:
