@@ -360,5 +360,18 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> None:
     train(args, signals)
 
 
+def keep_memory() -> None:
+    """Starts this script again with an allocator that keeps what is freed: glibc gives a step's
+    gigabytes of temporary arrays back to the system, which a CPU takes a third of its time for."""
+    kept = {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    }
+    if sys.platform == "linux" and not kept.keys() & os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
+
+
 if __name__ == "__main__":
+    keep_memory()
     cli.run(main, build_parser())

@@ -44,3 +44,23 @@ def test_upload_overhead(tiny_model, tasks_file):
     assert result.returncode == 0, result.stderr
     for words in ("cost in time", "memory, 100 MB", "memory,   8 MB"):
         assert words in result.stdout
+
+
+@pytest.mark.slow
+def test_loader_speed():
+    result = run_script(
+        *("benchmarks/loader_speed.py", "--gigabytes", 0.05, "--width", 64, "--repeats", 1),
+        *("--shuffle_buffer", 10_000),
+    )
+    assert result.returncode == 0, result.stderr
+    for words in ("no more", "in order", "shuffled", "output cells alone"):
+        assert words in result.stdout
+
+
+@pytest.mark.slow
+def test_arc_tiny_accuracy():
+    flags = ["--num_tasks", 32, "--augmentations", 2]
+    result = run_script("benchmarks/arc_tiny_accuracy.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "| family | tasks | one attempt | two attempts | two voted of 2 views |" in result.stdout
+    assert "| **all** | 32 |" in result.stdout

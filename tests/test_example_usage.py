@@ -24,19 +24,16 @@ FILES = [
     "mesh/activations/activations_batch_000001.pkl",
     "mesh/activations/metadata.json",
     "mesh/submission.json",
-    "model/config.json",
-    "model/model.safetensors",
-    "model/tokenizer.json",
-    "picture.png",
+    "report.html",
+    "results/activations/activation_stats.json",
     "results/activations/activations_batch_000001.pkl",
-    "results/activations/activations_batch_000002.pkl",
+    "results/activations/activations_batch_000004.pkl",
     "results/activations/metadata.json",
     "results/predictions.json",
-    "rows.jsonl",
-    "teacher_forced/activations/activations_batch_000001.pkl",
-    "teacher_forced/activations/metadata.json",
-    "teacher_forced/predictions.json",
+    "sae/config.json",
+    "sae/sae.safetensors",
 ]
+STATED = 0.8  # of the example's tasks are solved at least, says README.md
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,15 +63,14 @@ def test_it_writes_every_file_and_records_it(ran):
     assert json.loads(made.pop(example_usage.RECORD)).keys() == made.keys()
 
 
-def test_it_prints_commands_shapes_and_that_the_weights_are_random(ran):
+def test_it_prints_commands_shapes_and_cells(ran):
     folder, result = ran
     out = result.stdout
-    commands = re.findall(r"^\$ python (?:\S*/)?(\w+\.py)", out, re.M)
+    commands = re.findall(r"^(?:\$| ) (?:\S+=\S+ )*python (?:\S*/)?(\w+\.py)", out, re.M)
     inference = "simple_extraction_inference.py"
-    scripts = ["test_transformation.py", "transform_hf_to_arc.py", *[inference] * 3]
+    mesh = "distributed_inference_with_activations.py"
+    scripts = ["test_transformation.py", "transform_hf_to_arc.py", inference, mesh, inference]
     assert commands == scripts  # the last one is for the user's own model
-    assert re.search(r"duplicates +1\b", out) and re.search(r"invalid rows +1\b", out)
-    assert "weights above are random" in out and "YOUR_MODEL_PATH" in out
 
     items = {item["task_id"]: item for item in iter_items(folder / "results" / "activations")}
     item = items[re.search(r"  task_id +(\w+)", out)[1]]
@@ -84,9 +80,7 @@ def test_it_prints_commands_shapes_and_that_the_weights_are_random(ran):
         assert re.search(
             rf"  {re.escape(key)} +{array.dtype} {re.escape(str([*array.shape]))}", out
         )
-    vocabulary = item["output_logits"].shape[1]
-    assert f"({len(items)}, {vocabulary})" in out
-
+    assert f"({len(items)}, {item['output_logits'].shape[1]})" in out
     tokens = re.findall(r"^ +(\d+) +(\d+)  '\d'((?: +-?\d+){5})$", out, re.M)
     assert len(tokens) >= 4
     for token, token_id, cell in tokens:
@@ -95,37 +89,91 @@ def test_it_prints_commands_shapes_and_that_the_weights_are_random(ran):
         assert cell in item["cells"].tolist()
 
 
+def test_the_model_that_ships_solves_what_it_is_said_to(ran):
+    folder, result = ran
+    scores = json.loads((folder / "results/activations/metadata.json").read_text())["scores"]
+    assert scores["outputs_solved"]["total"] == 200
+    assert scores["outputs_solved"]["share"] >= STATED
+    said = f"{scores['outputs_solved']['share']:.1%} ({scores['outputs_solved']['solved']} of 200)"
+    assert said in result.stdout
+    assert said in (ROOT / "README.md").read_text()
+    size = sum(path.stat().st_size for path in (ROOT / "examples" / "arc_tiny").iterdir())
+    assert size < 8e6
+
+
+def test_the_autoencoder_and_its_features_are_what_they_are_said_to_be(ran):
+    folder, result = ran
+    held_out = json.loads((folder / "sae" / "config.json").read_text())["held_out"]
+    assert held_out["explained_variance"] >= 0.9
+    assert 0 < held_out["l0"] <= 32
+    assert held_out["dead_fraction"] < 0.1
+    features = re.findall(r"latent (\d+): (\d+)% of its top (\d+) cells are (.+) \(", result.stdout)
+    assert len(features) >= 3
+    assert all(int(share) >= 90 and int(top) == 100 for _, share, top, _ in features)
+    assert len({label for *_, label in features}) == len(features)
+
+
+def test_the_mesh_gives_the_same_answers(ran):
+    same, total = re.search(
+        r"(\d+) of (\d+) answers are those of one device", ran[1].stdout
+    ).groups()
+    assert same == total == str(example_usage.MESH_TASKS)
+
+
 def test_it_shows_progress_and_no_warning(ran):
     _, result = ran
     assert "rows/s" in result.stderr and "tokens/s" in result.stderr
     lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line]
-    assert all(re.match(r"inference:|\d+ ?rows|\d+ rows|planning", line) for line in lines), lines
+    known = r"inference:|\d+ ?rows|\d+ rows|planning|tokenising|statistics|reading|training the SAE"
+    known += r"|left out \d+ special tokens"
+    assert all(re.match(known, line) for line in lines), lines
 
 
-def test_the_teacher_forced_answers_have_a_cell_for_each_cell_of_the_target(ran):
-    for item in iter_items(ran[0] / "teacher_forced" / "activations"):
-        answer = item["cells"][(item["cells"][:, 0] == -1) & (item["cells"][:, 1] == 1)]
-        colors, norms = example_usage.cell_grids(item, "resid_post.3", 1)
-        assert len(answer) == np.size(item["target"])
-        assert colors.tolist() == item["target"]
-        start, stop = answer[0, 5:]
-        rows = item["activations"]["resid_post.3"][start:stop].astype(np.float32)
-        assert norms[0, 0] == pytest.approx(np.linalg.norm(rows, axis=1).mean())
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+LOOK = """() => {
+  const wide = document.documentElement.scrollWidth - window.innerWidth;
+  const cards = [...document.querySelectorAll('.card')];
+  const clipped = [...document.querySelectorAll('h1,h2,h3,p,figcaption,td,th,b,span')].filter(e => {
+    const box = e.getBoundingClientRect();
+    const scrolls = e.closest('.scroll');
+    return !scrolls && e.textContent.trim() && (box.right > window.innerWidth + 1 || box.left < -1);
+  }).map(e => e.textContent);
+  return {
+    wide, clipped,
+    cards: cards.length,
+    empty: cards.filter(c => !c.innerText.trim() || !c.querySelector('svg,table')).length,
+    flat: [...document.querySelectorAll('svg')].filter(s => {
+      const box = s.getBoundingClientRect(); return box.width < 8 || box.height < 8;
+    }).length,
+    pictures: document.querySelectorAll('svg').length,
+    small: [...document.querySelectorAll('p,figcaption,td,span')].filter(
+      e => parseFloat(getComputedStyle(e).fontSize) < 12).length,
+    titles: [...document.querySelectorAll('h2')].map(e => e.innerText),
+  };
+}"""
 
 
-def test_the_picture_is_a_picture(ran):
-    from matplotlib.image import imread
-
-    from utils.encodings import PALETTE
-
-    pixels = np.round(imread(ran[0] / "picture.png")[..., :3] * 255).astype(int)
-    assert pixels.shape[0] >= 700 and pixels.shape[1] >= 1000
-    colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    shown = {tuple(color) for color, count in zip(colors, counts, strict=True) if count > 300}
-    palette = {tuple(PALETTE[i : i + 3]) for i in range(0, 30, 3)}
-    assert palette <= shown and len(colors) > 100 and len(shown - palette) > 10
-    edge = np.concatenate([pixels[[0, -1]].reshape(-1, 3), pixels[:, [0, -1]].reshape(-1, 3)])
-    assert (edge == 255).all()  # nothing is cut off
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_the_report_in_a_browser(ran, tmp_path, width, height):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    requests, complaints = [], []
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto((ran[0] / "report.html").as_uri())
+        found = page.evaluate(LOOK)
+        page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+        browser.close()
+    assert requests == [(ran[0] / "report.html").as_uri()] and not complaints
+    assert found["wide"] <= 0 and not found["clipped"]
+    assert found["cards"] >= 10 and found["pictures"] > 100
+    assert not found["empty"] and not found["flat"] and not found["small"]
+    assert len(found["titles"]) == 4
 
 
 def test_a_second_run_is_refused_and_changes_nothing(copy):
@@ -141,11 +189,11 @@ def test_overwrite_deletes_what_the_example_made_and_nothing_else(copy):
     (copy / "results" / "mine.json").write_text("{}")
     example_usage.clear(copy, overwrite=True)
     assert contents(copy) == {"notes.txt": b"mine", "results/mine.json": b"{}"}
-    assert not (copy / "model").exists() and not (copy / "teacher_forced").exists()
+    assert not (copy / "sae").exists() and not (copy / "mesh").exists()
 
 
 def test_overwrite_refuses_what_was_changed_since_or_made_by_others(copy, tmp_path):
-    (copy / "model" / "config.json").write_text("{}")
+    (copy / "sae" / "config.json").write_text("{}")
     (tmp_path / "other" / "results").mkdir(parents=True)
     (tmp_path / "other" / "results" / "predictions.json").write_text("{}")
     for folder, name in ((copy, "config.json"), (tmp_path / "other", "predictions.json")):

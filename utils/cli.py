@@ -154,7 +154,6 @@ def run(
             "httpx2",
             "datasets",
             "transformers",
-            "matplotlib",
             "absl",
             "filelock",
             "urllib3",

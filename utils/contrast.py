@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.items import sample_key
 from utils.shards import iter_items
 
 ROLES = ("train input", "train output", "test input", "answer", "other")
@@ -69,8 +70,7 @@ def contrast(folder: str | Path) -> Contrast:
     for item in iter_items(folder):
         if item["correct"] is None:
             continue
-        view = (item["view"]["number"],) if "view" in item else ()
-        key = (item["task_id"], item["sample_idx"], *view)
+        key = sample_key(item)
         lengths[item["correct"]][key] = item["prompt_length"]
         roles = roles_of_tokens(item)
         roles = roles[item["positions"]] if "positions" in item else roles
