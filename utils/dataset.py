@@ -250,9 +250,12 @@ class ActivationDataset:
             order = [seed, epoch] if shuffle_buffer else None
             blocks = (rows for _, rows in self.parts(order, worker, workers))
             if shuffle_buffer:
-                blocks = _mixed(blocks, shuffle_buffer, np.random.default_rng([seed, epoch, 1]))
+                random = np.random.default_rng([seed, epoch, 1])
+                batches = _mixed(blocks, shuffle_buffer, batch_size, drop_last, random)
+            else:
+                batches = _in_order(blocks, batch_size, drop_last)
             empty = True
-            for rows in _cut(blocks, batch_size, drop_last):
+            for rows in batches:
                 empty = False
                 yield replace(rows, activations=rows.activations.astype(dtype, copy=False))
             if empty and workers == 1:
@@ -342,50 +345,66 @@ def _special_ids(manifest: Manifest) -> list[int]:
         ) from error
 
 
-def _mixed(blocks: Iterator[Rows], size: int, random: np.random.Generator) -> Iterator[Rows]:
-    """Rows through a buffer of `size`: once it is full, a random half of it leaves."""
-    buffer: Rows | None = None
-    free = np.arange(size)  # places to be filled
-    for block in blocks:
-        if buffer is None:
-            buffer = Rows(
-                *(
-                    np.empty(
-                        (size, *getattr(block, f.name).shape[1:]), getattr(block, f.name).dtype
-                    )
-                    for f in fields(Rows)
-                )
-            )
-        if block.activations.dtype.itemsize > buffer.activations.dtype.itemsize:
+class _Buffer:
+    """Room for `size` rows, of which those at `free` are not taken."""
+
+    def __init__(self, size: int, like: Rows):
+        columns = (getattr(like, f.name) for f in fields(Rows))
+        self.rows = Rows(*(np.empty((size, *c.shape[1:]), c.dtype) for c in columns))
+        self.free = np.arange(size)
+
+    def fill(self, block: Rows) -> Rows:
+        """Takes in what it has room for, and returns the rest."""
+        if block.activations.dtype.itemsize > self.rows.activations.dtype.itemsize:
             # float16 could not hold a value of this block, so it was stored as float32.
-            wider = buffer.activations.astype(block.activations.dtype)
-            buffer = replace(buffer, activations=wider)
-        while len(block):
-            count = min(len(block), len(free))
-            for f in fields(Rows):
-                getattr(buffer, f.name)[free[:count]] = getattr(block, f.name)[:count]
-            free, block = free[count:], block[count:]
-            if not len(free):
-                free = random.permutation(size)[: max(1, size // 2)]
-                yield buffer[free]
-    if buffer is not None:
-        taken = np.ones(size, bool)
-        taken[free] = False
-        yield buffer[random.permutation(np.flatnonzero(taken))]
+            wider = self.rows.activations.astype(block.activations.dtype)
+            self.rows = replace(self.rows, activations=wider)
+        count = min(len(block), len(self.free))
+        for f in fields(Rows):
+            getattr(self.rows, f.name)[self.free[:count]] = getattr(block, f.name)[:count]
+        self.free = self.free[count:]
+        return block[count:]
+
+    def take(self, places: np.ndarray) -> Rows:
+        columns = (getattr(self.rows, f.name) for f in fields(Rows))
+        return Rows(*(column.take(places, axis=0) for column in columns))
 
 
-def _cut(blocks: Iterator[Rows], size: int, drop_last: bool) -> Iterator[Rows]:
+def _mixed(
+    blocks: Iterator[Rows], size: int, batch_size: int, drop_last: bool, random: np.random.Generator
+) -> Iterator[Rows]:
+    """Batches through a buffer of `size` rows: once it is full, a random half of it leaves."""
+    buffer = None
+    for block in blocks:
+        buffer = buffer or _Buffer(size, block)
+        while len(block := buffer.fill(block)) or not len(buffer.free):
+            leaving = max(1, size // 2 // batch_size) * batch_size
+            places = random.permutation(size)[:leaving]
+            for start in range(0, leaving, batch_size):
+                yield buffer.take(places[start : start + batch_size])
+            buffer.free = places
+    if buffer is None:
+        return
+    taken = np.ones(size, bool)
+    taken[buffer.free] = False
+    places = random.permutation(np.flatnonzero(taken))
+    stop = len(places) // batch_size * batch_size if drop_last else len(places)
+    for start in range(0, stop, batch_size):
+        yield buffer.take(places[start : start + batch_size])
+
+
+def _in_order(blocks: Iterator[Rows], batch_size: int, drop_last: bool) -> Iterator[Rows]:
     waiting: list[Rows] = []
     count = 0
     for block in blocks:
         waiting.append(block)
         count += len(block)
-        if count < size:
+        if count < batch_size:
             continue
         rows = Rows.joined(waiting) if len(waiting) > 1 else block
-        whole = count - count % size
-        for start in range(0, whole, size):
-            yield rows[start : start + size]
+        whole = count - count % batch_size
+        for start in range(0, whole, batch_size):
+            yield rows[start : start + batch_size]
         waiting, count = [rows[whole:]], count - whole
     if count and not drop_last:
         yield Rows.joined(waiting)
