@@ -240,7 +240,7 @@ def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
     by_cell = ActivationDataset(activations, Selection(LAYER, colors=range(10)))
     rows = by_cell.rows()
     features = find_features(sae, rows)
-    print("\nLatents whose top cells share a colour, a role or a position, found by a rule:")
+    print("\nLatents whose top cells share a color, a role or a position, found by a rule:")
     for feature in features:
         print(f"  {feature}")
     return features, measured, {"rows": rows, "samples": by_cell.samples, "name": by_cell.name}

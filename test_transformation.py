@@ -33,7 +33,7 @@ def build_parser() -> Parser:
 
 
 def picture(grid: list[list[int]], cell_width: int, colored: bool) -> list[str]:
-    """The lines of a grid: digits on their colours, or bare digits."""
+    """The lines of a grid: digits on their colors, or bare digits."""
     if not colored:
         return ["".join(map(str, row)) for row in grid]
     return ["".join(painted(color, cell_width) for color in row) + "\x1b[0m" for row in grid]

@@ -1,6 +1,6 @@
 """What the latents of a sparse autoencoder stand for on ARC grids, found by a rule.
 
-For every latent, the cells where it is most active are compared with all cells: the colour, the
+For every latent, the cells where it is most active are compared with all cells: the color, the
 role of their grid and their position in it. A latent is taken for a feature of one of these if at
 least `PURITY` of its top cells share it.
 """

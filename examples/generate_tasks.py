@@ -5,7 +5,7 @@
 Each row is `{"source": str, "examples": [[input, output], ...], "seeds": [seed]}`. Its `source` is
 a program: `main(input_grid)` gives the output of each of its inputs. Rows come family by family in
 turn, and the same seed gives the same rows. Families are closed under the eight symmetries of the
-square and under permutations of the colours 1 to 9: a task seen in a mirror is one of them too.
+square and under permutations of the colors 1 to 9: a task seen in a mirror is one of them too.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def frame(grid, color):
 
 
 def _colors(random: Random, number: int) -> list[int]:
-    """Different colours, none of them black."""
+    """Different colors, none of them black."""
     return (random.permutation(9)[:number] + 1).tolist()
 
 
@@ -138,7 +138,7 @@ def _shape(random: Random, low: int, high: int) -> tuple[int, int]:
 def _scene(
     random: Random, low: int = 3, high: int = 5, wanted: tuple[int, ...] = (), filled: float = 0.6
 ) -> np.ndarray:
-    """Cells of a few colours on black; those in `wanted` are among them."""
+    """Cells of a few colors on black; those in `wanted` are among them."""
     shape = _shape(random, low, high)
     palette = np.array([*wanted, *_colors(random, 3)][: max(3, len(wanted) + 1)])
     grid = np.where(random.random(shape) < filled, random.choice(palette, shape), 0)
@@ -149,7 +149,7 @@ def _scene(
 
 
 def _object(random: Random) -> np.ndarray:
-    """A full rectangle of two colours somewhere on black."""
+    """A full rectangle of two colors somewhere on black."""
     rows, cols = _shape(random, 4, 6)
     height, width = int(random.integers(2, rows)), int(random.integers(2, cols))
     grid = np.zeros((rows, cols), int)
@@ -160,7 +160,7 @@ def _object(random: Random) -> np.ndarray:
 
 
 def _rooms(random: Random, color: int) -> np.ndarray:
-    """An outlined rectangle, empty inside, of another colour than `color`."""
+    """An outlined rectangle, empty inside, of another color than `color`."""
     rows, cols = _shape(random, 4, 6)
     grid = np.zeros((rows, cols), int)
     wall = next(c for c in _colors(random, 2) if c != color)
@@ -172,7 +172,7 @@ def _rooms(random: Random, color: int) -> np.ndarray:
 
 
 def _points(random: Random) -> np.ndarray:
-    """Two cells of one colour in one row or column, or two such couples that do not cross."""
+    """Two cells of one color in one row or column, or two such couples that do not cross."""
     while True:
         rows, cols = _shape(random, 4, 6)
         grid = np.zeros((rows, cols), int)
@@ -209,7 +209,7 @@ def _pixels(random: Random, color: int) -> np.ndarray:
 
 
 def _scatter(random: Random) -> np.ndarray:
-    """One to six cells of one colour."""
+    """One to six cells of one color."""
     shape = _shape(random, 3, 5)
     grid = np.zeros(shape, int)
     grid.flat[random.permutation(grid.size)[: int(random.integers(1, 7))]] = _colors(random, 1)[0]

@@ -118,7 +118,7 @@ def picture(
     rings: Iterable[tuple[int, int]] = (),
     words: str = "",
 ) -> str:
-    """An SVG grid, [R, C] of CSS colours; opacity: float [R, C]; rings: cells with a frame."""
+    """An SVG grid, [R, C] of CSS colors; opacity: float [R, C]; rings: cells with a frame."""
     R, C = len(fills), len(fills[0])
     width, height = C * cell + 2, R * cell + 2
     parts = [
@@ -157,7 +157,7 @@ def heat(values: np.ndarray, low: float, high: float, **more: Any) -> str:
 
 
 def shade(x: float) -> str:
-    """A colour of HEAT for 0..1."""
+    """A color of HEAT for 0..1."""
     x = min(max(float(x), 0.0), 1.0) * (len(HEAT) - 1)
     i = min(int(x), len(HEAT) - 2)
     ends = [np.frombuffer(bytes.fromhex(code[1:]), np.uint8) for code in HEAT[i : i + 2]]
@@ -223,16 +223,18 @@ def head(found: Findings) -> str:
 def solved_and_failed(found: Findings) -> str:
     answered = [item for item in found.items if item["prediction"] and item["correct"] is not None]
     good = sorted((i for i in answered if i["correct"]), key=lambda i: i["prompt_length"])
-    bad = [i for i in answered if not i["correct"]]
-    # Of the failed, those first that are wrong in the fewest cells.
-    bad.sort(key=lambda i: (len(wrong_cells(i) or [()] * 900), i["task_id"]))
-    chosen = (
-        [good[i] for i in np.linspace(0, len(good) - 1, SHOWN_TASKS).astype(int)] if good else []
-    )
-    cards = "".join(card(item, found.about) for item in [*chosen, *bad[:SHOWN_TASKS]])
+    good = [good[i] for i in np.linspace(0, len(good) - 1, SHOWN_TASKS).astype(int)] if good else []
+    # Of the failed those that are wrong in the fewest cells, of each rule one.
+    bad: dict[str, dict[str, Any]] = {}
+    failed = [item for item in answered if not item["correct"]]
+    for item in sorted(failed, key=lambda i: (len(wrong_cells(i) or [()] * 900), i["task_id"])):
+        rule = " ".join(found.about.get(item["task_id"], item["task_id"]).split()[:3])
+        bad.setdefault(rule, item)
+    chosen = [*good, *list(bad.values())[:SHOWN_TASKS]]
+    cards = "".join(card(item, found.about) for item in chosen)
     return (
         "<h2>What it solved, and what it did not</h2>"
-        "<p>Three of each. A frame marks a predicted cell that is wrong. The last grid shows how "
+        "<p>Some of each. A frame marks a predicted cell that is wrong. The last grid shows how "
         "sure the model was of each cell of its answer: the probability that it gave the token."
         f"</p>{scale('p = 0', 'p = 1', HEAT)}{cards}"
     )
@@ -267,8 +269,8 @@ def card(item: dict[str, Any], about: dict[str, str]) -> str:
         ]
     )
     sure = as_grid(answer, np.exp(logprobs))
-    lowest = f"{logprobs.min():.2f}"
-    parts.append(figure(f"log p of a cell: at least {lowest}", heat(sure, 0, 1)))
+    lowest = f"{logprobs.min():.2f}".replace("-0.00", "0.00")
+    parts.append(figure(f"p of each cell; lowest log p {lowest}", heat(sure, 0, 1)))
     tag = '<span class="tag yes">solved</span>' if item["correct"] else (
         '<span class="tag no">failed</span>'
     )  # fmt: skip
@@ -324,8 +326,8 @@ def features(found: Findings) -> str:
     return (
         "<h2>What single features see</h2>"
         f"<p>A sparse autoencoder was trained on <b>{html.escape(found.name)}</b>. A rule went "
-        f"over its latents and kept those whose {TOP} most active cells share a colour, a role or "
-        f"a position; here are {count}. Cells are drawn in ARC's colours, faded where the latent "
+        f"over its latents and kept those whose {TOP} most active cells share a color, a role or "
+        f"a position; here are {count}. Cells are drawn in ARC's colors, faded where the latent "
         f"is silent, framed where it is among its top cells.</p>{cards}"
     )
 
@@ -338,7 +340,7 @@ def feature_card(feature: Feature, found: Findings) -> str:
     places = np.zeros(np.maximum(cells[:, 2:4].max(axis=0) + 1, 2))
     np.add.at(places, (cells[:, 2], cells[:, 3]), 1)
     shares = (
-        '<div><figcaption>share of each colour among the top cells</figcaption><div class="bars">'
+        '<div><figcaption>share of each color among the top cells</figcaption><div class="bars">'
         + "".join(bar(n, s, COLOR_CODES[i]) for i, (n, s) in enumerate(by_color) if s)
         + '</div><figcaption style="margin-top:8px">share of each role</figcaption>'
         + '<div class="bars">'

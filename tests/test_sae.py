@@ -46,6 +46,16 @@ def test_it_finds_the_directions_that_were_planted(planted, trained):
     np.testing.assert_allclose(np.linalg.norm(trained.decoder, axis=1), 1, atol=1e-5)
 
 
+def test_the_k_largest_are_those_of_numpy():
+    values = np.maximum(np.random.default_rng(3).standard_normal((50, 40), np.float32), 0)
+    values[0] = 0
+    values[1, :5] = 1.5  # ties
+    for k in (1, 7, 40):
+        kept = np.asarray(sae_module.top(values, k))
+        smallest = np.sort(values, axis=1)[:, [-k]]
+        assert np.array_equal(kept, np.where(values >= smallest, values, 0))
+
+
 def test_what_is_measured_is_what_it_says(planted, trained):
     rows = planted[0][:500]
     latents = trained.encode(rows)

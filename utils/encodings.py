@@ -10,7 +10,7 @@ import re
 import numpy as np
 
 GRID_ENCODINGS = ("digits", "spaced", "numbered", "words")
-# Red, green and blue of the ARC viewer's colours, 0 to 9.
+# Red, green and blue of the ARC viewer's colors, 0 to 9.
 PALETTE = bytes.fromhex("000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25")
 COLORS = ("Black", "Blue", "Red", "Green", "Yellow", "Gray", "Pink", "Orange", "Purple", "Brown")
 FENCE = "```grid shape: "  # how every `numbered` grid begins
