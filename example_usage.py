@@ -20,7 +20,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,15 +227,17 @@ def show_loaders(folder: Path) -> None:
 
 
 def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
-    """The autoencoder, what was measured of it, and the features that a rule finds in it."""
+    """Features that a rule finds in an autoencoder, what was measured of it, and the cells that the
+    features speak of."""
     from examples.features import find_features
-    from examples.sae import SaeConfig, describe, fit
+    from examples.sae import SaeConfig, about, describe, fit
     from utils.dataset import ActivationDataset, Selection
 
     activations, config = folder / "results" / "activations", SaeConfig(steps=1200)
-    sae, measured = fit(ActivationDataset(activations, Selection(LAYER, drop_special=True)), config)
-    sae.save(folder / "sae", {"training": asdict(config), "held_out": measured})
-    print(f"{folder / 'sae'}: {describe(measured)} on held-out samples")
+    dataset = ActivationDataset(activations, Selection(LAYER, drop_special=True))
+    sae, measured = fit(dataset, config)
+    sae.save(folder / "sae", about(dataset, config, measured))
+    print(f"{folder / 'sae'}: {describe(measured)} on held-out tasks")
     by_cell = ActivationDataset(activations, Selection(LAYER, colors=range(10)))
     rows = by_cell.rows()
     features = find_features(sae, rows)

@@ -54,7 +54,7 @@ def solved(folder: Path, rows: list[dict], model: str, name: str, *flags: str) -
     for row in rows:
         task, _ = to_task(row, "examples")
         (answer,) = predictions[task.task_id]
-        found[family_of(row)].append(answer["correct"])
+        found[family_of(row)].append(bool(answer["correct"]))
     return found
 
 
@@ -64,6 +64,8 @@ def run(command: list) -> None:
 
 
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
+    if not Path(args.model_path).is_dir():
+        raise UserError(f"{args.model_path} is not a folder: give that of the model")
     if args.num_tasks > NUMBER:
         raise UserError(f"{NUMBER} tasks are held out, not {args.num_tasks}")
     rows = list(draw_rows(args.num_tasks, SEED))
@@ -83,7 +85,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
             name = f"two voted of {args.augmentations} views"
             columns[name] = solved(folder, rows, args.model_path, "voted", *views)
     print(f"| family | tasks | {' | '.join(columns)} |\n|---|{'---|' * (len(columns) + 1)}")
-    for family in FAMILIES:
+    for family in filter(columns["one attempt"].get, FAMILIES):
         shares = [f"{sum(c[family]) / len(c[family]):.0%}" for c in columns.values()]
         print(f"| {family} | {len(columns['one attempt'][family])} | {' | '.join(shares)} |")
     total = [f"{sum(map(sum, c.values())) / len(rows):.1%}" for c in columns.values()]

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
+from utils.disk import check_writable
 
 TOKENS, ITEMS = 800, 100  # of a sample, of a shard
 
@@ -35,7 +36,9 @@ def build_parser() -> cli.Parser:
         "--shuffle_buffer", type=cli.int_at_least(1), default=200_000, help="rows mixed in memory"
     )
     parser.add_argument("--repeats", type=cli.int_at_least(1), default=3, help="best of so many")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: /tmp)")
+    parser.add_argument(
+        "--folder", type=Path, help="that is there, on the disk to measure (default: /tmp)"
+    )
     return parser
 
 
@@ -85,6 +88,7 @@ def forget(folder: Path) -> None:
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
     from utils.dataset import ActivationDataset, Selection
 
+    check_writable(args.folder or Path(tempfile.gettempdir()))
     samples = max(1, round(args.gigabytes * 1e9 / (TOKENS * args.width * 2)))
     rows = samples * TOKENS
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:

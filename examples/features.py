@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from examples.sae import Sae
-from utils.contrast import ROLES
+from utils.contrast import CELL_ROLES, roles_of_cells
 from utils.dataset import Rows
 from utils.encodings import COLORS
+from utils.errors import UserError
 
 TOP = 100  # cells that speak for a latent
 PURITY = 0.9
+TASKS = 5  # that they come from at least
 LIFT = 2.0  # times as common among the top cells as among all
 
 
@@ -59,17 +61,12 @@ class Feature:
         )
 
 
-def role_of(cells: np.ndarray) -> np.ndarray:
-    """int [N], places in `contrast.ROLES`, of cells [N, 5]."""
-    return np.where(cells[:, 0] >= 0, cells[:, 1], 2 + cells[:, 1])
-
-
 def attributes(cells: np.ndarray, shapes: np.ndarray) -> list[Attribute]:
     """What can be said of a cell. cells: int [N, 5] of `Rows`; shapes: int [N, 2], of its grid."""
     row, col, color = cells[:, 2], cells[:, 3], cells[:, 4]
-    roles = role_of(cells)
+    roles = roles_of_cells(cells)
     found = [Attribute("color", name.lower(), color == i) for i, name in enumerate(COLORS)]
-    found += [Attribute("role", f"in the {r}", roles == i) for i, r in enumerate(ROLES[:4])]
+    found += [Attribute("role", f"in the {r}", roles == i) for i, r in enumerate(CELL_ROLES)]
     found.append(Attribute("role", "in an output or the answer", cells[:, 1] == 1))
     ends = shapes - 1
     found += [Attribute("position", f"in row {i + 1}", row == i) for i in range(6)]
@@ -95,9 +92,12 @@ def find_features(sae: Sae, rows: Rows, most: int = 8) -> list[Feature]:
     """The purest features, those whose attribute is rarest among all cells first, each attribute
     once, kinds in turn.
 
-    rows: of cells alone, one row a cell. A latent that is active on fewer than TOP cells, or that
-    names no attribute with PURITY and LIFT, is none.
+    rows: of cells alone, one row a cell. A latent that is active on fewer than TOP cells, or whose
+    top cells come from fewer than TASKS samples or share no attribute with PURITY and LIFT, is
+    none. Raises UserError for rows that are not one a cell.
     """
+    if len(np.unique(np.column_stack([rows.samples, rows.cells[:, :4]]), axis=0)) < len(rows):
+        raise UserError("several tokens hold one cell: take a --grid_encoding of one token a cell")
     states = [sae.encode(rows.activations[i : i + 4096]) for i in range(0, len(rows), 4096)]
     latents = np.concatenate(states)  # [N, F]
     known = attributes(rows.cells, shapes_of(rows))
@@ -107,6 +107,8 @@ def find_features(sae: Sae, rows: Rows, most: int = 8) -> list[Feature]:
     for latent in np.flatnonzero((latents > 0).sum(axis=0) >= TOP):
         active = latents[:, latent]
         top = np.argsort(-active, kind="stable")[:TOP]
+        if len(np.unique(rows.samples[top])) < TASKS:
+            continue
         shares = masks[top].mean(axis=0)
         fits = (shares >= PURITY) & (shares >= LIFT * bases)
         if not fits.any():

@@ -21,8 +21,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
+from utils.disk import check_writable
 from utils.encodings import COLORS
 from utils.errors import UserError
+from utils.manifest import replacing
 
 PAIRS = 4  # of a row: three to learn the rule from, and the test pair
 Random = np.random.Generator
@@ -419,14 +421,16 @@ def build_parser() -> cli.Parser:
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
     import orjson
 
+    path = args.output_path
+    if path.exists():
+        raise UserError(f"{path} exists: give another --output_path")
+    check_writable(path.absolute().parent)
     try:
-        with args.output_path.open("xb") as file:
+        with replacing(path) as sink:
             for row in draw_rows(args.num_tasks, args.seed):
-                file.write(orjson.dumps(row) + b"\n")
-    except FileExistsError:
-        raise UserError(f"{args.output_path} exists: give another --output_path") from None
+                sink.write(orjson.dumps(row) + b"\n")
     except OSError as error:
-        raise UserError(f"cannot write {args.output_path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     print(f"{args.num_tasks} tasks of {len(FAMILIES)} families in {args.output_path}")
 
 

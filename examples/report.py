@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from examples.features import TOP, Feature, role_of
+from examples.features import TOP, Feature
 from utils.arc import Grid
-from utils.contrast import ROLES, Contrast
+from utils.contrast import CELL_ROLES, ROLES, Contrast, roles_of_cells
 from utils.dataset import Rows
 from utils.encodings import COLORS, PALETTE
 from utils.errors import UserError
@@ -86,9 +86,12 @@ class Findings:
 
 
 def write_report(path: Path, findings: Findings) -> None:
-    """Raises UserError where `path` is there already or cannot be written."""
+    """Raises UserError where `path` is there already or cannot be written, and for a run that kept
+    the states of some tokens alone."""
     if path.exists():
         raise UserError(f"{path} exists: choose another folder, or move it away")
+    if any("positions" in item for item in findings.items):
+        raise UserError("a report needs every token's states: run with --token_positions all")
     parts = [
         head(findings),
         solved_and_failed(findings),
@@ -198,13 +201,15 @@ def head(found: Findings) -> str:
     scored = [item for item in found.items if item["correct"] is not None]
     solved = sum(item["correct"] for item in scored)
     model = found.manifest["model"]
+    tasks = len({item["task_id"] for item in found.items})
+    status = "" if found.manifest["status"] == "complete" else " The run is not complete."
     boxes = {
-        "solved": f"{solved / len(scored):.1%}" if scored else "?",
-        "tasks": f"{len(found.items)}",
+        "of the samples solved": f"{solved / len(scored):.1%}" if scored else "?",
+        f"tasks, {len(found.items)} samples": f"{tasks}",
         "tokens, each with its states": f"{found.manifest['total_tokens']:,}",
         f"variance of {found.name} explained": f"{found.sae['explained_variance']:.1%}",
         "latents active a token (L0)": f"{found.sae['l0']:.1f}",
-        "latents that never fire": f"{found.sae['dead_fraction']:.1%}",
+        "latents silent on held-out tasks": f"{found.sae['dead_fraction']:.1%}",
     }
     figures = "".join(
         f'<div class="figure"><b>{html.escape(value)}</b>{html.escape(name)}</div>'
@@ -214,16 +219,17 @@ def head(found: Findings) -> str:
     return (
         "<h1>Inside a model that solves ARC tasks</h1>"
         f"<p>The model <b>{path}</b> ({model['model_type']}, {model['num_layers']} layers, "
-        f"{model['hidden_size']} wide) was given tasks that it had not seen before. Its hidden "
-        "states were kept while it answered, each tied to the grid cell that its token stands "
-        f'for.</p><div class="figures">{figures}</div>'
+        f"{model['hidden_size']} wide) was given ARC tasks. Its hidden states were kept while it "
+        f"answered, each tied to the grid cell that its token stands for.{status}</p>"
+        f'<div class="figures">{figures}</div>'
     )
 
 
 def solved_and_failed(found: Findings) -> str:
     answered = [item for item in found.items if item["prediction"] and item["correct"] is not None]
     good = sorted((i for i in answered if i["correct"]), key=lambda i: i["prompt_length"])
-    good = [good[i] for i in np.linspace(0, len(good) - 1, SHOWN_TASKS).astype(int)] if good else []
+    places = np.unique(np.linspace(0, len(good) - 1, SHOWN_TASKS).astype(int)) if good else []
+    good = [good[i] for i in places]
     # Of the failed those that are wrong in the fewest cells, of each rule one.
     bad: dict[str, dict[str, Any]] = {}
     failed = [item for item in answered if not item["correct"]]
@@ -232,6 +238,9 @@ def solved_and_failed(found: Findings) -> str:
         bad.setdefault(rule, item)
     chosen = [*good, *list(bad.values())[:SHOWN_TASKS]]
     cards = "".join(card(item, found.about) for item in chosen)
+    if not chosen:
+        cards = '<div class="card"><table><tr><td>No answer was generated, or none parses.</td>'
+        cards += "</tr></table></div>"
     return (
         "<h2>What it solved, and what it did not</h2>"
         "<p>Some of each. A frame marks a predicted cell that is wrong. The last grid shows how "
@@ -335,8 +344,8 @@ def features(found: Findings) -> str:
 def feature_card(feature: Feature, found: Findings) -> str:
     cells = found.rows.cells[feature.top]
     by_color = [(name.lower(), float((cells[:, 4] == i).mean())) for i, name in enumerate(COLORS)]
-    roles = role_of(cells)
-    by_role = [(role, float((roles == i).mean())) for i, role in enumerate(ROLES[:4])]
+    roles = roles_of_cells(cells)
+    by_role = [(role, float((roles == i).mean())) for i, role in enumerate(CELL_ROLES)]
     places = np.zeros(np.maximum(cells[:, 2:4].max(axis=0) + 1, 2))
     np.add.at(places, (cells[:, 2], cells[:, 3]), 1)
     shares = (
@@ -382,7 +391,7 @@ def firing(feature: Feature, found: Findings) -> list[str]:
         where = np.flatnonzero(same)
         cells = rows.cells[where]
         strength = as_grid(cells[:, 2:], feature.activations[where] / highest)
-        role = ROLES[int(role_of(cells[:1])[0])]
+        role = CELL_ROLES[int(roles_of_cells(cells[:1])[0])]
         rings = [
             (int(r), int(c)) for i, (r, c) in zip(where, cells[:, 2:4], strict=True) if i in top
         ]
@@ -396,27 +405,31 @@ def contrast(found: Findings) -> str:
     title = "<h2>What differs between solved and failed tasks</h2>"
     if found.contrast is None:
         return f"{title}<p>Nothing to compare: all were solved, or all failed.</p>"
-    values = found.contrast.consistency
+    values, chance = found.contrast.consistency, found.contrast.chance
     names = list(dict.fromkeys(name for name, _ in values))
     names.sort(key=lambda name: (name.rpartition(".")[0], int(name.rpartition(".")[2])))
     roles = [role for role in ROLES if any((name, role) in values for name in names)]
-    top = max([2.0, *values.values()])
+    top = max(values[place] / chance[place] for place in values)
     rows = ""
     for name in names:
         row = ""
         for role in roles:
-            value = values.get((name, role))
-            if value is None:
+            place = name, role
+            if place not in values:
                 row += "<td>-</td>"
-                continue
-            fill = (value - 1) / (top - 1)
-            ink = "#ffffff" if fill < 0.6 else "#1d1f24"
-            row += f'<td style="background:{shade(fill)};color:{ink}">{value:.1f}</td>'
+            elif values[place] <= chance[place]:
+                row += f'<td class="soft">{values[place]:.1f} / {chance[place]:.1f}</td>'
+            else:
+                fill = 0.4 + 0.6 * (values[place] / chance[place] - 1) / (top - 1)
+                ink = "#ffffff" if fill < 0.7 else "#1d1f24"
+                row += f'<td style="background:{shade(fill)};color:{ink}">'
+                row += f"{values[place]:.1f} / {chance[place]:.1f}</td>"
         rows += f"<tr><td>{html.escape(name)}</td>{row}</tr>"
     header = "".join(f"<th>{html.escape(role)}</th>" for role in roles)
+    apart = np.abs(np.diff(found.contrast.lengths)).mean()
     return (
-        f"{title}<p>{len(found.contrast.pairs)} failed samples, each beside a solved one of like "
-        "length. How consistently their mean states differ, by layer and role: 1 is what chance "
-        f"gives, {np.sqrt(len(found.contrast.pairs)):.1f} is all pairs differing alike.</p>"
+        f"{title}<p>{len(found.contrast.pairs)} pairs of a failed and a solved sample, {apart:.0f} "
+        "tokens apart in length on average. How consistently the mean states of the two differ, "
+        "and what 95 of 100 random draws of the signs stay below; colored where it is more.</p>"
         f'<div class="card scroll"><table><tr><th>activation</th>{header}</tr>{rows}</table></div>'
     )

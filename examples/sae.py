@@ -5,7 +5,7 @@
 Follows Gao et al. (2024), "Scaling and evaluating sparse autoencoders": the K largest latents, a
 decoder of unit-norm rows, and an auxiliary loss by which dead latents learn what the others leave
 over. Inputs are normalised: the mean of the training rows is taken away, and the deviations from it
-are brought to unit mean square. A tenth of the samples is held out, and on it are measured the
+are brought to unit mean square. A tenth of the tasks is held out, and on it are measured the
 explained variance, the number of active latents (L0) and the share of latents that never fire.
 """
 
@@ -14,9 +14,10 @@ explained variance, the number of active latents (L0) and the share of latents t
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,17 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
+from utils.disk import check_writable
 from utils.errors import UserError
+from utils.items import to_float32
+from utils.manifest import replacing
 
 if TYPE_CHECKING:
     import jax
 
     from utils.dataset import ActivationDataset, Rows
 
-HELD_OUT = 10  # every tenth sample
+HELD_OUT = 10  # one task in so many
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 
 
@@ -67,8 +71,9 @@ class Sae:
     k: int
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        """Activations [B, D] -> latents, float32 [B, F], at most K of a row above zero."""
-        x = (rows.astype(np.float32) - self.center) / np.float32(self.scale)
+        """Activations [B, D] -> latents, float32 [B, F], K of a row above zero, or fewer; more only
+        where the K-th is there twice."""
+        x = (to_float32(rows) - self.center) / np.float32(self.scale)
         return np.asarray(_latents(self._params(), x, self.k))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -80,13 +85,17 @@ class Sae:
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Writes sae.safetensors and config.json. Raises UserError where `folder` has files."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         check_new(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {**self._params(), "center": self.center, "scale": np.float32([self.scale])}
-        save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps({"k": self.k, **about}, indent=2) + "\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG).write_text(json.dumps({"k": self.k, **about}, indent=2) + "\n")
+            with replacing(folder / WEIGHTS) as sink:  # whole, or not there
+                sink.write(save({n: np.ascontiguousarray(t) for n, t in tensors.items()}))
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}") from error
 
 
 def load_sae(folder: str | Path) -> Sae:
@@ -97,21 +106,26 @@ def load_sae(folder: str | Path) -> Sae:
     try:
         tensors = load_file(Path(folder) / WEIGHTS)
         k = json.loads((Path(folder) / CONFIG).read_text())["k"]
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no autoencoder: {error}") from error
-    return Sae(**{**tensors, "scale": float(tensors["scale"][0])}, k=k)
+        return Sae(**{**tensors, "scale": float(tensors["scale"][0])}, k=k)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no autoencoder of this script: {error}") from error
 
 
 def check_new(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists: choose another folder, or move it away")
+    check_writable(folder)
 
 
 def _latents(params: Any, x: Any, k: int) -> "jax.Array":
+    return top(_before(params, x), k)
+
+
+def _before(params: Any, x: Any) -> "jax.Array":
+    """What the largest are chosen from: [B, D] -> [B, F], none below zero."""
     import jax
 
-    before = (x - params["shift"]) @ params["encoder"] + params["bias"]
-    return top(jax.nn.relu(before), k)
+    return jax.nn.relu((x - params["shift"]) @ params["encoder"] + params["bias"])
 
 
 def top(values: Any, k: int) -> "jax.Array":
@@ -158,16 +172,21 @@ def train(
     from tqdm import tqdm
 
     D, F = len(center), config.width
-    decay = optax.linear_schedule(config.learning_rate, 0, config.steps // 4)
+    decay = optax.linear_schedule(config.learning_rate, 0, max(1, config.steps // 4))
+    warm = min(50, config.steps // 4)
     schedule = optax.join_schedules(
-        [optax.linear_schedule(0, config.learning_rate, 50), lambda _: config.learning_rate, decay],
-        [50, config.steps - config.steps // 4],
+        [
+            optax.linear_schedule(0, config.learning_rate, warm),
+            optax.constant_schedule(config.learning_rate),
+            decay,
+        ],
+        [warm, config.steps - config.steps // 4],
     )
     tx = optax.adam(schedule, b1=0.9, b2=0.999)
     center, scale = np.asarray(center, np.float32), np.float32(scale)
 
     def loss(params: Any, x: Any, silent: Any) -> tuple[Any, Any]:
-        before = jax.nn.relu((x - params["shift"]) @ params["encoder"] + params["bias"])
+        before = _before(params, x)
         latents = top(before, config.k)
         error = x - params["shift"] - latents @ params["decoder"]
         total = (x - x.mean(axis=0)) ** 2
@@ -182,7 +201,7 @@ def train(
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(params: Any, state: Any, silent: Any, rows: Any) -> Any:
-        x = (rows - center) / scale
+        x = (rows.astype(jnp.float32) - center) / scale
         gradient, (fired, main) = jax.grad(loss, has_aux=True)(params, x, silent)
         rows = params["decoder"]
         along = (gradient["decoder"] * rows).sum(axis=1, keepdims=True)
@@ -214,26 +233,34 @@ def measure(sae: Sae, rows: np.ndarray) -> dict[str, float]:
     latents of a row, mean. dead_fraction: latents that are active in none of the rows.
     """
     fired = np.zeros(sae.decoder.shape[0], bool)
-    error = active = 0.0
+    mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+    error = total = active = 0.0
     for start in range(0, len(rows), 4096):
-        part = rows[start : start + 4096].astype(np.float32)
+        part = to_float32(rows[start : start + 4096])
         latents = sae.encode(part)
         error += float(((part - sae.decode(latents)) ** 2).sum(dtype=np.float64))
+        total += float(((part - mean) ** 2).sum(dtype=np.float64))
         active += int((latents > 0).sum())
         fired |= (latents > 0).any(axis=0)
-    total = ((rows - rows.mean(axis=0, dtype=np.float32)) ** 2).sum(dtype=np.float64)
     return {
-        "explained_variance": 1 - error / float(total),
+        "explained_variance": 1 - error / total,
         "l0": active / len(rows),
         "dead_fraction": float(1 - fired.mean()),
     }
 
 
-def split(rows: "Rows") -> tuple[np.ndarray, np.ndarray]:
-    """Activations of the samples to train on, and of every tenth sample, which is held out."""
-    held_out = rows.samples % HELD_OUT == HELD_OUT - 1
-    states = rows.activations.astype(np.float32)
-    return states[~held_out], states[held_out]
+def split(rows: "Rows", task_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Activations to train on, and those of a tenth of the tasks, at least one, as stored.
+
+    task_ids: of `rows.samples`. A task is held out with all its test inputs and views, by its id
+    alone. Raises UserError for rows of one task.
+    """
+    tasks = sorted(set(task_ids), key=lambda task: sha256(task.encode()).digest())
+    if len(tasks) < 2:
+        raise UserError("the rows are of one task, and one has to be held out: extract more tasks")
+    chosen = set(tasks[: max(1, len(tasks) // HELD_OUT)])
+    held_out = np.array([task in chosen for task in task_ids])
+    return rows.activations[~held_out], rows.activations[held_out]
 
 
 def shuffled(rows: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
@@ -260,17 +287,33 @@ def fit(
     if not 0 < config.k <= config.width:
         raise UserError(f"k {config.k} is not between 1 and the width {config.width}")
     rows = dataset.rows(most, seed=config.seed)
-    train_rows, held_out = split(rows)
-    if len(train_rows) < config.batch_size or not len(held_out):
+    train_rows, held_out = split(rows, [dataset.samples[i][0] for i in rows.samples])
+    if len(train_rows) < config.batch_size:
         raise UserError(
-            f"{len(rows)} rows of {len(np.unique(rows.samples))} samples are too few to train on: "
-            f"extract more tasks, or lower the batch size of {config.batch_size}"
+            f"{len(train_rows)} rows to train on are fewer than a batch of {config.batch_size}: "
+            "extract more tasks, or lower the batch size"
         )
-    center = train_rows.mean(axis=0)
-    scale = float(np.sqrt(((train_rows - center) ** 2).mean()))
+    del rows
+    center = train_rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+    parts = (train_rows[i : i + 65536] for i in range(0, len(train_rows), 65536))
+    squares = sum(float(((to_float32(p) - center) ** 2).sum(dtype=np.float64)) for p in parts)
+    scale = float(np.sqrt(squares / train_rows.size)) or 1.0
     batches = shuffled(train_rows, config.batch_size, config.seed)
     sae = train(batches, center, scale, config)
     return sae, measure(sae, held_out)
+
+
+def about(
+    dataset: "ActivationDataset", config: SaeConfig, found: dict[str, float]
+) -> dict[str, Any]:
+    """What config.json says besides k."""
+    return {
+        "activation": dataset.name,
+        "selection": repr(dataset.selection),
+        "left_out": dict(dataset.left_out),
+        "training": asdict(config),
+        "held_out": found,
+    }
 
 
 def describe(found: dict[str, float]) -> str:
@@ -286,7 +329,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--activations_dir", required=True, help="of a run: a folder or gs://BUCKET/PREFIX"
     )
-    parser.add_argument("--layer", type=int, required=True, help="from 0; negative from the end")
+    parser.add_argument(
+        "--layer", type=int, required=True, help="from 0; negative from the end of those captured"
+    )
     parser.add_argument("--hook_point", default="resid_post", help="where in the layer")
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="folder to make, for the SAE"
@@ -299,10 +344,23 @@ def build_parser() -> cli.Parser:
         ("seed", "of weights and order"),
     ):
         parser.add_argument(
-            f"--{name}", type=cli.int_at_least(0), default=getattr(defaults, name), help=words
+            f"--{name}",
+            type=cli.int_at_least(name != "seed"),
+            default=getattr(defaults, name),
+            help=words,
         )
     parser.add_argument(
-        "--max_rows", type=cli.int_at_least(1), default=1_000_000, help="rows held in memory"
+        "--max_rows",
+        type=cli.int_at_least(1),
+        default=1_000_000,
+        help="rows taken, of shards drawn at random; in memory they are twice, as stored",
+    )
+    parser.add_argument(
+        "--drop_sinks",
+        type=cli.float_at_least(0),
+        default=10.0,
+        help="leave out attention sinks, rows whose norm is more than so many times the median; 0 "
+        "keeps them, and they alone then make up most of the variance of many models",
     )
     return parser
 
@@ -314,12 +372,12 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     config = SaeConfig(
         width=args.width, k=args.k, steps=args.steps, batch_size=args.batch_size, seed=args.seed
     )
-    selection = Selection(args.layer, args.hook_point, drop_special=True)
+    sinks = args.drop_sinks or None
+    selection = Selection(args.layer, args.hook_point, drop_special=True, drop_sinks=sinks)
     dataset = ActivationDataset(args.activations_dir, selection)
     sae, found = fit(dataset, config, args.max_rows)
-    about = {"activation": dataset.name, "training": asdict(config), "held_out": found}
-    sae.save(args.output_dir, about)
-    print(f"{args.output_dir}: {describe(found)} on held-out samples")
+    sae.save(args.output_dir, about(dataset, config, found))
+    print(f"{args.output_dir}: {describe(found)} on held-out tasks")
 
 
 if __name__ == "__main__":

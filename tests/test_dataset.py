@@ -6,12 +6,15 @@ import logging
 import numpy as np
 import pytest
 from conftest import words
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import simple_extraction_inference
-from utils.dataset import NO_CELL, ActivationDataset, Selection
+from utils.dataset import NO_CELL, ActivationDataset, Rows, Selection, _mixed
 from utils.errors import UserError
+from utils.items import to_float32
 from utils.shards import iter_items
-from utils.stats import STATS_FILE, activation_stats
+from utils.stats import STATS_FILE, _Running, activation_stats
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +211,12 @@ def test_mistakes_are_one_line(run_folder, tmp_path, tiny_model, tasks_file):
     refused("attn_out.0", hook_point="attn_out")
     refused("hook_point 'nowhere'", hook_point="nowhere")
     refused("part 'middle'", "prompt, answer", part="middle")
-    refused("role", role="outputs")
-    refused("pair", pair="tests")
+    refused("role 'outputs' is none of input, output", role="outputs")
+    refused("pair 'tests' is none of train, test", pair="tests")
     refused("0..9", colors=[10])
+    refused("0..9", colors=10)
+    refused("layer '1' is not a whole number", layer="1")
+    refused("correct 0 is none of True, False, None", correct=0)
     refused("drop_sinks", drop_sinks=0.5)
     refused("nothing is selected", "not solved", correct=True)
     refused("nothing is selected", pair=99)
@@ -224,16 +230,130 @@ def test_mistakes_are_one_line(run_folder, tmp_path, tiny_model, tasks_file):
         next(dataset.batches(0))
 
 
+def test_what_is_not_known_to_be_right_or_wrong_is_named(tmp_path, tiny_model, tasks_file):
+    folder = extracted(tmp_path, tiny_model, tasks_file, teacher_forcing=True)
+    with pytest.raises(UserError, match="without a generated answer"):
+        ActivationDataset(folder, Selection(0, correct=True)).rows()
+
+
+def test_views_are_selected_by_the_cells_of_the_task(tmp_path, tiny_model, tasks_file):
+    flags = {"augmentations": 3, "teacher_forcing": True}
+    folder = extracted(tmp_path, tiny_model, tasks_file, **flags)
+    original = ActivationDataset(folder, Selection(0, colors=3, pair=0, original=True)).rows()
+    want, seen = [], []
+    for item in iter_items(folder):
+        held = item["cells_original"]
+        chosen = held[(held[:, 0] == 0) & (held[:, 4] == 3)]
+        want += [item["activations"]["resid_post.0"][start] for start in sorted(chosen[:, 5])]
+        seen += item["cells"][(held[:, 0] == 0) & (held[:, 4] == 3), 4].tolist()
+    assert (
+        np.array_equal(original.activations, np.array(want)) and (original.cells[:, 4] == 3).all()
+    )
+    assert set(seen) > {3}  # shown in other colors
+    assert {len(key) for key in ActivationDataset(folder, Selection(0)).samples} == {3}
+
+
+def test_workers_share_the_shards_and_one_without_any_ends(run_folder):
+    dataset = ActivationDataset(run_folder, Selection(0))
+    for options in ({"epochs": 2}, {"epochs": 2, "shuffle_buffer": 100, "drop_last": True}):
+        parts = [[*dataset.batches(16, worker=i, workers=6, **options)] for i in range(6)]
+        assert all(parts[:4]) and not parts[4] and not parts[5]  # of four shards
+        rows = np.concatenate([batch.activations for part in parts for batch in part])
+        assert len(rows) <= 2 * len(stored(run_folder))
+    assert list(dataset.batches(16, worker=5, workers=6, epochs=None)) == []
+    nothing = ActivationDataset(run_folder, Selection(0, pair=99))
+    assert list(nothing.batches(16, worker=0, workers=2, epochs=None)) == []
+
+
+def test_two_passes_at_once_do_not_mix_their_counts(run_folder):
+    dataset = ActivationDataset(run_folder, Selection(0, part="answer"))
+    one, two = dataset.parts(), dataset.parts()
+    next(one)
+    list(two)
+    list(one)
+    assert dataset.left_out.total() + len(dataset.rows()) == len(stored(run_folder))
+
+
+def rows_of(states, start):
+    numbers = np.arange(start, start + len(states), dtype=np.int32)
+    return Rows(states, numbers, numbers, numbers, np.repeat(numbers[:, None], 5, axis=1))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=8),
+    st.integers(1, 60),
+    st.integers(1, 20),
+    st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_buffer_gives_every_row_once_with_what_belongs_to_it(sizes, size, batch, drop_last):
+    size, start, blocks = max(size, batch), 0, []
+    for count, is_wide in sizes:
+        values = np.arange(start, start + count, dtype=np.float32)[:, None] + 0.25 * is_wide
+        blocks.append(rows_of(values.astype(np.float32 if is_wide else np.float16), start))
+        start += count
+    random = np.random.default_rng(0)
+    batches = list(_mixed(iter(blocks), size, batch, drop_last, random))
+    assert all(len(b) == batch for b in batches[: None if drop_last else -1])
+    if not batches:
+        assert (start < batch and drop_last) or not start
+        return
+    found = Rows.joined(batches)
+    order = np.argsort(found.samples)
+    if drop_last:
+        assert start - batch < len(found) <= start and len(set(found.samples)) == len(found)
+    else:
+        assert np.array_equal(found.samples[order], np.arange(start))
+        whole = Rows.joined(blocks)
+        assert np.array_equal(found.activations[order], whole.activations)
+    for column in (found.tokens, found.token_ids, found.cells[:, 3], found.activations[:, 0] // 1):
+        assert np.array_equal(column, found.samples)
+
+
+def test_half_precision_is_widened_exactly(monkeypatch):
+    monkeypatch.setattr("utils.items._BLOCK", 1000)
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = halves[np.isfinite(halves)]
+    assert np.array_equal(
+        to_float32(finite).view(np.int32), finite.astype(np.float32).view(np.int32)
+    )
+    assert np.array_equal(to_float32(halves), halves.astype(np.float32), equal_nan=True)
+    columns = np.asfortranarray(finite[:60_000].reshape(300, 200))
+    assert np.array_equal(to_float32(columns), columns.astype(np.float32))
+    widened = to_float32(columns)
+    assert to_float32(widened) is widened
+
+
+def test_what_float16_cannot_hold_is_not_made_an_infinity(run_folder, monkeypatch):
+    dataset = ActivationDataset(run_folder, Selection(0))
+    large = rows_of(np.full((4, 2), 1e6, np.float32), 0)
+    monkeypatch.setattr(dataset, "parts", lambda *_: iter([({}, large)]))
+    with pytest.raises(UserError, match="too large for float16"):
+        list(dataset.batches(4, dtype=np.float16))
+
+
+def test_rows_that_are_not_finite_are_counted_in_the_statistics():
+    running = _Running()
+    rows = np.ones((10, 3), np.float16)
+    rows[2, 1], rows[5, 0] = np.nan, np.inf
+    running.add(rows)
+    found = running.result()
+    assert (found["count"], found["non_finite"]) == (8, 2) and found["mean"] == [1, 1, 1]
+
+
 def test_runs_that_do_not_belong_together_are_refused(run_folder, tmp_path, tiny_model, tasks_file):
     spaced = extracted(tmp_path / "a", tiny_model, tasks_file, grid_encoding="spaced")
     with pytest.raises(UserError, match=r"is of another run than .*prompt.encoding"):
         ActivationDataset([run_folder, spaced], Selection(0))
-    with pytest.raises(UserError, match="given twice"):
-        ActivationDataset([run_folder, run_folder], Selection(0))
+    with pytest.raises(UserError, match=r"both hold the shard .* count double"):
+        ActivationDataset([run_folder, f"{run_folder}/"], Selection(0))
     fewer = extracted(tmp_path / "b", tiny_model, tasks_file, layers_to_extract=[0])
-    with pytest.raises(UserError, match=r"has no resid_post.2, resid_post.3"):
-        ActivationDataset([run_folder, fewer], Selection(0))
-    more = extracted(tmp_path / "c", tiny_model, tasks_file, max_tasks=2)
+    with pytest.raises(UserError, match=r"has no resid_post.2, which"):
+        ActivationDataset([run_folder, fewer], Selection(2))
+    some = extracted(tmp_path / "d", tiny_model, tasks_file, token_positions="last")
+    with pytest.raises(UserError, match="the states of last tokens"):
+        ActivationDataset([run_folder, some], Selection(0))
+    more = extracted(tmp_path / "c", tiny_model, tasks_file, max_tasks=2, dtype="float32", seed=1)
     both = ActivationDataset([run_folder, more], Selection(0)).rows()
     assert np.array_equal(
         both.activations, np.concatenate([stored(f, "resid_post.0") for f in (run_folder, more)])

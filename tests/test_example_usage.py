@@ -1,5 +1,6 @@
 """The example as a user runs it: its output, its files, and what --overwrite leaves alone."""
 
+import itertools
 import json
 import re
 import shutil
@@ -99,6 +100,26 @@ def test_the_model_that_ships_solves_what_it_is_said_to(ran):
     assert said in (ROOT / "README.md").read_text()
     size = sum(path.stat().st_size for path in (ROOT / "examples" / "arc_tiny").iterdir())
     assert size < 8e6
+
+
+def test_the_model_that_ships_is_a_hugging_face_model(ran):
+    """transformers itself generates the same answers from the same states."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: requirements-torch.txt")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = ROOT / "examples" / "arc_tiny"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for item in itertools.islice(iter_items(ran[0] / "results" / "activations"), 0, 200, 40):
+        ids, prompt = torch.tensor(item["input_ids"])[None].long(), item["prompt_length"]
+        assert tokenizer.decode(ids[0, :prompt]).endswith("+/-=O")
+        with torch.no_grad():
+            said = model.generate(ids[:, :prompt], max_new_tokens=64, do_sample=False)
+            states = model(ids, output_hidden_states=True).hidden_states[4][0].numpy()
+        assert said.tolist() == ids.tolist()
+        ours = item["activations"]["resid_post.3"].astype(np.float32)
+        errors = np.linalg.norm(ours - states, axis=1) / np.linalg.norm(states, axis=1)
+        assert errors.max() < 2e-3  # stored as float16
 
 
 def test_the_autoencoder_and_its_features_are_what_they_are_said_to_be(ran):

@@ -9,7 +9,7 @@ from test_dataset import run_folder  # noqa: F401 (a fixture)
 
 from examples import sae as sae_module
 from examples.features import TOP, find_features
-from examples.sae import Sae, SaeConfig, fit, load_sae, measure, train
+from examples.sae import Sae, SaeConfig, fit, load_sae, measure, split, train
 from utils.contrast import contrast, pair_up, roles_of_tokens
 from utils.dataset import ActivationDataset, Rows, Selection
 from utils.errors import UserError
@@ -117,7 +117,7 @@ def test_an_sae_that_cannot_be_trained_is_refused(run_folder):  # noqa: F811
         fit(dataset, SaeConfig(width=31))
     with pytest.raises(UserError, match="k 0 is not between 1 and the width 64"):
         fit(dataset, SaeConfig(width=64, k=0))
-    with pytest.raises(UserError, match="too few to train on"):
+    with pytest.raises(UserError, match="rows to train on are fewer than a batch"):
         fit(dataset, SaeConfig(width=64, k=4, batch_size=10**6))
 
 
@@ -131,6 +131,10 @@ def test_the_script_trains_on_a_run(run_folder, tmp_path):  # noqa: F811
     assert about["activation"] == "resid_post.2" and 0 < about["held_out"]["l0"] <= 8
     again = run_script("examples/sae.py", *flags, *small)
     assert again.returncode == 2 and "sae exists" in again.stderr
+    assert (
+        about["selection"].startswith("Selection(layer=2")
+        and "drop_sinks=10" in (about["selection"])
+    )
     narrow = run_script("examples/sae.py", *flags[:-1], tmp_path / "b", "--width", 8)
     assert narrow.returncode == 2 and "narrower than its input" in narrow.stderr
     assert narrow.stderr.count("\n") == 1 and not (tmp_path / "b").exists()
@@ -159,7 +163,7 @@ def test_the_rule_names_colors_roles_and_positions():
     zeros = np.zeros(D, np.float32)
     sae = Sae(identity, zeros, identity, zeros, zeros, 1.0, k=D)
     numbers = np.arange(N, dtype=np.int32)
-    rows = Rows(states, numbers % 500, numbers, numbers, cells)
+    rows = Rows(states, numbers, numbers, numbers, cells)
     found = find_features(sae, rows)
     assert {f.latent: f.attribute.label for f in found} == {
         0: "red",
@@ -172,34 +176,106 @@ def test_the_rule_names_colors_roles_and_positions():
     assert "latent 0: 100% of its top 100 cells are red (of all cells 10%)" in map(str, found)
 
 
-def test_failed_samples_are_paired_with_solved_ones_of_like_length():
+def test_the_smaller_group_is_paired_with_the_nearest_of_the_other():
     assert pair_up({"a": 100, "b": 10}, {"x": 11, "y": 90, "z": 500}) == [("b", "x"), ("a", "y")]
-    assert pair_up({"a": 1, "b": 2}, {"x": 5}) == [("a", "x")]
+    failed = {f"f{i}": 100 + 10 * i for i in range(100)}
+    solved = {f"s{i}": 900 + 10 * i for i in range(10)}
+    assert pair_up(failed, solved) == [(f"f{80 + i}", f"s{i}") for i in range(10)]
+    assert pair_up({"a": 1, "b": 2}, {"x": 5}) == [("b", "x")]
     assert pair_up({}, {"x": 5}) == []
 
 
+def one_token_a_role(task, correct, value, **more):
+    cells = [[0, 0, 0, 0, 1, 0, 1], [0, 1, 0, 0, 1, 1, 2], [-1, 0, 0, 0, 1, 2, 3]]
+    if value is not None:
+        cells.append([-1, 1, 0, 0, 1, 4, 5])
+    return {
+        "task_id": task,
+        "sample_idx": 0,
+        "input_ids": np.arange(6, dtype=np.int32),
+        "prompt_length": 4,
+        "cells": np.array(cells, np.int32),
+        "correct": correct,
+        "activations": {"resid_post.0": np.full((6, 2), value or 0, np.float16)},
+        **more,
+    }
+
+
 def test_a_contrast_is_the_mean_difference_of_its_pairs(monkeypatch):
-    """Two failed and two solved samples of one token a role, written out."""
-
-    def item(task, correct, value):
-        cells = [[0, 0, 0, 0, 1, 0, 1], [0, 1, 0, 0, 1, 1, 2], [-1, 0, 0, 0, 1, 2, 3]]
-        return {
-            "task_id": task,
-            "sample_idx": 0,
-            "input_ids": np.arange(5, dtype=np.int32),
-            "prompt_length": 4,
-            "cells": np.array([*cells, [-1, 1, 0, 0, 1, 4, 5]], np.int32),
-            "correct": correct,
-            "activations": {"resid_post.0": np.full((5, 2), value, np.float16)},
-        }
-
-    items = [item("a", True, 3), item("b", False, 1), item("c", True, 5), item("d", False, 3)]
-    assert roles_of_tokens(items[0]).tolist() == [0, 1, 2, 4, 3]
+    """Two failed and two solved samples, and views and unknown answers that do not count."""
+    items = [
+        one_token_a_role("a", True, 3),
+        one_token_a_role("b", False, 1),
+        one_token_a_role("c", True, 5),
+        one_token_a_role("d", False, None),  # an answer that does not parse has no cell
+        one_token_a_role("a", False, 99, view={"number": 2}),
+        one_token_a_role("e", None, 99),
+    ]
+    assert roles_of_tokens(items[0]).tolist() == [0, 1, 2, 4, 3, 5]
+    assert roles_of_tokens(items[3]).tolist() == [0, 1, 2, 4, 5, 5]
     monkeypatch.setattr("utils.contrast.iter_items", lambda _: iter(items))
     found = contrast("anywhere")
     assert found.pairs == [(("b", 0), ("a", 0)), (("d", 0), ("c", 0))]
+    assert found.lengths.tolist() == [[4, 4], [4, 4]]
+    assert found.counts["resid_post.0", "answer"] == 1
     assert found.differences["resid_post.0", "answer"].tolist() == [2, 2]
-    assert found.consistency["resid_post.0", "other"] == pytest.approx(np.sqrt(2))
+    assert found.consistency["resid_post.0", "answer"] == pytest.approx(1)
+    place = "resid_post.0", "train input"
+    assert found.counts[place] == 2 and found.differences[place].tolist() == [3.5, 3.5]
+    assert found.consistency[place] == pytest.approx((2 + 5) / np.sqrt(2**2 + 5**2))
+    assert found.chance[place] == pytest.approx(found.consistency[place])  # of two signs, either
     items[:] = items[:1]
-    with pytest.raises(UserError, match="1 solved and 0 failed samples: a contrast needs both"):
+    with pytest.raises(UserError, match="1 solved and 0 failed samples"):
         contrast("anywhere")
+
+
+def test_chance_stays_below_its_bound_nineteen_times_in_twenty(monkeypatch):
+    random = np.random.default_rng(0)
+    items = []
+    for i in range(60):
+        item = one_token_a_role(f"t{i}", i % 2 == 0, 1)
+        states = random.standard_normal((6, 40))
+        item["activations"] = {f"resid_post.{j}": states[:, 2 * j : 2 * j + 2] for j in range(20)}
+        items.append(item)
+    monkeypatch.setattr("utils.contrast.iter_items", lambda _: iter(items))
+    found = contrast("anywhere")
+    above = np.mean([found.consistency[place] > found.chance[place] for place in found.chance])
+    assert 0 < above < 0.12
+
+
+def test_a_task_is_held_out_with_all_its_samples():
+    count = 1000
+    samples = np.arange(count) % 40
+    rows = Rows(np.arange(count, dtype=np.float32)[:, None], samples, samples, samples, samples)
+    task_ids = [f"task{i % 20}" for i in samples]  # two samples a task
+    trained, held_out = split(rows, task_ids)
+    assert len(trained) + len(held_out) == count and len(held_out) == count // 10
+    tasks = [{task_ids[int(row)] for row in part[:, 0]} for part in (trained, held_out)]
+    assert not tasks[0] & tasks[1] and len(tasks[1]) == 2
+    with pytest.raises(UserError, match="one task"):
+        split(rows, ["a"] * count)
+
+
+def test_a_large_mean_does_not_count_as_variance():
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((100_000, 4)).astype(np.float32)
+    rows[:, 0] = 3000 + 3 * rows[:, 0]
+    mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+    nothing = np.zeros((4, 4), np.float32)
+    sae = Sae(nothing, nothing[0], nothing, nothing[0], mean, 1.0, k=1)
+    assert abs(measure(sae, rows)["explained_variance"]) < 1e-3
+
+
+def test_one_grid_is_not_enough_for_a_feature():
+    cells = np.array([[0, 0, r, c, 2] for r in range(20) for c in range(20)], np.int32)
+    others = np.array([[1, 0, r, c, 3] for r in range(20) for c in range(20)], np.int32)
+    cells = np.concatenate([cells, others])
+    states = (cells[:, 4:] == 2).astype(np.float32)
+    one = np.ones((1, 1), np.float32)
+    sae = Sae(one, one[0] * 0, one, one[0] * 0, one[0] * 0, 1.0, k=1)
+    numbers = np.arange(len(cells))
+    assert not find_features(sae, Rows(states, numbers * 0, numbers, numbers, cells))
+    assert find_features(sae, Rows(states, numbers % 7, numbers, numbers, cells))
+    twice = Rows(states, numbers * 0, numbers, numbers, np.concatenate([cells[:400]] * 2))
+    with pytest.raises(UserError, match="several tokens hold one cell"):
+        find_features(sae, twice)

@@ -17,7 +17,14 @@ from utils.errors import UserError
 from utils.layout import Layout
 from utils.mesh import make_mesh, single_device_mesh
 from utils.processes import Peers
-from utils.weights import TABLE, Checkpoint, abstract_params, row_of, write_random_checkpoint
+from utils.weights import (
+    TABLE,
+    Checkpoint,
+    abstract_params,
+    row_of,
+    write_checkpoint,
+    write_random_checkpoint,
+)
 
 
 @pytest.fixture
@@ -186,3 +193,15 @@ print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     size, peak = map(int, result.stdout.split())
     assert size > 1e9
     assert peak < 1.3 * size + 0.5e9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_written_is_what_was_loaded(tmp_path, tied):
+    fields = {**TINY, "tie_word_embeddings": tied, "head_dim": 8}
+    write_random_checkpoint(tmp_path / "a", fields)
+    config = ModelConfig.from_hf(tmp_path / "a")
+    layout = Layout.of(config, single_device_mesh())
+    params = Checkpoint(tmp_path / "a", config).load(layout, np.float32)
+    write_checkpoint(tmp_path / "b", fields, params)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from utils.dataset import ActivationDataset
+from utils.disk import check_writable
 from utils.errors import UserError
 
 try:
@@ -34,24 +35,27 @@ log = logging.getLogger(__name__)
 class TorchRows(IterableDataset):
     """Batches of rows as float32 tensors [B, D]; give it to a `DataLoader` with `batch_size=None`.
 
-    options: as of `ActivationDataset.batches`. Workers of a loader share the shards, so that each
-    row comes once; a worker without a shard has none. `set_epoch` draws the next order, as a
-    distributed sampler's does. Raises UserError where torch is not installed.
+    options: as of `ActivationDataset.batches`. `worker` and `workers` are there for the ranks of a
+    distributed training; the workers of each rank's loader share its part, so that each row comes
+    once in all. With more shares than shards some have nothing. `set_epoch` draws the next order,
+    as a distributed sampler's does. Raises UserError where torch is not installed.
     """
 
     def __init__(self, dataset: ActivationDataset, batch_size: int, **options: Any):
         _need_torch()
         super().__init__()
         self.dataset, self.batch_size, self.options = dataset, batch_size, options
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # for living workers too
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        share = {"worker": worker.id, "workers": worker.num_workers} if worker else {}
-        options = {**self.options, **share, "seed": self.options.get("seed", 0) + self.epoch}
+        options = {"seed": 0, "worker": 0, "workers": 1, **self.options}
+        options["seed"] += int(self._epoch)
+        if loader := get_worker_info():
+            options["worker"] = options["worker"] * loader.num_workers + loader.id
+            options["workers"] *= loader.num_workers
         for rows in self.dataset.batches(self.batch_size, **options):
             yield torch.from_numpy(rows.activations)
 
@@ -114,17 +118,24 @@ def export_for_saelens(
     Raises UserError: the folder is there already, fewer rows than one context.
     """
     from datasets import Array2D, Dataset, Features, Sequence, Value
+    from datasets.exceptions import DatasetGenerationError
 
     folder, column = Path(folder), hook_name(dataset.name)
     if folder.exists():
         raise UserError(f"{folder} exists: choose another folder for the export")
+    if context_size < 1 or 0 < shuffle_buffer < context_size:
+        raise UserError(
+            f"context_size {context_size} must be at least 1, and a shuffle_buffer, here "
+            f"{shuffle_buffer}, as large"
+        )
+    check_writable(folder.parent)
     features = Features(
         {
             column: Array2D((context_size, dataset.width), "float32"),
             "token_ids": Sequence(Value("int32"), length=context_size),
         }
     )
-    if dataset.rows(context_size).tokens.size < context_size:
+    if len(dataset.rows(context_size)) < context_size:
         raise UserError(f"the selection has fewer rows than a context of {context_size}")
     left = 0
 
@@ -145,7 +156,12 @@ def export_for_saelens(
             cache_dir=scratch,
             fingerprint=uuid.uuid4().hex,
         )
-        made.save_to_disk(folder)
+        made.save_to_disk(Path(scratch) / "whole")
+        (Path(scratch) / "whole").rename(folder)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if left:

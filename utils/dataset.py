@@ -18,12 +18,14 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from utils.capture import HOOK_POINTS
 from utils.errors import UserError
+from utils.items import to_float32
 from utils.manifest import Manifest, differences, read_manifest, some
 from utils.shards import read_entry
 from utils.stats import activation_stats
@@ -31,7 +33,7 @@ from utils.tokens import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-ROLES = {"input": 0, "output": 1}
+ROLE_NUMBERS = {"input": 0, "output": 1}
 NO_CELL = -2  # in all columns of a row whose token holds no cell
 
 
@@ -53,7 +55,7 @@ class Selection:
     part: str | None = None
     role: str | None = None
     pair: str | int | None = None
-    colors: Collection[int] | None = None
+    colors: Collection[int] | int | None = None
     correct: bool | None = None
     original: bool = False
     drop_special: bool = False
@@ -64,13 +66,19 @@ class Selection:
             if (value := getattr(self, name)) is not None and value not in allowed:
                 raise UserError(f"{name} {value!r} is none of {', '.join(map(str, allowed))}")
 
+        if type(self.layer) is not int:
+            raise UserError(f"layer {self.layer!r} is not a whole number")
         check("hook_point", HOOK_POINTS)
         check("part", ("prompt", "answer"))
-        check("role", tuple(ROLES))
-        if isinstance(self.pair, str):
+        check("role", tuple(ROLE_NUMBERS))
+        if type(self.pair) is not int:
             check("pair", ("train", "test"))
+        if type(self.colors) is int:
+            object.__setattr__(self, "colors", (self.colors,))
         if self.colors is not None and not set(self.colors) <= set(range(10)):
-            raise UserError(f"colors {sorted(self.colors)} are not all among 0..9")
+            raise UserError(f"colors {list(self.colors)} are not all among 0..9")
+        if type(self.correct) not in (bool, NoneType):
+            raise UserError(f"correct {self.correct!r} is none of True, False, None")
         if self.drop_sinks is not None and self.drop_sinks <= 1:
             raise UserError(f"drop_sinks {self.drop_sinks:g} would drop half of all: give 2 to 100")
 
@@ -129,7 +137,7 @@ class ActivationDataset:
         self.folders = [folders] if isinstance(folders, str | Path) else list(folders)
         manifests = [read_manifest(folder) for folder in self.folders]
         self.name, self.width = _captured(self.folders[0], manifests[0], selection)
-        _check_alike(self.folders, manifests)
+        _check_alike(self.folders, manifests, self.name)
         self.selection = selection
         self.samples: list[tuple[Any, ...]] = []
         self._entries = []  # folder, manifest's entry, place of its first sample
@@ -138,11 +146,18 @@ class ActivationDataset:
                 self._entries.append((folder, entry, len(self.samples)))
                 self.samples += map(tuple, entry["samples"])
         if not self.samples:
-            raise UserError(f"{self.folders[0]} holds no samples yet: let its run go on first")
+            raise UserError(f"{self.folders[0]} holds no samples: is its run at its beginning?")
         self.left_out: Counter[str] = Counter()
+        for folder, manifest in zip(self.folders, manifests, strict=True):
+            if manifest["status"] != "complete":
+                count = manifest["total_samples"]
+                log.info("the run in %s is not complete: %d samples so far", folder, count)
         self._special = np.zeros(0, int)
         if selection.drop_special:
-            self._special = np.array(sorted(special_ids or _special_ids(manifests[0])), int)
+            ids = _special_ids(manifests[0]) if special_ids is None else special_ids
+            self._special = np.array(sorted(ids), int)
+        elif special_ids is not None:
+            raise UserError("special_ids are given, but the selection does not drop_special")
         self._norm_limit = None
         if selection.drop_sinks is not None:
             stats = [activation_stats(folder)[self.name].norm_median for folder in self.folders]
@@ -160,21 +175,22 @@ class ActivationDataset:
         order = np.arange(len(self._entries))
         if seed is not None:
             np.random.default_rng(seed).shuffle(order)
-        self.left_out = Counter()
+        left_out: Counter[str] = Counter()
         found = 0
         for first, items in self._shards([self._entries[i] for i in order[worker::workers]]):
             for place, item in enumerate(items, first):
-                rows = self._select(item, place)
+                rows = self._select(item, place, left_out)
                 found += len(rows)
                 if len(rows):
                     yield item, rows
+        self.left_out = left_out
         if not found and workers == 1:
-            causes = ", ".join(f"{n} {cause}" for cause, n in self.left_out.items())
+            causes = ", ".join(f"{n} {cause}" for cause, n in left_out.items())
             raise UserError(
                 f"nothing is selected of {some(list(map(str, self.folders)))}: of "
-                f"{self.left_out.total()} rows {causes}; select less narrowly"
+                f"{left_out.total()} rows {causes}; select less narrowly"
             )
-        if dropped := {c: n for c, n in self.left_out.items() if c in (SPECIAL, SINK)}:
+        if dropped := {c: n for c, n in left_out.items() if c in (SPECIAL, SINK)}:
             said = " and ".join(f"{n} {cause}" for cause, n in dropped.items())
             log.info("left out %s; %d rows stay", said, found)
 
@@ -190,7 +206,7 @@ class ActivationDataset:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _select(self, item: dict[str, Any], place: int) -> Rows:
+    def _select(self, item: dict[str, Any], place: int, left_out: Counter[str]) -> Rows:
         s = self.selection
         states = item["activations"][self.name]
         T, P = len(item["input_ids"]), item["prompt_length"]
@@ -200,10 +216,12 @@ class ActivationDataset:
 
         def drop(cause: str, where: np.ndarray) -> None:
             nonlocal left
-            self.left_out[cause] += int((left & where).sum())
+            left_out[cause] += int((left & where).sum())
             left = left & ~where
 
-        if s.correct is not None and item["correct"] is not s.correct:
+        if s.correct is not None and item["correct"] is None:
+            drop("of samples without a generated answer or without ground truth", left)
+        elif s.correct is not None and item["correct"] != s.correct:
             drop("of samples not " + ("solved" if s.correct else "failed"), left)
         if s.part is not None:
             drop(f"not in the {s.part}", (tokens < P) != (s.part == "prompt"))
@@ -213,7 +231,7 @@ class ActivationDataset:
         if len(self._special):
             drop(SPECIAL, np.isin(item["input_ids"][tokens], self._special))
         if self._norm_limit is not None:
-            norms = np.linalg.norm(states.astype(np.float32), axis=1)
+            norms = np.linalg.norm(to_float32(states), axis=1)
             drop(SINK, norms > self._norm_limit)
         rows = np.flatnonzero(left)
         states = states if len(rows) == len(states) else states[rows]
@@ -236,7 +254,9 @@ class ActivationDataset:
 
         shuffle_buffer: rows that are mixed in memory, 0 for the order of storage; with it the order
         of shards is drawn too. The same seed gives the same batches; each epoch is shuffled anew.
-        epochs: passes over the rows, None without end.
+        epochs: passes over the rows, None without end. worker, workers: this one's share of the
+        shards; one that has no rows gives no batch. Raises UserError: nothing is selected, fewer
+        rows than a batch with `drop_last`, a value that `dtype` cannot hold.
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} is below 1")
@@ -257,9 +277,11 @@ class ActivationDataset:
             empty = True
             for rows in batches:
                 empty = False
-                yield replace(rows, activations=rows.activations.astype(dtype, copy=False))
+                yield replace(rows, activations=_cast(rows.activations, dtype))
             if empty and workers == 1:
                 raise UserError(f"the selection has fewer rows than a batch of {batch_size}")
+            if empty:
+                return
             epoch += 1
 
     def rows(self, most: int | None = None, seed: int | None = None) -> Rows:
@@ -286,7 +308,7 @@ def cells_of_tokens(item: dict[str, Any], selection: Selection) -> np.ndarray:
         cells = item.get("cells_original", cells)
     keep = np.ones(len(cells), bool)
     if selection.role is not None:
-        keep &= cells[:, 1] == ROLES[selection.role]
+        keep &= cells[:, 1] == ROLE_NUMBERS[selection.role]
     if selection.pair in ("train", "test"):
         keep &= (cells[:, 0] == -1) == (selection.pair == "test")
     elif selection.pair is not None:
@@ -317,20 +339,31 @@ def _captured(folder: Any, manifest: Manifest, selection: Selection) -> tuple[st
     return name, there[name]["width"]
 
 
-def _check_alike(folders: Sequence[Any], manifests: Sequence[Manifest]) -> None:
-    """Raises UserError for runs of different models, prompts or captures."""
-    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
-        for key in ("model", "prompt", "capture"):
+def _check_alike(folders: Sequence[Any], manifests: Sequence[Manifest], name: str) -> None:
+    """Raises UserError for runs of different models, prompts or positions, or with shards in
+    common."""
+    seen: dict[str, Any] = {}
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for key in ("model", "prompt"):
             if changes := differences(manifests[0].get(key), manifest.get(key), key):
                 raise UserError(
                     f"{folder} is of another run than {folders[0]}: {some(changes)}; train on runs "
                     "of one model and prompt"
                 )
-        lacking = manifests[0]["activations"].keys() - manifest["activations"].keys()
-        if lacking:
-            raise UserError(f"{folder} has no {some(sorted(lacking))}, which {folders[0]} has")
-    if len(set(map(str, folders))) < len(folders):
-        raise UserError("a folder is given twice: its rows would count double")
+        if name not in manifest["activations"]:
+            raise UserError(f"{folder} has no {name}, which {folders[0]} has")
+        positions = [m["capture"].get("token_positions") for m in (manifests[0], manifest)]
+        if positions[0] != positions[1]:
+            raise UserError(
+                f"{folder} holds the states of {positions[1]} tokens, {folders[0]} of "
+                f"{positions[0]}: train on runs of one kind"
+            )
+        for entry in manifest["files"]:
+            if (other := seen.setdefault(entry["crc32c"], folder)) is not folder:
+                raise UserError(
+                    f"{folder} and {other} both hold the shard {entry['filename']}: its rows would "
+                    "count double"
+                )
 
 
 def _special_ids(manifest: Manifest) -> list[int]:
@@ -343,6 +376,16 @@ def _special_ids(manifest: Manifest) -> list[int]:
         raise UserError(
             f"which tokens are special is not known ({error}): pass special_ids"
         ) from error
+
+
+def _cast(states: np.ndarray, dtype: Any) -> np.ndarray:
+    if np.dtype(dtype) == np.float32:
+        return to_float32(states)
+    with np.errstate(over="ignore"):
+        cast = states.astype(dtype, copy=False)
+    if not np.array_equal(np.isfinite(cast), np.isfinite(states)):
+        raise UserError(f"a value is too large for {np.dtype(dtype)}: ask for float32")
+    return cast
 
 
 class _Buffer:

@@ -40,6 +40,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {  # in the order of storage
 }
 _OPTIONAL = {"view", "positions", "output_logits", "cells_original"}
 _INTEGERS = {key for key, kind in _TYPES.items() if kind is int}
+_BLOCK = 1 << 16  # values that are widened at once
 _CHUNK = 1 << 20  # bytes; checksummed, then written, while still in the cache
 
 
@@ -70,13 +71,38 @@ def to_storage(array: Any, dtype: str) -> np.ndarray:
     array = np.asarray(array)
     with np.errstate(over="ignore", invalid="ignore"):
         stored = np.ascontiguousarray(array, dtype=dtype)
-        if dtype == "float16" and stored is not array and stored.size:
-            # As integers, what is not finite sorts above what is: two passes, no temporaries.
-            top = stored.view(np.int16).max(), stored.view(np.uint16).max()
-            suspect = top[0] >= 0x7C00 or top[1] >= 0xFC00
-            if suspect and (np.isinf(stored) & np.isfinite(array)).any():
-                return np.ascontiguousarray(array, dtype=np.float32)
+        narrowed = dtype == "float16" and stored is not array and stored.size
+        if narrowed and not _all_finite(stored) and (np.isinf(stored) & np.isfinite(array)).any():
+            return np.ascontiguousarray(array, dtype=np.float32)
     return stored
+
+
+def to_float32(array: np.ndarray) -> np.ndarray:
+    """A float16 or float32 array as float32, C-contiguous; itself where it is that already.
+
+    Exact. A finite half is shifted into place and scaled by 2^112: half the time of numpy's cast.
+    """
+    if array.dtype != np.float16 or array.size < _BLOCK:
+        return np.ascontiguousarray(array, np.float32)
+    array = np.ascontiguousarray(array)
+    if not _all_finite(array):
+        return array.astype(np.float32)
+    bits, widened = array.view(np.int16).reshape(-1), np.empty(array.shape, np.float32)
+    floats = widened.reshape(-1)
+    for start in range(0, len(bits), _BLOCK):  # what stays in the cache between the passes
+        block = floats[start : start + _BLOCK]
+        shifted = block.view(np.int32)
+        shifted[...] = bits[start : start + _BLOCK]
+        np.left_shift(shifted, 13, out=shifted)
+        np.bitwise_and(shifted, np.int32(-0x70002000), out=shifted)  # 0x8FFFE000
+        np.multiply(block, np.float32(2.0**112), out=block)
+    return widened
+
+
+def _all_finite(halves: np.ndarray) -> bool:
+    """Of float16: as integers, what is not finite sorts above what is; two passes, no temporary."""
+    top = halves.view(np.int16).max(), halves.view(np.uint16).max()
+    return top[0] < 0x7C00 and top[1] < 0xFC00
 
 
 def stored_item(item: dict[str, Any], activation_dtype: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.cloud import BucketFolder, Stopped
 from utils.errors import UserError
-from utils.items import checksum
+from utils.items import checksum, to_float32
 from utils.manifest import Manifest, json_lines, read_manifest, write_json
 from utils.places import place_of
 from utils.shards import iter_items
@@ -37,11 +37,13 @@ SEND_SECONDS = 60
 class ActivationStats:
     """Of one activation, over every stored row of a run.
 
-    count: rows. mean, std: float32 [D], of each component, the deviation that of the population.
-    norm_mean, norm_std, norm_max, norm_median: of the rows' euclidean norms.
+    count: rows; non_finite: rows besides that hold an infinity or a NaN, and are left out. mean,
+    std: float32 [D], of each component, the deviation that of the population. norm_mean, norm_std,
+    norm_median, norm_max: of the rows' euclidean norms.
     """
 
     count: int
+    non_finite: int
     mean: np.ndarray
     std: np.ndarray
     norm_mean: float
@@ -54,7 +56,7 @@ class _Running:
     """Moments of blocks of rows brought together as Chan et al. (1979) do, in float64."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.non_finite = 0
         self.mean: Any = 0.0
         self.squares: Any = 0.0  # sum of squared deviations
         self.norms = [0.0, 0.0, 0.0]  # sum, sum of squares, highest
@@ -62,9 +64,13 @@ class _Running:
 
     def add(self, rows: np.ndarray) -> None:
         """rows: [N, D], float16 or float32."""
+        rows = to_float32(rows)
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            self.non_finite += int((~finite).sum())
+            rows = rows[finite]
         if not len(rows):
             return
-        rows = rows.astype(np.float32)
         count, mean = len(rows), rows.mean(axis=0, dtype=np.float64)
         centred = rows - mean.astype(np.float32)
         squares = np.einsum("ND,ND->D", centred, centred, dtype=np.float64)
@@ -87,6 +93,7 @@ class _Running:
         middle = np.searchsorted(self.histogram.cumsum(), self.count / 2)
         return {
             "count": self.count,
+            "non_finite": self.non_finite,
             "mean": self.mean.tolist(),
             "std": np.sqrt(self.squares / self.count).tolist(),
             "norm_mean": mean,
@@ -104,21 +111,24 @@ def activation_stats(folder: str | Path) -> dict[str, ActivationStats]:
     """
     manifest = read_manifest(folder)
     digest, place = _digest(manifest), place_of(folder)
-    stored: Any = None
     if STATS_FILE in place.names():
         try:
             stored = json.loads(place.read(STATS_FILE))
-        except ValueError:
+            if stored["files_hash"] == digest:
+                return _parsed(stored, manifest)
+        except (ValueError, KeyError, TypeError):
             log.warning("%s/%s is damaged and is computed again", place, STATS_FILE)
-    if not isinstance(stored, dict) or stored.get("files_hash") != digest:
-        stored = {"files_hash": digest, **_computed(folder, manifest)}
-        _keep(stored, place)
-    return {
-        name: ActivationStats(
-            **{**stored[name], **{k: np.float32(stored[name][k]) for k in ("mean", "std")}}
-        )
-        for name in manifest["activations"]
-    }
+    stored = {"files_hash": digest, **_computed(folder, manifest)}
+    _keep(stored, place)
+    return _parsed(stored, manifest)
+
+
+def _parsed(stored: dict[str, Any], manifest: Manifest) -> dict[str, ActivationStats]:
+    def vectors(entry: dict[str, Any]) -> dict[str, np.ndarray]:
+        return {key: np.array(entry[key], np.float32) for key in ("mean", "std")}
+
+    names = manifest["activations"]
+    return {n: ActivationStats(**{**stored[n], **vectors(stored[n])}) for n in names}
 
 
 def _digest(manifest: Manifest) -> str:
@@ -132,7 +142,7 @@ def _computed(folder: str | Path, manifest: Manifest) -> dict[str, Any]:
     for item in tqdm(iter_items(folder), total=total, desc="statistics", unit=" samples"):
         for name, rows in item["activations"].items():
             running[name].add(rows)
-    if not any(r.count for r in running.values()):
+    if not running or not all(r.count for r in running.values()):
         raise UserError(f"{folder} holds no activations: was it a run with --no_extraction?")
     return {name: r.result() for name, r in running.items()}
 

@@ -369,7 +369,7 @@ def write_checkpoint(folder: str | Path, fields: dict[str, Any], params: dict[st
         name = _hf_name(path)
         stored, axes = _axes(row_of(name)[0])
         flat = [axes.index(axis) for group in stored for axis in group]
-        tensor = np.asarray(leaf).transpose(flat)
+        tensor = np.asarray(leaf).astype(jnp.bfloat16).transpose(flat)
         tensors[name] = tensor.reshape(_stored_shape(row_of(name)[0], leaf.shape))
     _write(Path(folder), fields, tensors)
 
@@ -393,16 +393,16 @@ def write_random_checkpoint(folder: str | Path, fields: dict[str, Any], seed: in
             noise *= 0.1
         else:
             noise *= 0.05 if path in ("embedding", "head") else stored[1] ** -0.5
-        tensors[name] = noise
+        tensors[name] = noise.astype(jnp.bfloat16)
     _write(Path(folder), fields, tensors)
 
 
 def _write(folder: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """A checkpoint folder; tensors by their names in the checkpoint, stored as bfloat16."""
-    rounded = {name: np.ascontiguousarray(t.astype(jnp.bfloat16)) for name, t in tensors.items()}
+    """A checkpoint folder; tensors: bfloat16, by their names in the checkpoint."""
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:  # a full disk is either
         raise UserError(f"cannot write the weights to {folder}: {error}") from error
