@@ -79,8 +79,10 @@ def clear(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{folder} exists: add --overwrite to replace the example in it, {other}")
     record = folder / RECORD
-    made = json.loads(record.read_text()) if record.exists() else {}
-    found = digests(folder, made or MADE)
+    if not record.exists():
+        raise UserError(f"{folder} holds no run of this example: choose another --output_dir")
+    made = json.loads(record.read_text())
+    found = digests(folder, made)
     if foreign := [path for path in found if found[path] != made.get(path)]:
         raise UserError(
             f"{folder / foreign[0]} is not as this example leaves it: move it away, {other}"
@@ -202,7 +204,8 @@ def show_results(folder: Path) -> None:
     from utils.tokens import load_tokenizer
 
     show_shards(folder)
-    item = next(iter_items(folder))
+    item = next((item for item in iter_items(folder) if item["correct"]), None)
+    item = item or next(iter_items(folder))
     print(f"\nOne item of {folder}:")
     show_item(item)
     print("Every token has one row in each activation array.")
@@ -215,8 +218,9 @@ def show_loaders(folder: Path) -> None:
     from utils.dataset import ActivationDataset, Selection
     from utils.stats import activation_stats
 
+    known = activation_stats(folder)
     print("  activation      rows  mean norm  highest")
-    for name, stats in activation_stats(folder).items():
+    for name, stats in known.items():
         print(f"  {name:13} {stats.count:6}  {stats.norm_mean:9.2f}  {stats.norm_max:7.2f}")
     red_outputs = Selection(layer=LAYER, role="output", colors=[2], correct=True)
     dataset = ActivationDataset(folder, red_outputs)

@@ -128,7 +128,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
                 way()
                 best[name] = min(best[name], time.perf_counter() - start)
     print(f"{rows} rows of {args.width}, {size / 1e9:.2f} GB, best of {args.repeats}")
-    print("| way | seconds | rows/s | of the disk's speed |\n|---|---|---|---|")
+    print("| way | seconds | rows read a second | of the disk's speed |\n|---|---|---|---|")
     for name, seconds in best.items():
         share = best["reading the files, no more"] / seconds
         print(f"| {name} | {seconds:.2f} | {rows / seconds:,.0f} | {share:.0%} |")

@@ -1,8 +1,9 @@
 """What the latents of a sparse autoencoder stand for on ARC grids, found by a rule.
 
 For every latent, the cells where it is most active are compared with all cells: the color, the
-role of their grid and their position in it. A latent is taken for a feature of one of these if at
-least `PURITY` of its top cells share it.
+role of their grid and their position in it. A latent is named by one of these if at least `PURITY`
+of its top cells share it: that says what it is most active on, and `precision` and `recall` how far
+the name holds beyond.
 """
 
 # N cells   F latents   A attributes
@@ -41,14 +42,22 @@ class Attribute:
 class Feature:
     """latent: its number. top: int [TOP], places of the cells where it is most active, first the
     most; activations: float32 [N], of all cells. share: of the top cells that have the attribute,
-    base: of all cells. frequency: share of all cells where it is active at all."""
+    base: of all cells. precision: of the cells where the latent is active at all that have it;
+    recall: of the cells that have it where the latent is active."""
 
     latent: int
     attribute: Attribute
     share: float
     top: np.ndarray
     activations: np.ndarray
-    frequency: float
+
+    @property
+    def precision(self) -> float:
+        return float(self.attribute.mask[self.activations > 0].mean())
+
+    @property
+    def recall(self) -> float:
+        return float((self.activations[self.attribute.mask] > 0).mean())
 
     @property
     def base(self) -> float:
@@ -114,9 +123,7 @@ def find_features(sae: Sae, rows: Rows, most: int = 8) -> list[Feature]:
         if not fits.any():
             continue
         best = int(np.argmax(np.where(fits, shares / bases, 0)))
-        feature = Feature(
-            int(latent), known[best], float(shares[best]), top, active, float((active > 0).mean())
-        )
+        feature = Feature(int(latent), known[best], float(shares[best]), top, active)
         found[known[best].kind].append(feature)
     chosen: list[Feature] = []
     queues = []

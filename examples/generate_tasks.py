@@ -422,6 +422,8 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     import orjson
 
     path = args.output_path
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed} does not fit in a row: give one below 2^63")
     if path.exists():
         raise UserError(f"{path} exists: give another --output_path")
     check_writable(path.absolute().parent)

@@ -44,7 +44,8 @@ p { margin: 4px 0 12px; max-width: 46rem; }
 .figure b { display: block; font-size: 1.35rem; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
   padding: 16px; margin: 12px 0; }
-.grids { display: flex; flex-wrap: wrap; gap: 14px 18px; align-items: flex-start; }
+.grids { display: flex; flex-wrap: wrap; gap: 14px 18px; align-items: flex-start;
+  align-content: flex-start; }
 .grids figure { margin: 0; }
 figcaption { font-size: .8rem; color: var(--soft); margin-bottom: 3px; }
 .pair { display: flex; gap: 8px; align-items: flex-start; }
@@ -52,6 +53,9 @@ svg { display: block; max-width: 100%; height: auto; }
 .tag { display: inline-block; border-radius: 4px; padding: 0 8px; font-size: .8rem;
   font-weight: 600; }
 .yes { background: #d8f3df; color: #14602b; } .no { background: #fde0dd; color: #8d1c13; }
+.key { display: flex; flex-wrap: wrap; gap: 4px 14px; max-width: none; }
+.key i { display: inline-block; width: 12px; height: 12px; border-radius: 2px;
+  margin-right: 5px; vertical-align: -1px; }
 .two { display: grid; grid-template-columns: minmax(0, 330px) minmax(0, 1fr); gap: 20px; }
 .layer { display: grid; grid-template-columns: 230px minmax(0, 1fr); gap: 4px 20px;
   padding: 8px 0; border-bottom: 1px solid var(--line); }
@@ -117,11 +121,12 @@ def picture(
     fills: Sequence[Sequence[str]],
     cell: int = 15,
     *,
-    opacity: np.ndarray | None = None,
+    strength: np.ndarray | None = None,
     rings: Iterable[tuple[int, int]] = (),
     words: str = "",
 ) -> str:
-    """An SVG grid, [R, C] of CSS colors; opacity: float [R, C]; rings: cells with a frame."""
+    """An SVG grid, [R, C] of CSS colors; strength: float [R, C], how much of its place a cell
+    fills, from 0 (a third) to 1 (all); rings: cells with a frame."""
     R, C = len(fills), len(fills[0])
     width, height = C * cell + 2, R * cell + 2
     parts = [
@@ -129,15 +134,16 @@ def picture(
         f'aria-label="{html.escape(words or f"grid of {R} by {C}")}">'
         f'<rect x="-1" y="-1" width="{width}" height="{height}" fill="#8a8d94"/>'
     ]
+    if strength is not None:
+        parts.append(f'<rect width="{C * cell}" height="{R * cell}" fill="#e9ebef"/>')
     for r in range(R):
         for c in range(C):
-            at = f'x="{c * cell + 0.5:g}" y="{r * cell + 0.5:g}" width="{cell - 1}" '
-            at += f'height="{cell - 1}"'
-            if opacity is not None and opacity[r, c] < 1:
-                parts.append(f'<rect {at} fill="#ffffff"/>')
-                parts.append(f'<rect {at} fill="{fills[r][c]}" opacity="{opacity[r, c]:.2f}"/>')
-            else:
-                parts.append(f'<rect {at} fill="{fills[r][c]}"/>')
+            side = (cell - 1) * (1 if strength is None else (1 + 2 * strength[r, c]) / 3)
+            x, y = (at * cell + (cell - side) / 2 for at in (c, r))
+            parts.append(
+                f'<rect x="{x:.3g}" y="{y:.3g}" width="{side:.3g}" height="{side:.3g}" '
+                f'fill="{fills[r][c]}"/>'
+            )
     for r, c in rings:
         parts.append(
             f'<rect x="{c * cell + 1.5:g}" y="{r * cell + 1.5:g}" width="{cell - 3}" '
@@ -243,10 +249,32 @@ def solved_and_failed(found: Findings) -> str:
         cards += "</tr></table></div>"
     return (
         "<h2>What it solved, and what it did not</h2>"
-        "<p>Some of each. A frame marks a predicted cell that is wrong. The last grid shows how "
+        f"<p>{_counted(found.items)} Below are some of each, of the failed those that are wrong in "
+        "the fewest cells. A frame marks a predicted cell that is wrong. The last grid shows how "
         "sure the model was of each cell of its answer: the probability that it gave the token."
-        f"</p>{scale('p = 0', 'p = 1', HEAT)}{cards}"
+        f"</p>{key()}{scale('p = 0', 'p = 1', HEAT)}{cards}"
     )
+
+
+def _counted(items: Sequence[dict[str, Any]]) -> str:
+    """How the samples ended, in a sentence."""
+    failed = [item for item in items if item["correct"] is False]
+    unread = sum(item["prediction"] is None for item in failed)
+    shapes = sum(item["prediction"] is not None and wrong_cells(item) is None for item in failed)
+    return (
+        f"Of {len(items)} samples {sum(bool(i['correct']) for i in items)} were solved and "
+        f"{len(failed)} failed: {len(failed) - unread - shapes} by wrong cells, {shapes} by a grid "
+        f"of another shape, {unread} without a grid that can be read."
+    )
+
+
+def key() -> str:
+    """ARC's colors and what they are called here."""
+    swatches = "".join(
+        f'<span><i style="background:{code}"></i>{name.lower()}</span>'
+        for code, name in zip(COLOR_CODES, COLORS, strict=True)
+    )
+    return f'<p class="key soft">{swatches}</p>'
 
 
 def wrong_cells(item: dict[str, Any]) -> list[tuple[int, int]] | None:
@@ -302,8 +330,8 @@ def norms(found: Findings) -> str:
     grids = grids_of(item)
     wanted = [k for k in grids if k[0] in (0, -1)]
     captions = {
-        (0, 0): "train input",
-        (0, 1): "train output",
+        (0, 0): "pair 1 input",
+        (0, 1): "pair 1 output",
         (-1, 0): "test input",
         (-1, 1): "answer",
     }
@@ -334,10 +362,12 @@ def features(found: Findings) -> str:
     count = len(found.features)
     return (
         "<h2>What single features see</h2>"
-        f"<p>A sparse autoencoder was trained on <b>{html.escape(found.name)}</b>. A rule went "
-        f"over its latents and kept those whose {TOP} most active cells share a color, a role or "
-        f"a position; here are {count}. Cells are drawn in ARC's colors, faded where the latent "
-        f"is silent, framed where it is among its top cells.</p>{cards}"
+        f"<p>A sparse autoencoder was trained on <b>{html.escape(found.name)}</b> of nine tenths "
+        "of the tasks; the boxes on top say how it does on the others. A rule went over its "
+        f"latents and kept those whose {TOP} most active cells share a color, a role or a position; "
+        f"here are {count}. The name says what a latent is most active on, and the line below it "
+        "how far that holds elsewhere. A cell is drawn the larger the more active the latent is "
+        f"there, and framed where it is among its top cells.</p>{cards}"
     )
 
 
@@ -363,7 +393,8 @@ def feature_card(feature: Feature, found: Findings) -> str:
         f'<div class="card"><h3>Latent {feature.latent}: '
         f"{html.escape(feature.attribute.label)}</h3>"
         f'<p class="soft">{feature.share:.0%} of its top {len(feature.top)} cells; of all cells '
-        f"{feature.base:.0%}. Active on {feature.frequency:.1%} of the cells.</p>"
+        f"{feature.base:.0%}. Of the cells where it is active at all, {feature.precision:.0%} are "
+        f"so; of the cells that are so, it is active on {feature.recall:.0%}.</p>"
         f'<div class="two">{shares}<div class="grids">{"".join(firing(feature, found))}</div>'
         "</div></div>"
     )
@@ -396,7 +427,7 @@ def firing(feature: Feature, found: Findings) -> list[str]:
             (int(r), int(c)) for i, (r, c) in zip(where, cells[:, 2:4], strict=True) if i in top
         ]
         grid = as_grid(cells[:, 2:], cells[:, 4]).tolist()
-        drawn = colored(grid, cell=18, opacity=np.clip(0.22 + strength, 0, 1), rings=rings)
+        drawn = colored(grid, cell=18, strength=strength, rings=rings)
         shown.append(figure(role, drawn))
     return shown
 
@@ -430,6 +461,7 @@ def contrast(found: Findings) -> str:
     return (
         f"{title}<p>{len(found.contrast.pairs)} pairs of a failed and a solved sample, {apart:.0f} "
         "tokens apart in length on average. How consistently the mean states of the two differ, "
-        "and what 95 of 100 random draws of the signs stay below; colored where it is more.</p>"
+        "and what 95 of 100 random draws of the signs stay below; colored where it is more. Pairs "
+        "are alike in length alone: what differs may be the rule of their tasks.</p>"
         f'<div class="card scroll"><table><tr><th>activation</th>{header}</tr>{rows}</table></div>'
     )

@@ -189,8 +189,7 @@ def train(
         before = _before(params, x)
         latents = top(before, config.k)
         error = x - params["shift"] - latents @ params["decoder"]
-        total = (x - x.mean(axis=0)) ** 2
-        main = (error**2).sum() / total.sum()
+        main = (error**2).sum() / (x**2).sum()  # of training rows, whose mean is zero
         # The dead latents see what is left over, as if they were the only ones.
         dead = silent >= config.dead_steps
         second = top(jnp.where(dead, before, 0), min(config.aux_k, F))

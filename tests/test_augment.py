@@ -290,7 +290,9 @@ def test_answers_are_mapped_back_and_voted(run, tasks_file):
         for sample in samples:
             expected = chosen[name, sample["sample_idx"]]
             assert sample == {key: expected[key] for key in sample}
-            assert all(set(a) == {"grid", "text", "logprob", "votes"} for a in sample["attempts"])
+            assert all(
+                set(a) == {"grid", "text", "logprob", "votes", "view"} for a in sample["attempts"]
+            )
             shapes.add(tuple(a["votes"] for a in sample["attempts"]))
     assert shapes <= {(3,), (2, 1), (1, 1)}
     assert read_manifest(folder / "acts")["scores"]["outputs_solved"]["total"] == 8

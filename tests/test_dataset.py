@@ -265,6 +265,23 @@ def test_workers_share_the_shards_and_one_without_any_ends(run_folder):
     assert list(nothing.batches(16, worker=0, workers=2, epochs=None)) == []
 
 
+def test_some_rows_are_drawn_from_all_alike(run_folder):
+    dataset = ActivationDataset(run_folder, Selection(0))
+    every = dataset.rows()
+    times = np.zeros(len(every))
+    place = {pair: i for i, pair in enumerate(zip(every.samples, every.tokens, strict=True))}
+    for seed in range(60):
+        some = dataset.rows(200, seed)
+        where = [place[pair] for pair in zip(some.samples, some.tokens, strict=True)]
+        assert len(set(where)) == 200
+        assert np.array_equal(some.activations, every.activations[where])
+        times[where] += 1
+    thirds = [part.sum() for part in np.array_split(times, 3)]
+    assert max(thirds) < 1.1 * min(thirds)
+    assert len(dataset.rows(10**6)) == len(every)
+    assert np.array_equal(dataset.rows(50, 1).tokens, dataset.rows(50, 1).tokens)
+
+
 def test_two_passes_at_once_do_not_mix_their_counts(run_folder):
     dataset = ActivationDataset(run_folder, Selection(0, part="answer"))
     one, two = dataset.parts(), dataset.parts()

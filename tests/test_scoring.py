@@ -105,6 +105,7 @@ def voted(*views, target=None):
         found.append(answer("t", 0, attempts, target, number))
     (key, chosen), *others = vote(answers(*reversed(found))).items()  # whatever their order
     assert key == ("t", 0) and others == [] and "view" not in chosen
+    assert all(a["text"].startswith(f"{a['view']}.") for a in chosen["attempts"])
     return [(a["grid"], a["text"], a["logprob"], a["votes"]) for a in chosen["attempts"]]
 
 

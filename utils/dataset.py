@@ -284,18 +284,22 @@ class ActivationDataset:
                 return
             epoch += 1
 
-    def rows(self, most: int | None = None, seed: int | None = None) -> Rows:
-        """All selected rows in memory, or `most` of them, from shards in an order drawn by `seed`.
-
-        Activations are as stored.
-        """
-        parts, count = [], 0
-        for _, rows in self.parts(seed):
-            parts.append(rows)
-            count += len(rows)
-            if most is not None and count >= most:
-                break
-        return Rows.joined(parts)[:most]
+    def rows(self, most: int | None = None, seed: int = 0) -> Rows:
+        """All selected rows in memory, in order, or `most` of them, drawn at random by `seed` from
+        all in one pass (reservoir sampling, Vitter 1985). Activations are as stored."""
+        if most is None:
+            return Rows.joined([rows for _, rows in self.parts()])
+        random, seen = np.random.default_rng(seed), 0
+        kept = None
+        for _, rows in self.parts():
+            kept = kept or _Buffer(most, rows)
+            rest = kept.fill(rows)
+            seen += len(rows) - len(rest)
+            places = random.random(len(rest)) * np.arange(seen + 1, seen + 1 + len(rest))
+            chosen = places < most
+            kept.put(places[chosen].astype(int), rest[chosen])
+            seen += len(rest)
+        return kept.take(np.arange(most - len(kept.free)))
 
 
 SPECIAL, SINK = "special tokens", "attention sinks"
@@ -398,15 +402,19 @@ class _Buffer:
 
     def fill(self, block: Rows) -> Rows:
         """Takes in what it has room for, and returns the rest."""
+        count = min(len(block), len(self.free))
+        self.put(self.free[:count], block[:count])
+        self.free = self.free[count:]
+        return block[count:]
+
+    def put(self, places: np.ndarray, block: Rows) -> None:
+        """Of places that are named twice, the last row stays."""
         if block.activations.dtype.itemsize > self.rows.activations.dtype.itemsize:
             # float16 could not hold a value of this block, so it was stored as float32.
             wider = self.rows.activations.astype(block.activations.dtype)
             self.rows = replace(self.rows, activations=wider)
-        count = min(len(block), len(self.free))
         for f in fields(Rows):
-            getattr(self.rows, f.name)[self.free[:count]] = getattr(block, f.name)[:count]
-        self.free = self.free[count:]
-        return block[count:]
+            getattr(self.rows, f.name)[places] = getattr(block, f.name)
 
     def take(self, places: np.ndarray) -> Rows:
         columns = (getattr(self.rows, f.name) for f in fields(Rows))

@@ -42,15 +42,16 @@ def vote(answers: Answers) -> Answers:
 
     Each attempt in each view is a vote for its grid. The two grids with the most votes become the
     attempts; among equals the higher mean logprob comes first, then the earlier view. Their
-    `logprob` is the mean over the votes, `text` that of the vote with the highest, `votes` their
-    number. Where nothing parsed, the attempt is that in the first view, with 0 votes.
+    `logprob` is the mean over the votes, `text` that of the vote with the highest, as it was said
+    in `view`, `votes` their number. Where nothing parsed, the attempt is that in the first view,
+    with 0 votes.
     """
     by_sample: dict[SampleKey, list[dict[str, Any]]] = {}
     for key in sorted(answers):  # the views of a sample in their order
         by_sample.setdefault(key[:2], []).append(answers[key])
     voted = {}
     for key, said in by_sample.items():
-        attempts = [attempt for found in said for attempt in found["attempts"]]
+        attempts = [{**a, "view": found["view"]} for found in said for a in found["attempts"]]
         votes: dict[str, list[dict[str, Any]]] = {}
         for attempt in attempts:
             if attempt["grid"] is not None:

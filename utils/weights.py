@@ -404,5 +404,6 @@ def _write(folder: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
         save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # safetensors keeps it to its owner
     except (SafetensorError, OSError) as error:  # a full disk is either
         raise UserError(f"cannot write the weights to {folder}: {error}") from error
