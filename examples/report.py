@@ -364,7 +364,7 @@ def features(found: Findings) -> str:
         "<h2>What single features see</h2>"
         f"<p>A sparse autoencoder was trained on <b>{html.escape(found.name)}</b> of nine tenths "
         "of the tasks; the boxes on top say how it does on the others. A rule went over its "
-        f"latents and kept those whose {TOP} most active cells share a color, a role or a position; "
+        f"latents and kept those whose {TOP} most active cells share a color, role or position; "
         f"here are {count}. The name says what a latent is most active on, and the line below it "
         "how far that holds elsewhere. A cell is drawn the larger the more active the latent is "
         f"there, and framed where it is among its top cells.</p>{cards}"

@@ -162,7 +162,9 @@ def test_saelens_trains_on_it(dataset):
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=dataset.width, d_sae=64, k=8))
     before = sae.W_dec.detach().clone()
     trainer = SAETrainer(
-        cfg=config.SAETrainerConfig(total_training_samples=640, train_batch_size_samples=32),
+        cfg=config.SAETrainerConfig(
+            total_training_samples=640, train_batch_size_samples=32, lr=1e-3, lr_end=1e-4
+        ),
         sae=sae,
         data_provider=iter(rows),
     )
