@@ -1,17 +1,21 @@
 """ARC-like tasks of sixteen families, drawn at random, as rows in barc0's schema.
 
-    python examples/generate_tasks.py --num_tasks 200 --seed 1 --output_path my_tasks.jsonl
+    python examples/generate_tasks.py --num_tasks 200 --num_composed 24 --output_path tasks.jsonl
 
 Each row is `{"source": str, "examples": [[input, output], ...], "seeds": [seed]}`. Its `source` is
 a program: `main(input_grid)` gives the output of each of its inputs. Rows come family by family in
-turn, and the same seed gives the same rows. Families are closed under the eight symmetries of the
-square and under permutations of the colors 1 to 9: a task seen in a mirror is one of them too.
+turn, and the same seed gives the same rows. With `--num_composed` there follow rows of two rules,
+one after the other, which the model that ships was not trained on.
+
+Families are closed under the eight symmetries of the square and under permutations of the colors 1
+to 9: a task seen in a mirror is one of them too.
 """
 
 import argparse
 import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -359,35 +363,47 @@ FAMILIES = {
 }
 
 
-def draw_row(family: Family, seed: tuple[int, ...]) -> dict[str, Any]:
+COLORING = ("recolor", "swap", "keep", "frame")
+TURNING = ("flip", "rotate", "transpose")
+
+
+def draw_row(family: Family, seed: tuple[int, ...], then: Family | None = None) -> dict[str, Any]:
     """A row of one task of `family`; the same seed gives the same row.
 
-    No input is drawn twice, and none equals its output, so that each pair says something.
+    then: a family whose rule is applied to what the first gives. No input is drawn twice, and none
+    equals its output, so that each pair says something.
     """
     random = np.random.default_rng(seed)
-    parameters = family.parameters(random)
+    steps = [(f, f.parameters(random)) for f in (family, then) if f is not None]
     examples: list[list[list[list[int]]]] = []
     while len(examples) < PAIRS:
-        grid = family.draw(random, parameters)
-        result = family.rule(grid, **parameters)
+        grid = family.draw(random, steps[0][1])
+        result = grid
+        for step, parameters in steps:
+            result = step.rule(result, **parameters)
         pair = [grid.tolist(), result.tolist()]
         if pair[0] != pair[1] and pair[0] not in (given for given, _ in examples):
             examples.append(pair)
-    return {"source": source(family, parameters), "examples": examples, "seeds": list(seed)}
+    return {"source": source(steps), "examples": examples, "seeds": list(seed)}
 
 
-def source(family: Family, parameters: Parameters) -> str:
-    """A program whose `main` is the rule with these parameters."""
-    given = "".join(f", {name}={value}" for name, value in parameters.items())
+def source(steps: Sequence[tuple[Family, Parameters]]) -> str:
+    """A program whose `main` is the rules with these parameters, one after the other."""
+    concepts = ", ".join(family.name for family, _ in steps)
+    about = " Then: ".join(family.about(parameters) for family, parameters in steps)
+    rules = "\n\n".join(inspect.getsource(family.rule) for family, _ in steps)
+    lines = [
+        f"    grid = {family.name}(grid{''.join(f', {n}={v}' for n, v in parameters.items())})\n"
+        for family, parameters in steps
+    ]
     return (
-        f"# concepts: {family.name}\n# description: {family.about(parameters)}\n"
-        f"import numpy as np\n\n\n{inspect.getsource(family.rule)}\n\n"
-        f"def main(input_grid):\n    return {family.name}(input_grid{given})\n"
+        f"# concepts: {concepts}\n# description: {about}\nimport numpy as np\n\n\n{rules}\n\n"
+        f"def main(input_grid):\n    grid = input_grid\n{''.join(lines)}    return grid\n"
     )
 
 
 def family_of(row: dict[str, Any]) -> str:
-    """The family that the source of a row names."""
+    """The family that the source of a row names; two, with a comma, of a composed one."""
     return row["source"].partition("\n")[0].removeprefix("# concepts: ")
 
 
@@ -404,10 +420,25 @@ def draw_rows(num_tasks: int, seed: int) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def draw_composed(number: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Rows that change colors and then turn or mirror the grid, every couple of such rules in
+    turn."""
+    couples = list(itertools.product(COLORING, TURNING))
+    for index in range(number):
+        first, second = couples[index % len(couples)]
+        yield draw_row(FAMILIES[first], (seed, index, 1), FAMILIES[second])
+
+
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_argument(
         "--num_tasks", type=cli.int_at_least(1), default=200, help="rows, of all families in turn"
+    )
+    parser.add_argument(
+        "--num_composed",
+        type=cli.int_at_least(0),
+        default=0,
+        help="further rows, of two rules one after the other",
     )
     parser.add_argument(
         "--seed", type=cli.int_at_least(0), default=1, help="of the random draws, from 0"
@@ -429,11 +460,13 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     check_writable(path.absolute().parent)
     try:
         with replacing(path) as sink:
-            for row in draw_rows(args.num_tasks, args.seed):
+            rows = draw_rows(args.num_tasks, args.seed)
+            for row in itertools.chain(rows, draw_composed(args.num_composed, args.seed)):
                 sink.write(orjson.dumps(row) + b"\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    print(f"{args.num_tasks} tasks of {len(FAMILIES)} families in {args.output_path}")
+    composed = f", {args.num_composed} of two rules" if args.num_composed else ""
+    print(f"{args.num_tasks} tasks of {len(FAMILIES)} families{composed} in {path}")
 
 
 if __name__ == "__main__":

@@ -448,7 +448,7 @@ def contrast(found: Findings) -> str:
             place = name, role
             if place not in values:
                 row += "<td>-</td>"
-            elif values[place] <= chance[place]:
+            elif values[place] <= 1.001 * chance[place]:
                 row += f'<td class="soft">{values[place]:.1f} / {chance[place]:.1f}</td>'
             else:
                 fill = 0.4 + 0.6 * (values[place] / chance[place] - 1) / (top - 1)
@@ -461,7 +461,7 @@ def contrast(found: Findings) -> str:
     return (
         f"{title}<p>{len(found.contrast.pairs)} pairs of a failed and a solved sample, {apart:.0f} "
         "tokens apart in length on average. How consistently the mean states of the two differ, "
-        "and what 95 of 100 random draws of the signs stay below; colored where it is more. Pairs "
-        "are alike in length alone: what differs may be the rule of their tasks.</p>"
+        "and what 95 of 100 random draws of the signs stay below; colored where it is more, which "
+        "one in twenty is by chance. Pairs are alike in length alone: what differs may be the rule of their tasks.</p>"
         f'<div class="card scroll"><table><tr><th>activation</th>{header}</tr>{rows}</table></div>'
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script
 
-from examples.generate_tasks import FAMILIES, draw_row, draw_rows, family_of
+from examples.generate_tasks import FAMILIES, draw_composed, draw_row, draw_rows, family_of
 from utils.rows import to_task
 
 
@@ -22,6 +22,19 @@ def test_the_source_of_a_row_solves_its_pairs(name):
             assert program["main"](np.array(given)).tolist() == wanted != given
         task, errors = to_task(row, "examples")
         assert not errors and len(task.train) == 3
+
+
+def test_composed_rows_follow_both_rules():
+    rows = list(draw_composed(24, 1))
+    assert rows == list(draw_composed(24, 1)) and rows != list(draw_composed(24, 2))
+    names = [family_of(row).split(", ") for row in rows]
+    assert len(set(map(tuple, names))) == 12 and all(len(name) == 2 for name in names)
+    for row in rows:
+        program: dict = {}
+        exec(row["source"], program)
+        for given, wanted in row["examples"]:
+            assert program["main"](np.array(given)).tolist() == wanted != given
+        assert " Then: " in row["source"].splitlines()[1]
 
 
 LITERAL = {  # family, parameters, input, output, what its description says
@@ -92,7 +105,8 @@ def test_rows_of_a_seed_repeat_differ_and_take_families_in_turn():
 def test_the_rows_that_ship_are_what_the_generator_draws(tmp_path):
     path = ROOT / "examples" / "tasks.jsonl"
     assert path.stat().st_size < 1e6
-    result = run_script("examples/generate_tasks.py", "--output_path", tmp_path / "made.jsonl")
+    flags = ("--output_path", tmp_path / "made.jsonl", "--num_composed", 24)
+    result = run_script("examples/generate_tasks.py", *flags)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "made.jsonl").read_bytes() == path.read_bytes()
     again = run_script("examples/generate_tasks.py", "--output_path", tmp_path / "made.jsonl")
@@ -106,7 +120,8 @@ def test_training_leaves_out_what_is_held_out():
     tokenizer = tiny_tokenizer()
     rows = Rows(load_format("compact", None, tokenizer), tokenizer)
     shipped = (ROOT / "examples" / "tasks.jsonl").read_text().splitlines()
-    assert {str(json.loads(line)["examples"]) for line in shipped} <= rows.held_out
+    examples = [str(json.loads(line)["examples"]) for line in shipped]
+    assert set(examples[:200]) <= rows.held_out and len(examples) == 224
     assert len(rows.held_out) == sum(number for number, _ in HELD_OUT) == 700
     before = sum(float(weights.sum()) for _, weights in rows.pool(0, 0, 4096, 1))
 
