@@ -462,6 +462,7 @@ def contrast(found: Findings) -> str:
         f"{title}<p>{len(found.contrast.pairs)} pairs of a failed and a solved sample, {apart:.0f} "
         "tokens apart in length on average. How consistently the mean states of the two differ, "
         "and what 95 of 100 random draws of the signs stay below; colored where it is more, which "
-        "one in twenty is by chance. Pairs are alike in length alone: what differs may be the rule of their tasks.</p>"
+        "one in twenty is by chance. Pairs are alike in length alone: what differs may be the rule "
+        "of their tasks.</p>"
         f'<div class="card scroll"><table><tr><th>activation</th>{header}</tr>{rows}</table></div>'
     )
