@@ -14,9 +14,9 @@ import numpy as np
 
 from examples.sae import Sae
 from utils.contrast import CELL_ROLES, roles_of_cells
-from utils.dataset import Rows
 from utils.encodings import COLORS
 from utils.errors import UserError
+from utils.shuffle import Rows
 
 TOP = 100  # cells that speak for a latent
 PURITY = 0.9

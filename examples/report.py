@@ -18,10 +18,10 @@ import numpy as np
 from examples.features import TOP, Feature
 from utils.arc import Grid
 from utils.contrast import CELL_ROLES, ROLES, Contrast, roles_of_cells
-from utils.dataset import Rows
 from utils.encodings import COLORS, PALETTE
 from utils.errors import UserError
 from utils.manifest import replacing
+from utils.shuffle import Rows
 
 COLOR_CODES = [f"#{PALETTE[i : i + 3].hex()}" for i in range(0, 30, 3)]
 HEAT = ("#2b1d52", "#6a2c8c", "#b73779", "#f1605d", "#fcb97d", "#fcfdbf")  # low to high

@@ -34,7 +34,8 @@ from utils.manifest import replacing
 if TYPE_CHECKING:
     import jax
 
-    from utils.dataset import ActivationDataset, Rows
+    from utils.dataset import ActivationDataset
+from utils.shuffle import Rows
 
 HELD_OUT = 10  # one task in so many
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"

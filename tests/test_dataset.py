@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simple_extraction_inference
-from utils.dataset import NO_CELL, ActivationDataset, Rows, Selection, _mixed
+from utils.dataset import ActivationDataset, Selection
 from utils.errors import UserError
 from utils.items import to_float32
 from utils.shards import iter_items
+from utils.shuffle import NO_CELL, Rows, mixed
 from utils.stats import STATS_FILE, _Running, activation_stats
 
 
@@ -310,7 +311,7 @@ def test_the_buffer_gives_every_row_once_with_what_belongs_to_it(sizes, size, ba
         blocks.append(rows_of(values.astype(np.float32 if is_wide else np.float16), start))
         start += count
     random = np.random.default_rng(0)
-    batches = list(_mixed(iter(blocks), size, batch, drop_last, random))
+    batches = list(mixed(iter(blocks), size, batch, drop_last, random))
     assert all(len(b) == batch for b in batches[: None if drop_last else -1])
     if not batches:
         assert (start < batch and drop_last) or not start

@@ -11,8 +11,9 @@ from examples import sae as sae_module
 from examples.features import TOP, find_features
 from examples.sae import Sae, SaeConfig, fit, load_sae, measure, split, train
 from utils.contrast import contrast, pair_up, roles_of_tokens
-from utils.dataset import ActivationDataset, Rows, Selection
+from utils.dataset import ActivationDataset, Selection
 from utils.errors import UserError
+from utils.shuffle import Rows
 
 D, F = 16, 24
 

@@ -36,6 +36,7 @@ manifest    metadata.json and the journal of answers: reading, merging, comparin
 shards      reading shards of a folder or a bucket, with verification
 writer      filling, closing and committing shards; resuming
 stats       mean, deviation and norms of what a run captured, kept beside its manifest
+shuffle     rows on their way into batches: in order, or mixed in a buffer
 dataset     stored activations as training data: selected, shuffled, in batches
 bridges     the same for torch, SAELens and dictionary_learning
 contrast    what differs between solved and failed tasks, by layer and role

@@ -16,7 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -28,13 +28,13 @@ from utils.errors import UserError
 from utils.items import to_float32
 from utils.manifest import Manifest, differences, read_manifest, some
 from utils.shards import read_entry
+from utils.shuffle import NO_CELL, Buffer, Rows, cast, in_order, mixed
 from utils.stats import activation_stats
 from utils.tokens import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 ROLE_NUMBERS = {"input": 0, "output": 1}
-NO_CELL = -2  # in all columns of a row whose token holds no cell
 
 
 @dataclass(frozen=True)
@@ -85,34 +85,6 @@ class Selection:
     @property
     def by_cell(self) -> bool:
         return (self.role, self.pair, self.colors) != (None, None, None)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """N rows and where they come from.
-
-    activations: [N, D]. samples: int32 [N], places in `ActivationDataset.samples`. tokens: int32
-    [N], places in the sample's `input_ids`; token_ids: int32 [N], what stands there. cells: int32
-    [N, 5], columns pair, role, row, col, color of the cell that the token holds, the first of
-    several that are selected; NO_CELL in all of them where it holds none.
-    """
-
-    activations: np.ndarray
-    samples: np.ndarray
-    tokens: np.ndarray
-    token_ids: np.ndarray
-    cells: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: Any) -> "Rows":
-        """Rows of a slice, a mask or an array of places."""
-        return Rows(*(getattr(self, f.name)[index] for f in fields(Rows)))
-
-    @staticmethod
-    def joined(parts: Sequence["Rows"]) -> "Rows":
-        return Rows(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)))
 
 
 class ActivationDataset:
@@ -271,13 +243,13 @@ class ActivationDataset:
             blocks = (rows for _, rows in self.parts(order, worker, workers))
             if shuffle_buffer:
                 random = np.random.default_rng([seed, epoch, 1])
-                batches = _mixed(blocks, shuffle_buffer, batch_size, drop_last, random)
+                batches = mixed(blocks, shuffle_buffer, batch_size, drop_last, random)
             else:
-                batches = _in_order(blocks, batch_size, drop_last)
+                batches = in_order(blocks, batch_size, drop_last)
             empty = True
             for rows in batches:
                 empty = False
-                yield replace(rows, activations=_cast(rows.activations, dtype))
+                yield replace(rows, activations=cast(rows.activations, dtype))
             if empty and workers == 1:
                 raise UserError(f"the selection has fewer rows than a batch of {batch_size}")
             if empty:
@@ -292,7 +264,7 @@ class ActivationDataset:
         random, seen = np.random.default_rng(seed), 0
         kept = None
         for _, rows in self.parts():
-            kept = kept or _Buffer(most, rows)
+            kept = kept or Buffer(most, rows)
             rest = kept.fill(rows)
             seen += len(rows) - len(rest)
             places = random.random(len(rest)) * np.arange(seen + 1, seen + 1 + len(rest))
@@ -380,82 +352,3 @@ def _special_ids(manifest: Manifest) -> list[int]:
         raise UserError(
             f"which tokens are special is not known ({error}): pass special_ids"
         ) from error
-
-
-def _cast(states: np.ndarray, dtype: Any) -> np.ndarray:
-    if np.dtype(dtype) == np.float32:
-        return to_float32(states)
-    with np.errstate(over="ignore"):
-        cast = states.astype(dtype, copy=False)
-    if not np.array_equal(np.isfinite(cast), np.isfinite(states)):
-        raise UserError(f"a value is too large for {np.dtype(dtype)}: ask for float32")
-    return cast
-
-
-class _Buffer:
-    """Room for `size` rows, of which those at `free` are not taken."""
-
-    def __init__(self, size: int, like: Rows):
-        columns = (getattr(like, f.name) for f in fields(Rows))
-        self.rows = Rows(*(np.empty((size, *c.shape[1:]), c.dtype) for c in columns))
-        self.free = np.arange(size)
-
-    def fill(self, block: Rows) -> Rows:
-        """Takes in what it has room for, and returns the rest."""
-        count = min(len(block), len(self.free))
-        self.put(self.free[:count], block[:count])
-        self.free = self.free[count:]
-        return block[count:]
-
-    def put(self, places: np.ndarray, block: Rows) -> None:
-        """Of places that are named twice, the last row stays."""
-        if block.activations.dtype.itemsize > self.rows.activations.dtype.itemsize:
-            # float16 could not hold a value of this block, so it was stored as float32.
-            wider = self.rows.activations.astype(block.activations.dtype)
-            self.rows = replace(self.rows, activations=wider)
-        for f in fields(Rows):
-            getattr(self.rows, f.name)[places] = getattr(block, f.name)
-
-    def take(self, places: np.ndarray) -> Rows:
-        columns = (getattr(self.rows, f.name) for f in fields(Rows))
-        return Rows(*(column.take(places, axis=0) for column in columns))
-
-
-def _mixed(
-    blocks: Iterator[Rows], size: int, batch_size: int, drop_last: bool, random: np.random.Generator
-) -> Iterator[Rows]:
-    """Batches through a buffer of `size` rows: once it is full, a random half of it leaves."""
-    buffer = None
-    for block in blocks:
-        buffer = buffer or _Buffer(size, block)
-        while len(block := buffer.fill(block)) or not len(buffer.free):
-            leaving = max(1, size // 2 // batch_size) * batch_size
-            places = random.permutation(size)[:leaving]
-            for start in range(0, leaving, batch_size):
-                yield buffer.take(places[start : start + batch_size])
-            buffer.free = places
-    if buffer is None:
-        return
-    taken = np.ones(size, bool)
-    taken[buffer.free] = False
-    places = random.permutation(np.flatnonzero(taken))
-    stop = len(places) // batch_size * batch_size if drop_last else len(places)
-    for start in range(0, stop, batch_size):
-        yield buffer.take(places[start : start + batch_size])
-
-
-def _in_order(blocks: Iterator[Rows], batch_size: int, drop_last: bool) -> Iterator[Rows]:
-    waiting: list[Rows] = []
-    count = 0
-    for block in blocks:
-        waiting.append(block)
-        count += len(block)
-        if count < batch_size:
-            continue
-        rows = Rows.joined(waiting) if len(waiting) > 1 else block
-        whole = count - count % batch_size
-        for start in range(0, whole, batch_size):
-            yield rows[start : start + batch_size]
-        waiting, count = [rows[whole:]], count - whole
-    if count and not drop_last:
-        yield Rows.joined(waiting)
