@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a tiny random model with a tokenizer, and a few tasks."""
 
+import gc
 import json
 import os
 import random
@@ -53,6 +54,16 @@ def random_task(rng: random.Random, pairs: int, tests: int = 1) -> tuple[dict, l
         "test": [{"input": g} for g in test],
     }
     return task, [mirrored(g) for g in test]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Each program that XLA compiles takes memory maps, of which a process may have 65,530 on
+    Linux; one that runs out of them ends in a segmentation fault."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
