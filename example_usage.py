@@ -76,11 +76,11 @@ def clear(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     other = "or choose another --output_dir"
-    if not overwrite:
-        raise UserError(f"{folder} exists: add --overwrite to replace the example in it, {other}")
     record = folder / RECORD
     if not record.exists():
         raise UserError(f"{folder} holds no run of this example: choose another --output_dir")
+    if not overwrite:
+        raise UserError(f"{folder} exists: add --overwrite to replace the example in it, {other}")
     made = json.loads(record.read_text())
     found = digests(folder, made)
     if foreign := [path for path in found if found[path] != made.get(path)]:

@@ -26,6 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
+from utils.capture import HOOK_POINTS
 from utils.disk import check_writable
 from utils.errors import UserError
 from utils.items import to_float32
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import jax
 
     from utils.dataset import ActivationDataset
-from utils.shuffle import Rows
+    from utils.shuffle import Rows
 
 HELD_OUT = 10  # one task in so many
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
@@ -133,8 +134,8 @@ def top(values: Any, k: int) -> "jax.Array":
     """Values >= 0, float32 [B, F], all but the `k` largest of each row set to zero; equal to the
     smallest of those, all are kept.
 
-    The k-th largest is found bit by bit, since floats above zero are ordered as their bits are: on
-    a CPU 15 times as fast as `jax.lax.top_k`.
+    The k-th largest is found bit by bit, since floats above zero are ordered as their bits are;
+    `jax.lax.top_k` would sort each row.
     """
     import jax
     import jax.numpy as jnp
@@ -332,7 +333,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--layer", type=int, required=True, help="from 0; negative from the end of those captured"
     )
-    parser.add_argument("--hook_point", default="resid_post", help="where in the layer")
+    parser.add_argument(
+        "--hook_point", default="resid_post", choices=HOOK_POINTS, help="where in the layer"
+    )
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="folder to make, for the SAE"
     )
@@ -353,7 +356,7 @@ def build_parser() -> cli.Parser:
         "--max_rows",
         type=cli.int_at_least(1),
         default=1_000_000,
-        help="rows taken, of shards drawn at random; in memory they are twice, as stored",
+        help="rows taken, drawn at random from all; in memory they are twice, as stored",
     )
     parser.add_argument(
         "--drop_sinks",

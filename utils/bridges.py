@@ -135,17 +135,18 @@ def export_for_saelens(
             "token_ids": Sequence(Value("int32"), length=context_size),
         }
     )
-    if len(dataset.rows(context_size)) < context_size:
-        raise UserError(f"the selection has fewer rows than a context of {context_size}")
-    left = 0
+    left = whole = 0
 
     def contexts() -> Iterator[dict[str, np.ndarray]]:
-        nonlocal left
+        nonlocal left, whole
         for rows in dataset.batches(context_size, shuffle_buffer=shuffle_buffer, seed=seed):
             if len(rows) == context_size:
+                whole += 1
                 yield {column: rows.activations, "token_ids": rows.token_ids}
             else:
                 left = len(rows)
+        if not whole:
+            raise UserError(f"the selection has fewer rows than a context of {context_size}")
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(prefix=".export-", dir=folder.parent)

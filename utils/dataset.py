@@ -15,7 +15,6 @@ was left out is counted in `dataset.left_out` and logged.
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -27,7 +26,7 @@ from utils.capture import HOOK_POINTS
 from utils.errors import UserError
 from utils.items import to_float32
 from utils.manifest import Manifest, differences, read_manifest, some
-from utils.shards import read_entry
+from utils.shards import read_ahead, read_entry
 from utils.shuffle import NO_CELL, Buffer, Rows, cast, in_order, mixed
 from utils.stats import activation_stats
 from utils.tokens import load_tokenizer
@@ -35,6 +34,7 @@ from utils.tokens import load_tokenizer
 log = logging.getLogger(__name__)
 
 ROLE_NUMBERS = {"input": 0, "output": 1}
+SPECIAL, SINK = "special tokens", "attention sinks"  # causes that are always said
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,9 @@ class ActivationDataset:
             np.random.default_rng(seed).shuffle(order)
         left_out: Counter[str] = Counter()
         found = 0
-        for first, items in self._shards([self._entries[i] for i in order[worker::workers]]):
+        entries = [self._entries[i] for i in order[worker::workers]]
+        shards = read_ahead(lambda entry: read_entry(*entry[:2]), entries)
+        for (_, _, first), items in zip(entries, shards, strict=True):
             for place, item in enumerate(items, first):
                 rows = self._select(item, place, left_out)
                 found += len(rows)
@@ -165,18 +167,6 @@ class ActivationDataset:
         if dropped := {c: n for c, n in left_out.items() if c in (SPECIAL, SINK)}:
             said = " and ".join(f"{n} {cause}" for cause, n in dropped.items())
             log.info("left out %s; %d rows stay", said, found)
-
-    def _shards(self, entries: list[tuple[Any, ...]]) -> Iterator[tuple[int, list[dict]]]:
-        """Place of its first sample, and items, of each shard; one is read ahead."""
-        pool = ThreadPoolExecutor(1, "read")
-        try:
-            ahead = [pool.submit(read_entry, *entry[:2]) for entry in entries[:1]]
-            for number, (_, _, first) in enumerate(entries):
-                items = ahead.pop().result()
-                ahead = [pool.submit(read_entry, *e[:2]) for e in entries[number + 1 : number + 2]]
-                yield first, items
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _select(self, item: dict[str, Any], place: int, left_out: Counter[str]) -> Rows:
         s = self.selection
@@ -272,9 +262,6 @@ class ActivationDataset:
             kept.put(places[chosen].astype(int), rest[chosen])
             seen += len(rest)
         return kept.take(np.arange(most - len(kept.free)))
-
-
-SPECIAL, SINK = "special tokens", "attention sinks"
 
 
 def cells_of_tokens(item: dict[str, Any], selection: Selection) -> np.ndarray:

@@ -6,15 +6,17 @@ none of what a hostile file may hold.
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from utils.errors import UserError
 from utils.items import checksum, load, sample_key
 from utils.manifest import read_manifest
 from utils.places import LocalFolder, Place, place_of, split
+
+Entry, Content = TypeVar("Entry"), TypeVar("Content")
 
 
 def load_shard(path: str | Path, verify: bool = True) -> list[dict[str, Any]]:
@@ -41,18 +43,22 @@ def iter_items(folder: str | Path) -> Iterator[dict[str, Any]]:
     """
     place = place_of(folder)
     entries = read_manifest(folder)["files"]
-    pool = ThreadPoolExecutor(1, "fetch")
+    files = read_ahead(lambda e: _place_of(place, e).open(e["filename"]), entries)
+    for entry, file in zip(entries, files, strict=True):
+        with file:
+            items = _load_verified(file, f"{place}/{entry['filename']}", entry)
+        yield from items
+
+
+def read_ahead(read: Callable[[Entry], Content], entries: Sequence[Entry]) -> Iterator[Content]:
+    """`read` of each entry, of the next one in a thread while this one is used."""
+    pool = ThreadPoolExecutor(1, "read")
     try:
-        files = [pool.submit(_place_of(place, e).open, e["filename"]) for e in entries[:1]]
-        for number, entry in enumerate(entries):
-            file = files.pop().result()
-            files = [
-                pool.submit(_place_of(place, e).open, e["filename"])
-                for e in entries[number + 1 : number + 2]
-            ]
-            with file:
-                items = _load_verified(file, f"{place}/{entry['filename']}", entry)
-            yield from items
+        ahead = [pool.submit(read, entry) for entry in entries[:1]]
+        for number in range(len(entries)):
+            content = ahead.pop().result()
+            ahead = [pool.submit(read, entry) for entry in entries[number + 1 : number + 2]]
+            yield content
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
