@@ -348,7 +348,7 @@ def build_parser() -> cli.Parser:
     ):
         parser.add_argument(
             f"--{name}",
-            type=cli.int_at_least(name != "seed"),
+            type=cli.int_at_least(0 if name == "seed" else 1),
             default=getattr(defaults, name),
             help=words,
         )

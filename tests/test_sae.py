@@ -136,6 +136,9 @@ def test_the_script_trains_on_a_run(run_folder, tmp_path):  # noqa: F811
         about["selection"].startswith("Selection(layer=2")
         and "drop_sinks=10" in (about["selection"])
     )
+    for flag in ("--width", "--k", "--steps", "--batch_size", "--max_rows"):
+        zero = run_script("examples/sae.py", *flags[:-1], tmp_path / "b", flag, 0)
+        assert zero.returncode == 2 and f"argument {flag}: 0 is below 1 " in zero.stderr
     narrow = run_script("examples/sae.py", *flags[:-1], tmp_path / "b", "--width", 8)
     assert narrow.returncode == 2 and "narrower than its input" in narrow.stderr
     assert narrow.stderr.count("\n") == 1 and not (tmp_path / "b").exists()
