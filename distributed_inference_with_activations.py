@@ -15,9 +15,11 @@ same command with --resume, on the same mesh or another, does the rest. Before m
 
 import argparse
 
-from utils import cli, flags, supervise
+from utils import cli
 from utils.errors import UserError
-from utils.request import Request, mesh_shapes
+from utils.plan import flags
+from utils.plan.request import Request, mesh_shapes
+from utils.run import parent as supervise
 
 
 def build_parser() -> cli.Parser:
@@ -47,7 +49,7 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     request = Request.from_flags(args)
     shapes = mesh_shapes(args.mesh_shape)
     if args.plan is not None:
-        from utils import plan
+        from utils.run import tpu as plan
 
         return plan.main(request, args.plan, shapes, args.plan_json)
     if args.plan_json is not None:
@@ -62,9 +64,11 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
             args.coordinator_address, args.process_id, args.coordinator_timeout
         )
         supervise.fork(words)
-    from utils import processes, report
-    from utils.extract import run
-    from utils.prepare import agree, prepare
+    from utils.plan.plan import prepare
+    from utils.run import peers as processes
+    from utils.run import summary as report
+    from utils.run.loop import run
+    from utils.run.peers import agree
 
     peers = processes.connect(
         args.coordinator_address,

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from utils.cli import Interrupted, Parser, Signals, run
 from utils.errors import UserError
-from utils.items import CELL_COLUMNS
-from utils.manifest import read_manifest, write_json
 from utils.shards import iter_items
+from utils.shards.items import CELL_COLUMNS
+from utils.shards.manifest import read_manifest
+from utils.store.local import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -201,7 +202,7 @@ def show_tokens(item: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> N
 
 
 def show_results(folder: Path) -> None:
-    from utils.tokens import load_tokenizer
+    from utils.prompt.codec import load_tokenizer
 
     show_shards(folder)
     item = next((item for item in iter_items(folder) if item["correct"]), None)
@@ -216,7 +217,7 @@ def show_results(folder: Path) -> None:
 def show_loaders(folder: Path) -> None:
     """The same rows, selected and shuffled, as a program that trains on them reads them."""
     from utils.dataset import ActivationDataset, Selection
-    from utils.stats import activation_stats
+    from utils.dataset.stats import activation_stats
 
     known = activation_stats(folder)
     print("  activation      rows  mean norm  highest")
@@ -253,8 +254,8 @@ def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
 
 def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[str, Any]) -> None:
     from examples.report import Findings, write_report
-    from utils.contrast import contrast
-    from utils.rows import to_task
+    from utils.arc.rows import to_task
+    from utils.dataset.contrast import contrast
 
     activations = folder / "results" / "activations"
     items = list(tqdm(iter_items(activations), desc="reading", unit=" samples"))

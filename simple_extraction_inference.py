@@ -10,8 +10,9 @@ seconds with all that was stored intact; the same command with --resume does the
 
 import argparse
 
-from utils import cli, flags
-from utils.request import Request
+from utils import cli
+from utils.plan import flags
+from utils.plan.request import Request
 
 
 def build_parser() -> cli.Parser:
@@ -35,9 +36,9 @@ def build_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace, signals: cli.Signals) -> int:
-    from utils import report
-    from utils.extract import run
-    from utils.prepare import prepare
+    from utils.plan.plan import prepare
+    from utils.run import summary as report
+    from utils.run.loop import run
 
     prepared = prepare(Request.from_flags(args))
     if args.dry_run:

@@ -12,9 +12,9 @@ import shutil
 import sys
 from itertools import islice, zip_longest
 
+from utils.arc.rows import DEFAULT_DATASET, open_rows, to_task
 from utils.cli import Parser, Signals, int_at_least, run
-from utils.encodings import PALETTE
-from utils.rows import DEFAULT_DATASET, open_rows, to_task
+from utils.prompt.encodings import PALETTE
 
 
 def build_parser() -> Parser:

@@ -19,7 +19,7 @@ from utils.cli import Parser, Signals, int_at_least, run
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    from utils.arc import Task
+    from utils.arc.tasks import Task
 
 
 def build_parser() -> Parser:
@@ -103,8 +103,9 @@ class Summary:
 def main(args: argparse.Namespace, signals: Signals) -> int:
     from tqdm import tqdm
 
-    from utils import arc, rows
-    from utils.jsonfile import JsonFile
+    from utils.arc import rows
+    from utils.arc import tasks as arc
+    from utils.store.local import JsonFile
 
     paths = [
         args.output_dir / f"arc_format_{split_name(args.split)}.json",

@@ -41,7 +41,7 @@ def build_parser() -> cli.Parser:
 
 def solved(folder: Path, rows: list[dict], model: str, name: str, *flags: str) -> dict[str, list]:
     """Family -> whether each of its tasks is solved within the run's attempts."""
-    from utils.rows import to_task
+    from utils.arc.rows import to_task
 
     output = folder / name / "predictions.json"
     command = [sys.executable, ROOT / "simple_extraction_inference.py", "--model_path", model]

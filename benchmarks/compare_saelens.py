@@ -34,8 +34,9 @@ def token_rows(args: argparse.Namespace):
     """int32 [rows, context]"""
     import numpy as np
 
-    from utils import arc, tokens
-    from utils.prompts import load_format
+    from utils.arc import tasks as arc
+    from utils.prompt import codec as tokens
+    from utils.prompt.formats import load_format
 
     tokenizer = tokens.load_tokenizer(args.model_path)
     fmt = load_format("chat", None, tokenizer)
@@ -50,22 +51,21 @@ def token_rows(args: argparse.Namespace):
 def ours(args: argparse.Namespace, rows, scratch: Path):
     import numpy as np
 
-    from utils.batching import Bucket
-    from utils.capture import CaptureSpec
-    from utils.config import ModelConfig
-    from utils.generate import Engine
-    from utils.layout import Layout
-    from utils.mesh import single_device_mesh
-    from utils.model import Decoder
-    from utils.weights import Checkpoint
-    from utils.writer import ShardWriter
+    from utils.model.capture import CaptureSpec
+    from utils.model.config import ModelConfig
+    from utils.model.decoder import Decoder
+    from utils.model.generate import Engine, Shape
+    from utils.model.layout import Layout
+    from utils.model.mesh import single_device_mesh
+    from utils.model.weights import Checkpoint
+    from utils.shards.writer import ShardWriter
 
     config = ModelConfig.from_hf(args.model_path)
     layout = Layout.of(config, single_device_mesh())
     params = Checkpoint(args.model_path, config).load(layout, np.float32)
     name = f"resid_post.{args.layer}"
     engine = Engine(Decoder(config, layout, CaptureSpec((name,)), args.layer + 1), params)
-    bucket = Bucket(args.context, args.context, 0)
+    shape = Shape(args.context, args.context, 0)
     length = np.array([args.context], np.int32)
 
     def run(number: int) -> None:
@@ -73,7 +73,7 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
         writer.start()
         for i, row in enumerate(rows):
             result = engine.prefill(
-                row[None], length, 0 * length, bucket=bucket, answer_slots=0, with_logits=False
+                row[None], length, 0 * length, shape=shape, answer_slots=0, with_logits=False
             )
             item = {
                 "task_id": "row",
@@ -101,7 +101,7 @@ def saelens(args: argparse.Namespace, rows, scratch: Path):
     from datasets import Dataset
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
-    from utils.config import ModelConfig
+    from utils.model.config import ModelConfig
 
     dataset = Dataset.from_dict({"input_ids": rows.tolist()})
     width = ModelConfig.from_hf(args.model_path).hidden_size

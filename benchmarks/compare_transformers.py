@@ -65,8 +65,8 @@ def alternate(ours, theirs, repeats: int) -> tuple[float, float]:
 def requests(args: argparse.Namespace, model_path: Path, **changes):
     """A prepared run of ours over the tasks that are measured."""
     import simple_extraction_inference as script
-    from utils.prepare import prepare
-    from utils.request import Request
+    from utils.plan.plan import prepare
+    from utils.plan.request import Request
 
     flags = {
         "model_path": model_path,
@@ -85,8 +85,8 @@ def requests(args: argparse.Namespace, model_path: Path, **changes):
 
 def ours(prepared):
     """A call that computes every batch of the run and makes its items, nothing stored."""
-    from utils.compute import Computation, to_item
-    from utils.items import stored_item
+    from utils.run.compute import Computation, to_item
+    from utils.shards.items import stored_item
 
     computation = Computation(prepared)
 
@@ -107,7 +107,7 @@ def torch_loop(model, prepared, answer_logits_only: bool):
     import numpy as np
     import torch
 
-    from utils.compute import encode_row
+    from utils.run.compute import encode_row
 
     rows = [encode_row(prepared, sample) for sample in prepared.samples]
     layers = captured_layers(prepared)
@@ -135,7 +135,7 @@ def torch_generate(model, prepared, batch_size: int, new_tokens: int):
     """`generate` on left-padded batches with the hidden states of every step."""
     import torch
 
-    from utils.compute import encode_row
+    from utils.run.compute import encode_row
 
     rows = sorted(
         (encode_row(prepared, s).prompt_ids for s in prepared.samples), key=len, reverse=True
@@ -223,7 +223,7 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     import transformers
 
     from benchmarks.shapes import QWEN2_0_5B
-    from utils.weights import write_random_checkpoint
+    from utils.model.weights import write_random_checkpoint
 
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:

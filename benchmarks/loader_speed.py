@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
-from utils.disk import check_writable
+from utils.store.local import check_writable
 
 TOKENS, ITEMS = 800, 100  # of a sample, of a shard
 
@@ -45,7 +45,7 @@ def build_parser() -> cli.Parser:
 def write_run(folder: Path, samples: int, width: int) -> None:
     import numpy as np
 
-    from utils.writer import ShardWriter
+    from utils.shards.writer import ShardWriter
 
     random = np.random.default_rng(0)
     settings = {"activations": {"resid_post.0": {"hook_point": "resid_post", "layer": 0}}}

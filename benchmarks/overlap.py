@@ -32,9 +32,9 @@ def main() -> None:
     import jax
 
     from utils.cli import Signals
-    from utils.extract import run
-    from utils.prepare import prepare
-    from utils.request import Request
+    from utils.plan.plan import prepare
+    from utils.plan.request import Request
+    from utils.run.loop import run
 
     class NoSignals(Signals):
         def __init__(self) -> None:

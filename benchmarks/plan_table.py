@@ -39,7 +39,7 @@ def write_tasks(path: Path, count: int) -> None:
 def write_outline(folder: Path, fields: dict) -> None:
     """A checkpoint whose weights are a hole in a sparse file: shapes, no values."""
     from tests.tokenizers_for_tests import character_tokenizer
-    from utils.weights import outline
+    from utils.model.weights import outline
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
@@ -60,9 +60,9 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from utils import plan
-    from utils.prepare import prepare
-    from utils.request import Request, mesh_shapes
+    from utils.plan.plan import prepare
+    from utils.plan.request import Request, mesh_shapes
+    from utils.run import tpu as plan
 
     print("| model | slice | mesh, batch | GB | prefill tokens/s | by bytes | step ms |")
     for name in args.models:

@@ -82,8 +82,8 @@ def write(megabytes: int, url: str = "") -> None:
     sys.path.insert(0, str(ROOT))
     import numpy as np
 
-    from utils.uploads import BucketUploads, Uploads
-    from utils.writer import ShardWriter
+    from utils.shards.uploads import BucketUploads, Uploads
+    from utils.shards.writer import ShardWriter
 
     states = np.random.default_rng(0).random((megabytes * 250, 1000), np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def write(megabytes: int, url: str = "") -> None:
         uploads = Uploads()
         if url:
             os.environ["STORAGE_EMULATOR_HOST"] = url
-            from utils.cloud import BucketFolder
+            from utils.store.bucket import BucketFolder
 
             bucket = BucketFolder(f"gs://bucket/memory{megabytes}")
             known = bucket.check_access()

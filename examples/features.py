@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from examples.sae import Sae
-from utils.contrast import CELL_ROLES, roles_of_cells
-from utils.encodings import COLORS
+from utils.dataset.contrast import CELL_ROLES, roles_of_cells
+from utils.dataset.shuffle import Rows
 from utils.errors import UserError
-from utils.shuffle import Rows
+from utils.prompt.encodings import COLORS
 
 TOP = 100  # cells that speak for a latent
 PURITY = 0.9

@@ -25,10 +25,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
-from utils.disk import check_writable
-from utils.encodings import COLORS
 from utils.errors import UserError
-from utils.manifest import replacing
+from utils.prompt.encodings import COLORS
+from utils.store.local import check_writable, replacing
 
 PAIRS = 4  # of a row: three to learn the rule from, and the test pair
 Random = np.random.Generator

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from examples.features import TOP, Feature
-from utils.arc import Grid
-from utils.contrast import CELL_ROLES, ROLES, Contrast, roles_of_cells
-from utils.encodings import COLORS, PALETTE
+from utils.arc.tasks import Grid
+from utils.dataset.contrast import CELL_ROLES, ROLES, Contrast, roles_of_cells
+from utils.dataset.shuffle import Rows
 from utils.errors import UserError
-from utils.manifest import replacing
-from utils.shuffle import Rows
+from utils.prompt.encodings import COLORS, PALETTE
+from utils.store.local import replacing
 
 COLOR_CODES = [f"#{PALETTE[i : i + 3].hex()}" for i in range(0, 30, 3)]
 HEAT = ("#2b1d52", "#6a2c8c", "#b73779", "#f1605d", "#fcb97d", "#fcfdbf")  # low to high

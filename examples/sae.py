@@ -26,17 +26,16 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
-from utils.capture import HOOK_POINTS
-from utils.disk import check_writable
 from utils.errors import UserError
-from utils.items import to_float32
-from utils.manifest import replacing
+from utils.model.capture import HOOK_POINTS
+from utils.shards.items import to_float32
+from utils.store.local import check_writable, replacing
 
 if TYPE_CHECKING:
     import jax
 
     from utils.dataset import ActivationDataset
-    from utils.shuffle import Rows
+    from utils.dataset.shuffle import Rows
 
 HELD_OUT = 10  # one task in so many
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"

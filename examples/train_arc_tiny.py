@@ -33,15 +33,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.generate_tasks import FAMILIES, draw_row, draw_rows, family_of
 from utils import cli
-from utils.disk import check_writable
-from utils.errors import UserError
-from utils.manifest import differences, some, write_json_atomic
+from utils.errors import UserError, some
+from utils.shards.manifest import differences
+from utils.store.local import check_writable, write_json_atomic
 
 if TYPE_CHECKING:
     import jax
     from transformers import PreTrainedTokenizerFast
 
-    from utils.prompts import PromptFormat
+    from utils.prompt.formats import PromptFormat
 
 MODEL = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -85,7 +85,7 @@ def tiny_tokenizer() -> "PreTrainedTokenizerFast":
 
 def text_of(row: dict[str, Any], fmt: "PromptFormat") -> str:
     """A row as the model sees it at inference, followed by the answer and its end."""
-    from utils.rows import to_task
+    from utils.arc.rows import to_task
 
     task, _ = to_task(row, "examples")
     answer = fmt.render_answer(task.test[0].output).text
@@ -213,7 +213,7 @@ def predictions(model: Any, params: Any, tokens: "jax.Array") -> "jax.Array":
     """float32 [B, T - 1, V]: the logits of every token after the first."""
     import jax.numpy as jnp
 
-    from utils.model import Decoder
+    from utils.model.decoder import Decoder
 
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -292,12 +292,12 @@ def train(args: argparse.Namespace, signals: cli.Signals) -> None:
     from flax.serialization import from_bytes
     from tqdm import tqdm
 
-    from utils.config import ModelConfig
-    from utils.layout import Layout
-    from utils.mesh import make_mesh, use_compilation_cache
-    from utils.model import Decoder
-    from utils.prompts import load_format
-    from utils.weights import write_checkpoint
+    from utils.model.config import ModelConfig
+    from utils.model.decoder import Decoder
+    from utils.model.layout import Layout
+    from utils.model.mesh import make_mesh, use_compilation_cache
+    from utils.model.weights import write_checkpoint
+    from utils.prompt.formats import load_format
 
     # A device a core: XLA spreads matrix products alone over the cores of one device.
     jax.config.update("jax_num_cpu_devices", os.cpu_count())

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from utils.batching import Bucket, pad_rows
-from utils.capture import HOOK_POINTS, CaptureSpec
-from utils.config import ModelConfig
-from utils.generate import Engine, Sampling
-from utils.layout import Layout
-from utils.mesh import single_device_mesh
-from utils.model import Decoder
-from utils.weights import Checkpoint
+from utils.model.capture import HOOK_POINTS, CaptureSpec
+from utils.model.config import ModelConfig
+from utils.model.decoder import Decoder
+from utils.model.generate import Engine, Sampling, Shape
+from utils.model.layout import Layout
+from utils.model.mesh import single_device_mesh
+from utils.model.weights import Checkpoint
+from utils.plan.batching import pad_rows
 
 TOLERANCE = 1e-4  # of a row's norm; for log-probabilities, absolute
 
@@ -33,12 +33,12 @@ def prefill(engine, rows, length, answers=None, answer_slots=0, **kwargs):
         for row, answer in zip(rows, answers, strict=True)
     ]
     lengths = np.array([1 if row is None else len(row) for row in rows], np.int32)
-    bucket = Bucket(length, length, max(map(len, answers)))
+    shape = Shape(length, length, max(map(len, answers)))
     return engine.prefill(
         pad_rows(joined, length),
         lengths,
         np.array([len(answer) for answer in answers], np.int32),
-        bucket=bucket,
+        shape=shape,
         answer_slots=answer_slots,
         with_logits=True,
         **kwargs,

@@ -13,11 +13,11 @@ from conftest import SHARED, TINY, NoSignals, run_script
 from parity import TOLERANCE, log_softmax, worst_error
 
 import simple_extraction_inference as script
-from utils.extract import run
-from utils.prepare import prepare
-from utils.request import Request
+from utils.plan.plan import prepare
+from utils.plan.request import Request
+from utils.run.dry_run import plan_storage
+from utils.run.loop import run
 from utils.shards import iter_items
-from utils.storage import plan_storage
 
 PARITY_FAMILIES = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},

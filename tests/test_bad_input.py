@@ -23,10 +23,10 @@ import pytest
 from conftest import ROOT, TINY, random_task, run_script
 
 import simple_extraction_inference as script
-from utils.config import _READ, MODEL_TYPES, ModelConfig
 from utils.errors import UserError
-from utils.manifest import read_answers, read_manifest
+from utils.model.config import _READ, MODEL_TYPES, ModelConfig
 from utils.shards import iter_items, load_shard
+from utils.shards.manifest import read_answers, read_manifest
 
 SCRIPT = "simple_extraction_inference.py"
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
@@ -542,7 +542,7 @@ def test_a_model_folder_that_is_wrong(refused, tiny_model, tmp_path, kind):
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings(refused, tiny_model, tmp_path):
-    from utils.weights import write_random_checkpoint
+    from utils.model.weights import write_random_checkpoint
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
@@ -821,7 +821,7 @@ def test_a_shard_that_was_altered_is_refused_by_name(run, tmp_path):
 
 
 def _list_as_is(shard: Path) -> None:
-    from utils.items import checksum
+    from utils.store.local import checksum
 
     path = shard.with_name("metadata.json")
     manifest = json.loads(path.read_text())

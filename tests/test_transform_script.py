@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from transform_hf_to_arc import Spread, split_name
-from utils.arc import read_solutions, read_tasks, solutions_beside
+from utils.arc.tasks import read_solutions, read_tasks, solutions_beside
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

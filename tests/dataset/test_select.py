@@ -1,0 +1,383 @@
+"""Rows of shards as training data: what is selected, in which order, and what it says of itself."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from conftest import words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import simple_extraction_inference
+from utils.dataset import ActivationDataset, Selection
+from utils.dataset.shuffle import NO_CELL, Rows, mixed
+from utils.dataset.stats import STATS_FILE, _Running, activation_stats
+from utils.errors import UserError
+from utils.shards import iter_items
+from utils.shards.items import to_float32
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_model, tasks_file):
+    """A run of seven tasks in shards of two samples, three layers, generated answers."""
+    return extracted(tmp_path_factory.mktemp("run"), tiny_model, tasks_file)
+
+
+def extracted(folder, model, tasks, **more):
+    from conftest import NoSignals
+
+    from utils.plan.plan import prepare
+    from utils.plan.request import Request
+    from utils.run.loop import run
+
+    flags = {
+        "model_path": model,
+        "dataset_path": tasks,
+        "output_path": folder / "predictions.json",
+        "activations_dir": folder / "activations",
+        "max_output_tokens": 6,
+        "save_every_n_samples": 2,
+        "layers_to_extract": [0, 2, 3],
+        **more,
+    }
+    parser = simple_extraction_inference.build_parser()
+    run(prepare(Request.from_flags(parser.parse_args(words(flags)))), NoSignals())
+    return folder / "activations"
+
+
+def stored(folder, name="resid_post.2"):
+    """Every row of a run, read without the code under test."""
+    return np.concatenate([item["activations"][name] for item in iter_items(folder)])
+
+
+def sorted_rows(rows):
+    rows = np.asarray(rows, np.float32)
+    return rows[np.lexsort(rows.T)]
+
+
+def test_all_rows_come_once_in_order_and_shuffled(run_folder):
+    want = stored(run_folder)
+    dataset = ActivationDataset(run_folder, Selection(layer=2))
+    assert (dataset.name, dataset.width, len(dataset.samples)) == ("resid_post.2", 32, 8)
+    plain = list(dataset.batches(64))
+    assert [len(batch) for batch in plain[:-1]] == [64] * (len(plain) - 1)
+    assert plain[0].activations.dtype == np.float32
+    assert np.array_equal(np.concatenate([b.activations for b in plain]), want.astype(np.float32))
+
+    for buffer in (64, 100, 10_000):
+        mixed = np.concatenate(
+            [b.activations for b in dataset.batches(64, shuffle_buffer=buffer, seed=1)]
+        )
+        assert not np.array_equal(mixed, want)
+        assert np.array_equal(sorted_rows(mixed), sorted_rows(want))
+
+
+def test_the_seed_decides_the_order_and_each_epoch_has_its_own(run_folder):
+    dataset = ActivationDataset(run_folder, Selection(layer=0))
+
+    def order(seed, epochs=1):
+        batches = dataset.batches(32, shuffle_buffer=200, seed=seed, epochs=epochs)
+        return np.concatenate([np.stack([b.samples, b.tokens], 1) for b in batches])
+
+    assert np.array_equal(order(3), order(3))
+    assert not np.array_equal(order(3), order(4))
+    twice = order(3, epochs=2)
+    first, second = np.split(twice, 2)
+    assert np.array_equal(first, order(3)) and not np.array_equal(first, second)
+    assert np.array_equal(sorted_rows(first), sorted_rows(second))
+
+
+def test_rows_say_where_they_come_from(run_folder):
+    dataset = ActivationDataset(run_folder, Selection(layer=-1))
+    assert dataset.name == "resid_post.3"
+    items = {(i["task_id"], i["sample_idx"]): i for i in iter_items(run_folder)}
+    for batch in dataset.batches(50, shuffle_buffer=300):
+        for i in range(len(batch)):
+            item = items[dataset.samples[batch.samples[i]]]
+            token = batch.tokens[i]
+            assert batch.token_ids[i] == item["input_ids"][token]
+            assert np.array_equal(batch.activations[i], item["activations"]["resid_post.3"][token])
+            holding = [c[:5] for c in item["cells"] if c[5] <= token < c[6]]
+            expected = holding[0] if holding else [NO_CELL] * 5
+            assert np.array_equal(batch.cells[i], expected)
+
+
+SELECTIONS = {
+    "prompt": (Selection(0, part="prompt"), lambda item, t, c: t < item["prompt_length"]),
+    "answer": (Selection(0, part="answer"), lambda item, t, c: t >= item["prompt_length"]),
+    "outputs": (Selection(0, role="output"), lambda item, t, c: c is not None and c[1] == 1),
+    "inputs": (Selection(0, role="input"), lambda item, t, c: c is not None and c[1] == 0),
+    "test pair": (Selection(0, pair="test"), lambda item, t, c: c is not None and c[0] == -1),
+    "train pairs": (Selection(0, pair="train"), lambda item, t, c: c is not None and c[0] >= 0),
+    "pair 1": (Selection(0, pair=1), lambda item, t, c: c is not None and c[0] == 1),
+    "colors": (Selection(0, colors=(3, 4)), lambda item, t, c: c is not None and c[4] in (3, 4)),
+    "failed": (Selection(0, correct=False), lambda item, t, c: item["correct"] is False),
+    "several": (
+        Selection(0, part="prompt", role="output", pair="train", colors=[0]),
+        lambda item, t, c: c is not None and c[1] == 1 and c[0] >= 0 and c[4] == 0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_selection_takes_these_rows_and_no_others(name, run_folder):
+    selection, belongs = SELECTIONS[name]
+    want = []
+    for item in iter_items(run_folder):
+        for token in range(len(item["input_ids"])):
+            cell = next((c for c in item["cells"] if c[5] <= token < c[6]), None)
+            if belongs(item, token, cell):
+                want.append(item["activations"]["resid_post.0"][token])
+    dataset = ActivationDataset(run_folder, selection)
+    assert len(want) and np.array_equal(dataset.rows().activations, np.array(want))
+    assert dataset.left_out.total() + len(want) == len(stored(run_folder))
+
+
+def test_what_is_dropped_is_counted_and_said(run_folder, caplog):
+    caplog.set_level(logging.INFO)
+    everything = ActivationDataset(run_folder, Selection(0)).rows()
+    assert not caplog.records
+    special = json.loads((run_folder / "metadata.json").read_text())["special_ids"]
+    is_special = np.isin(everything.token_ids, special)
+    assert is_special.any()
+    dataset = ActivationDataset(run_folder, Selection(0, drop_special=True))
+    assert len(dataset.rows()) == (~is_special).sum()
+    assert f"left out {is_special.sum()} special tokens" in caplog.text
+
+    norms = np.linalg.norm(everything.activations.astype(np.float32), axis=1)
+    limit = 1.2 * activation_stats(run_folder)["resid_post.0"].norm_median
+    assert 0 < (norms > limit).sum() < len(norms)
+    dataset = ActivationDataset(run_folder, Selection(0, drop_sinks=1.2))
+    assert len(dataset.rows()) == (norms <= limit).sum()
+    assert f"{(norms > limit).sum()} attention sinks" in caplog.text
+
+
+def test_a_run_that_kept_some_positions_is_read_too(tmp_path, tiny_model, tasks_file):
+    folder = extracted(tmp_path, tiny_model, tasks_file, token_positions="answer")
+    rows = ActivationDataset(folder, Selection(0)).rows()
+    items = list(iter_items(folder))
+    assert np.array_equal(rows.tokens, np.concatenate([item["positions"] for item in items]))
+    assert len(rows) == sum(len(item["input_ids"]) - item["prompt_length"] for item in items)
+
+
+def test_statistics_are_those_of_numpy_and_are_kept(run_folder):
+    stats = activation_stats(run_folder)["resid_post.2"]
+    rows = stored(run_folder).astype(np.float64)
+    norms = np.linalg.norm(rows, axis=1)
+    assert stats.count == len(rows)
+    np.testing.assert_allclose(stats.mean, rows.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(stats.std, rows.std(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(
+        [stats.norm_mean, stats.norm_std, stats.norm_max],
+        [norms.mean(), norms.std(), norms.max()],
+        rtol=1e-4,
+    )
+    assert abs(stats.norm_median / np.median(norms) - 1) < 0.01
+
+    path = run_folder / STATS_FILE
+    kept = path.read_bytes()
+    marked = json.loads(kept)
+    marked["resid_post.2"]["count"] = 1
+    path.write_text(json.dumps(marked))
+    assert activation_stats(run_folder)["resid_post.2"].count == 1  # read, not computed
+    path.write_text(json.dumps({**marked, "files_hash": "of other shards"}))
+    assert activation_stats(run_folder)["resid_post.2"].count == len(rows)
+
+
+def test_a_bucket_is_read_like_a_folder(run_folder, gcs, tmp_path):
+    (run_folder / STATS_FILE).unlink(missing_ok=True)
+    for path in run_folder.iterdir():
+        gcs.store(f"run/{path.name}", path.read_bytes())
+    here = ActivationDataset(run_folder, Selection(0, drop_sinks=1.2))
+    there = ActivationDataset("gs://bucket/run", Selection(0, drop_sinks=1.2))
+    assert np.array_equal(here.rows().activations, there.rows().activations)
+    assert gcs.objects()[f"run/{STATS_FILE}"] == (run_folder / STATS_FILE).read_bytes()
+
+
+def bad(**given):
+    return Selection(**{"layer": 0, **given})
+
+
+def test_mistakes_are_one_line(run_folder, tmp_path, tiny_model, tasks_file):
+    def refused(*words_, folder=run_folder, **selection):
+        with pytest.raises(UserError) as error:
+            ActivationDataset(folder, bad(**selection)).rows()
+        assert "\n" not in str(error.value)
+        for word in words_:
+            assert word in str(error.value)
+
+    refused("resid_post.1", "captured were", "resid_post.0", layer=1)
+    refused("resid_post.-9", layer=-9)
+    refused("attn_out.0", hook_point="attn_out")
+    refused("hook_point 'nowhere'", hook_point="nowhere")
+    refused("part 'middle'", "prompt, answer", part="middle")
+    refused("role 'outputs' is none of input, output", role="outputs")
+    refused("pair 'tests' is none of train, test", pair="tests")
+    refused("0..9", colors=[10])
+    refused("0..9", colors=10)
+    refused("layer '1' is not a whole number", layer="1")
+    refused("correct 0 is none of True, False, None", correct=0)
+    refused("drop_sinks", drop_sinks=0.5)
+    refused("nothing is selected", "not solved", correct=True)
+    refused("nothing is selected", pair=99)
+    refused("no metadata.json", folder=tmp_path)
+    dataset = ActivationDataset(run_folder, Selection(0))
+    with pytest.raises(UserError, match="fewer rows than a batch"):
+        next(dataset.batches(10**6, drop_last=True, epochs=None))
+    with pytest.raises(UserError, match="shuffle_buffer 5 is below"):
+        next(dataset.batches(10, shuffle_buffer=5))
+    with pytest.raises(UserError, match="batch_size 0"):
+        next(dataset.batches(0))
+
+
+def test_what_is_not_known_to_be_right_or_wrong_is_named(tmp_path, tiny_model, tasks_file):
+    folder = extracted(tmp_path, tiny_model, tasks_file, teacher_forcing=True)
+    with pytest.raises(UserError, match="without a generated answer"):
+        ActivationDataset(folder, Selection(0, correct=True)).rows()
+
+
+def test_views_are_selected_by_the_cells_of_the_task(tmp_path, tiny_model, tasks_file):
+    flags = {"augmentations": 3, "teacher_forcing": True}
+    folder = extracted(tmp_path, tiny_model, tasks_file, **flags)
+    original = ActivationDataset(folder, Selection(0, colors=3, pair=0, original=True)).rows()
+    want, seen = [], []
+    for item in iter_items(folder):
+        held = item["cells_original"]
+        chosen = held[(held[:, 0] == 0) & (held[:, 4] == 3)]
+        want += [item["activations"]["resid_post.0"][start] for start in sorted(chosen[:, 5])]
+        seen += item["cells"][(held[:, 0] == 0) & (held[:, 4] == 3), 4].tolist()
+    assert (
+        np.array_equal(original.activations, np.array(want)) and (original.cells[:, 4] == 3).all()
+    )
+    assert set(seen) > {3}  # shown in other colors
+    assert {len(key) for key in ActivationDataset(folder, Selection(0)).samples} == {3}
+
+
+def test_workers_share_the_shards_and_one_without_any_ends(run_folder):
+    dataset = ActivationDataset(run_folder, Selection(0))
+    for options in ({"epochs": 2}, {"epochs": 2, "shuffle_buffer": 100, "drop_last": True}):
+        parts = [[*dataset.batches(16, worker=i, workers=6, **options)] for i in range(6)]
+        assert all(parts[:4]) and not parts[4] and not parts[5]  # of four shards
+        rows = np.concatenate([batch.activations for part in parts for batch in part])
+        assert len(rows) <= 2 * len(stored(run_folder))
+    assert list(dataset.batches(16, worker=5, workers=6, epochs=None)) == []
+    nothing = ActivationDataset(run_folder, Selection(0, pair=99))
+    assert list(nothing.batches(16, worker=0, workers=2, epochs=None)) == []
+
+
+def test_some_rows_are_drawn_from_all_alike(run_folder):
+    dataset = ActivationDataset(run_folder, Selection(0))
+    every = dataset.rows()
+    times = np.zeros(len(every))
+    place = {pair: i for i, pair in enumerate(zip(every.samples, every.tokens, strict=True))}
+    for seed in range(60):
+        some = dataset.rows(200, seed)
+        where = [place[pair] for pair in zip(some.samples, some.tokens, strict=True)]
+        assert len(set(where)) == 200
+        assert np.array_equal(some.activations, every.activations[where])
+        times[where] += 1
+    thirds = [part.sum() for part in np.array_split(times, 3)]
+    assert max(thirds) < 1.1 * min(thirds)
+    assert len(dataset.rows(10**6)) == len(every)
+    assert np.array_equal(dataset.rows(50, 1).tokens, dataset.rows(50, 1).tokens)
+
+
+def test_two_passes_at_once_do_not_mix_their_counts(run_folder):
+    dataset = ActivationDataset(run_folder, Selection(0, part="answer"))
+    one, two = dataset.parts(), dataset.parts()
+    next(one)
+    list(two)
+    list(one)
+    assert dataset.left_out.total() + len(dataset.rows()) == len(stored(run_folder))
+
+
+def rows_of(states, start):
+    numbers = np.arange(start, start + len(states), dtype=np.int32)
+    return Rows(states, numbers, numbers, numbers, np.repeat(numbers[:, None], 5, axis=1))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=8),
+    st.integers(1, 60),
+    st.integers(1, 20),
+    st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_buffer_gives_every_row_once_with_what_belongs_to_it(sizes, size, batch, drop_last):
+    size, start, blocks = max(size, batch), 0, []
+    for count, is_wide in sizes:
+        values = np.arange(start, start + count, dtype=np.float32)[:, None] + 0.25 * is_wide
+        blocks.append(rows_of(values.astype(np.float32 if is_wide else np.float16), start))
+        start += count
+    random = np.random.default_rng(0)
+    batches = list(mixed(iter(blocks), size, batch, drop_last, random))
+    assert all(len(b) == batch for b in batches[: None if drop_last else -1])
+    if not batches:
+        assert (start < batch and drop_last) or not start
+        return
+    found = Rows.joined(batches)
+    order = np.argsort(found.samples)
+    if drop_last:
+        assert start - batch < len(found) <= start and len(set(found.samples)) == len(found)
+    else:
+        assert np.array_equal(found.samples[order], np.arange(start))
+        whole = Rows.joined(blocks)
+        assert np.array_equal(found.activations[order], whole.activations)
+    for column in (found.tokens, found.token_ids, found.cells[:, 3], found.activations[:, 0] // 1):
+        assert np.array_equal(column, found.samples)
+
+
+def test_half_precision_is_widened_exactly(monkeypatch):
+    monkeypatch.setattr("utils.shards.items._BLOCK", 1000)
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = halves[np.isfinite(halves)]
+    assert np.array_equal(
+        to_float32(finite).view(np.int32), finite.astype(np.float32).view(np.int32)
+    )
+    assert np.array_equal(to_float32(halves), halves.astype(np.float32), equal_nan=True)
+    columns = np.asfortranarray(finite[:60_000].reshape(300, 200))
+    assert np.array_equal(to_float32(columns), columns.astype(np.float32))
+    widened = to_float32(columns)
+    assert to_float32(widened) is widened
+
+
+def test_what_float16_cannot_hold_is_not_made_an_infinity(run_folder, monkeypatch):
+    dataset = ActivationDataset(run_folder, Selection(0))
+    large = rows_of(np.full((4, 2), 1e6, np.float32), 0)
+    monkeypatch.setattr(dataset, "parts", lambda *_: iter([({}, large)]))
+    with pytest.raises(UserError, match="too large for float16"):
+        list(dataset.batches(4, dtype=np.float16))
+
+
+def test_rows_that_are_not_finite_are_counted_in_the_statistics():
+    running = _Running()
+    rows = np.ones((10, 3), np.float16)
+    rows[2, 1], rows[5, 0] = np.nan, np.inf
+    running.add(rows)
+    found = running.result()
+    assert (found["count"], found["non_finite"]) == (8, 2) and found["mean"] == [1, 1, 1]
+
+
+def test_runs_that_do_not_belong_together_are_refused(run_folder, tmp_path, tiny_model, tasks_file):
+    spaced = extracted(tmp_path / "a", tiny_model, tasks_file, grid_encoding="spaced")
+    with pytest.raises(UserError, match=r"is of another run than .*prompt.encoding"):
+        ActivationDataset([run_folder, spaced], Selection(0))
+    with pytest.raises(UserError, match=r"both hold the shard .* count double"):
+        ActivationDataset([run_folder, f"{run_folder}/"], Selection(0))
+    fewer = extracted(tmp_path / "b", tiny_model, tasks_file, layers_to_extract=[0])
+    with pytest.raises(UserError, match=r"has no resid_post.2, which"):
+        ActivationDataset([run_folder, fewer], Selection(2))
+    some = extracted(tmp_path / "d", tiny_model, tasks_file, token_positions="last")
+    with pytest.raises(UserError, match="the states of last tokens"):
+        ActivationDataset([run_folder, some], Selection(0))
+    more = extracted(tmp_path / "c", tiny_model, tasks_file, max_tasks=2, dtype="float32", seed=1)
+    both = ActivationDataset([run_folder, more], Selection(0)).rows()
+    assert np.array_equal(
+        both.activations, np.concatenate([stored(f, "resid_post.0") for f in (run_folder, more)])
+    )
+    # A shard of one run in the folder of another.
+    shard = "activations_batch_000001.pkl"
+    (more / shard).write_bytes((spaced / shard).read_bytes())
+    with pytest.raises(UserError, match=f"{shard} is refused"):
+        ActivationDataset(more, Selection(0)).rows()

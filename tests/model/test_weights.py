@@ -1,0 +1,207 @@
+"""Checkpoints on disk -> parameters: formats, sharding, memory, and everything that misfits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+from safetensors.numpy import load_file, save_file
+
+from utils.errors import UserError
+from utils.model.config import ModelConfig
+from utils.model.layout import Layout
+from utils.model.mesh import make_mesh, single_device_mesh
+from utils.model.weights import (
+    TABLE,
+    Checkpoint,
+    abstract_params,
+    row_of,
+    write_checkpoint,
+    write_random_checkpoint,
+)
+from utils.run.peers import Peers
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_random_checkpoint(tmp_path, TINY)
+    return tmp_path
+
+
+def load(folder, dtype=np.float32):
+    config = ModelConfig.from_hf(folder)
+    return Checkpoint(folder, config).load(Layout.of(config, single_device_mesh()), dtype)
+
+
+def edit(folder, change):
+    """Rewrites the weights as `change`, a function of the dict of tensors, leaves them."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_every_parameter_of_every_family_matches_one_row():
+    for family in ("qwen2", "qwen3", "llama", "mistral"):
+        fields = {**TINY, "model_type": family, "tie_word_embeddings": False}
+        if family == "llama":
+            fields |= {"attention_bias": True, "mlp_bias": True}
+        for path in abstract_params(ModelConfig.from_dict(fields)):
+            index = path.partition("/")[0].removeprefix("layers_")
+            assert sum(row.path.format(index) == path for row in TABLE) == 1, path
+
+
+def test_axes():
+    """`(N H) D -> D N H`, by hand: row n * H + h of the file is [:, n, h] of the parameter."""
+    row, path = row_of("model.layers.3.self_attn.q_proj.weight")
+    assert (path, row.axes) == ("layers_3/attention/query", "(N H) D -> D N H")
+
+
+def test_values_arrive_in_place(folder):
+    tensors = load_file(folder / "model.safetensors")
+    params = load(folder)
+    stored = tensors["model.layers.1.self_attn.q_proj.weight"].astype(np.float32)
+    query = np.asarray(params["layers_1"]["attention"]["query"])
+    H = query.shape[2]
+    for n, h in [(0, 0), (0, H - 1), (3, 2)]:
+        np.testing.assert_array_equal(query[:, n, h], stored[n * H + h])
+    out = np.asarray(params["layers_1"]["attention"]["out"])
+    stored = tensors["model.layers.1.self_attn.o_proj.weight"].astype(np.float32)
+    np.testing.assert_array_equal(out[2, 3], stored[:, 2 * H + 3])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+def test_dtypes_on_disk(folder, dtype):
+    expected = load(folder)
+
+    def cast(tensors):
+        tensors.update({name: value.astype(dtype) for name, value in tensors.items()})
+
+    edit(folder, cast)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(load(folder)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)  # float16 rounds what is below 6e-5
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4), (1, 8)])
+def test_parts_of_a_tensor_are_read_as_the_sharding_asks(folder, shape):
+    """Every shard equals that block of the whole parameter, with zeros where it does not divide;
+    no more is read from the disk than one data group holds."""
+    config = ModelConfig.from_hf(folder)
+    whole = load(folder)
+    layout = Layout.of(config, make_mesh(*shape))
+    assert layout.by_heads == (shape[1] == 2)
+    checkpoint = Checkpoint(folder, config)
+    parts = checkpoint.load(layout, np.float32)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        assert all(n <= m for n, m in zip(a.shape, b.shape, strict=True))
+        padded = np.pad(a, [(0, m - n) for n, m in zip(a.shape, b.shape, strict=True)])
+        np.testing.assert_array_equal(padded, b)
+    kernel = parts["layers_0"]["mlp"]["up"]
+    assert kernel.addressable_shards[0].data.shape == (32, 64 // shape[1])
+    held = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(parts)]
+    assert sum(held) < 1.2 * sum(leaf.size for leaf in jax.tree.leaves(whole)) / shape[1]
+
+
+def test_all_misfits_in_one_error(folder):
+    def change(tensors):
+        del tensors["model.layers.2.mlp.up_proj.weight"]
+        tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros((64, 32), np.float32)
+        tensors["model.norm.weight"] = np.ones(31, np.float32)
+        tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((32, 64), np.int8)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    edit(folder, change)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    message = str(error.value)
+    assert "missing model.layers.2.mlp.up_proj.weight" in message
+    assert "unexpected model.layers.9.mlp.up_proj.weight" in message
+    assert "model.norm.weight has shape [31], not [32]" in message
+    assert "down_proj.weight has dtype I8" in message
+    assert "inv_freq" not in message  # old checkpoints carry it; the configuration says the same
+
+
+def test_a_head_beside_tied_embeddings(folder):
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    load(folder)
+    edit(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + np.float32(1)}))
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        load(folder)
+
+
+def test_index_with_a_file_that_is_not_there(folder):
+    names = load_file(folder / "model.safetensors")
+    weight_map = dict.fromkeys(names, "model.safetensors") | {"x": "model-00002.safetensors"}
+    index = {"weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-00002\.safetensors"):
+        load(folder)
+
+
+def test_damaged_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        load(folder)
+
+
+def test_fingerprint_sees_one_bit(folder):
+    config = ModelConfig.from_hf(folder)
+    before = Checkpoint(folder, config).fingerprint(Peers())
+    assert before == Checkpoint(folder, config).fingerprint(Peers())
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert Checkpoint(folder, config).fingerprint(Peers()) != before
+
+
+@pytest.mark.slow
+def test_peak_memory_of_loading(tmp_path):
+    """Below 1.3 times the parameters' size plus 0.5 GB, all of the process counted."""
+    fields = {
+        **TINY,
+        "vocab_size": 100_000,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+    }
+    write_random_checkpoint(tmp_path, fields)
+    code = f"""
+import resource, jax, numpy as np
+from utils.model.config import ModelConfig
+from utils.model.layout import Layout
+from utils.model.layout import Layout
+from utils.model.mesh import single_device_mesh
+from utils.model.weights import Checkpoint
+config = ModelConfig.from_hf({str(tmp_path)!r})
+layout = Layout.of(config, single_device_mesh())
+params = Checkpoint({str(tmp_path)!r}, config).load(layout, np.float32)
+jax.block_until_ready(params)
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    size, peak = map(int, result.stdout.split())
+    assert size > 1e9
+    assert peak < 1.3 * size + 0.5e9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_written_is_what_was_loaded(tmp_path, tied):
+    fields = {**TINY, "tie_word_embeddings": tied, "head_dim": 8}
+    write_random_checkpoint(tmp_path / "a", fields)
+    config = ModelConfig.from_hf(tmp_path / "a")
+    layout = Layout.of(config, single_device_mesh())
+    params = Checkpoint(tmp_path / "a", config).load(layout, np.float32)
+    write_checkpoint(tmp_path / "b", fields, params)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

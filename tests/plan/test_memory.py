@@ -1,0 +1,67 @@
+"""The estimate that decides the mesh and the rows: its parts by hand, and what follows from it."""
+
+import jax
+import pytest
+
+from benchmarks.shapes import LLAMA_3_1_8B, QWEN2_0_5B, QWEN2_5_7B
+from utils.errors import UserError
+from utils.model.capture import CaptureSpec
+from utils.model.config import ModelConfig
+from utils.model.layout import Layout
+from utils.model.mesh import make_mesh
+from utils.plan.memory import Workload, choose_model_axis, rows_that_fit
+
+GB = 10**9
+
+
+def workload(fields, answer=400):
+    names = ("resid_post.0", "resid_post.11", "resid_post.23")
+    return Workload(ModelConfig.from_dict(fields), CaptureSpec(names), answer, 2)
+
+
+def layout(work, data, model):
+    return Layout.of(work.config, make_mesh(data, model, jax.devices()))
+
+
+def test_parameters():
+    """494 million of Qwen2-0.5B, 7.6 billion of Qwen2.5-7B, 8.0 of Llama-3.1-8B; bfloat16."""
+    for fields, billions in ((QWEN2_0_5B, 0.494), (QWEN2_5_7B, 7.616), (LLAMA_3_1_8B, 8.030)):
+        work = workload(fields)
+        assert work.parameter_bytes(layout(work, 8, 1)) == pytest.approx(2e9 * billions, rel=2e-3)
+        eighth = work.parameter_bytes(layout(work, 1, 8))
+        assert eighth == pytest.approx(2e9 * billions / 8, rel=2e-2)
+
+
+def test_cache_and_captures():
+    work = workload(QWEN2_0_5B)
+    # 24 layers, keys and values, 2 heads of 64, bfloat16: 12,288 bytes a slot
+    assert work.cache_bytes(layout(work, 8, 1), 64, 1600) == 64 // 8 * 2000 * 12288
+    assert work.cache_bytes(layout(work, 1, 8), 64, 1600) == 64 * 2000 * 12288 // 8
+    assert work.capture_bytes(layout(work, 8, 1), 64, 1600) == 8 * 2000 * 896 * 3 * 2
+    assert work.capture_bytes(layout(work, 2, 4), 4, 1600) == 2 * 2000 * 896 * 3 * 2
+
+
+def test_the_smallest_model_axis_that_fits():
+    def choose(fields, limit):
+        work = workload(fields)
+        return choose_model_axis(work, 8, 2048, limit, lambda m: layout(work, 8 // m, m))
+
+    assert choose(QWEN2_0_5B, 16 * 2**30) == 1
+    assert choose(QWEN2_5_7B, 16 * 2**30) == 2
+    assert choose(QWEN2_5_7B, 8 * 2**30) == 4
+    assert choose(QWEN2_5_7B, None) == 1
+    with pytest.raises(UserError, match=r"does not fit on 8 devices of 1\.0 GB: about"):
+        choose(QWEN2_5_7B, GB)
+
+
+def test_longer_prompts_have_fewer_rows():
+    work = workload(QWEN2_5_7B)
+    on = layout(work, 4, 2)
+    rows = rows_that_fit(work, on, 16 * 2**30, 64)
+    found = [rows(length) for length in (512, 2048, 8192)]
+    assert found == sorted(found, reverse=True) and found[0] > found[2] > 0
+    for length, n in zip((512, 2048, 8192), found, strict=True):
+        assert n % 4 == 0
+        assert work.total_bytes(on, n, length) <= 0.9 * 16 * 2**30
+    assert rows_that_fit(work, on, None, 64)(8192) == 64
+    assert rows_that_fit(work, on, 7 * GB, 64)(512) == 0

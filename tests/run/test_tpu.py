@@ -1,0 +1,134 @@
+"""`--plan`: the real programs, compiled for TPU slices that are not here."""
+
+import importlib.util
+import json
+import random
+
+import pytest
+from conftest import TINY, random_task, run_script
+
+from utils.run.tpu import SLICES, collectives_of
+
+SCRIPT = "distributed_inference_with_activations.py"
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is not installed: requirements-tpu.txt",
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model with Qwen2-0.5B's heads, one layer, and tasks that fill a few batches."""
+    from tokenizers_for_tests import character_tokenizer
+
+    from utils.model.weights import outline
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = character_tokenizer()
+    fields = {
+        **TINY,
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 14,
+        "max_position_embeddings": 4096,
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+    outline(folder)
+    tokenizer.save_pretrained(folder)
+    rng = random.Random(0)
+    made = {f"t{i}": random_task(rng, 3)[0] for i in range(96)}
+    (folder / "tasks.json").write_text(json.dumps(made))
+    return folder
+
+
+def plan(inputs, name, *flags, code=0):
+    file = inputs / "plan.json"
+    file.unlink(missing_ok=True)
+    result = run_script(
+        *(SCRIPT, "--model_path", inputs, "--dataset_path", inputs / "tasks.json"),
+        *("--extract_activations", "--max_output_tokens", 64, "--plan", name),
+        *("--plan_json", file, *flags),
+        cwd=inputs,
+        timeout=600,
+    )
+    assert result.returncode == code, result.stderr
+    return json.loads(file.read_text()), result
+
+
+@needs_compiler
+def test_a_mesh_that_repeats_no_work(inputs):
+    """8 x 8 with 14 heads against 64 x 1, the same batches: FLOPs, memory, collectives."""
+    before = sorted(path.name for path in inputs.iterdir())
+    flags = ("--mesh_shape", 8, 8, 64, 1, "--batch_size", 2)
+    best, result = plan(inputs, "v5e-64", *flags)
+    assert sorted({path.name for path in inputs.iterdir()} - {"plan.json"}) == before
+    wide, flat = best["compared"]
+    assert (wide["mesh_shape"], flat["mesh_shape"]) == ([8, 8], [64, 1])
+    for p in (wide, flat):
+        assert p["devices"] == 64 and p["fits"] and p["hbm_limit_bytes"] == 16 * 2**30
+        assert 0 < p["hbm_bytes_per_device"] < p["hbm_limit_bytes"]
+        assert p["num_samples"] == 96 and p["shards"] >= 1
+        assert p["activation_bytes_total"] > p["num_tokens_total"] * 896 * 2
+        assert p["estimated_hours"] > 0 and p["estimated_tokens_per_second"] > 0
+        assert p["prefill"] == max(p["buckets"], key=lambda b: b["hbm_bytes"])["prefill"]
+        assert sum(b["batches"] * b["rows"] for b in p["buckets"]) >= 96
+
+    def flops(p):  # per computed token
+        slots = sum(b["rows"] * b["length"] for b in p["buckets"])
+        return sum(b["prefill"]["flops_per_device"] for b in p["buckets"]) / slots
+
+    assert flops(wide) < 1.05 * flops(flat)
+    # 8 x 8 holds an eighth of the model, but for the norms
+    assert wide["decode"]["argument_bytes"] < 0.2 * flat["decode"]["argument_bytes"]
+    assert not flat["prefill"]["collectives"]
+    assert set(wide["prefill"]["collectives"]) <= {
+        "all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute",
+    }  # fmt: skip
+    # nothing as large as the logits of all positions is moved, nor those of the batch in decoding
+    bucket = max(wide["buckets"], key=lambda b: b["hbm_bytes"])
+    assert wide["prefill"]["collective_bytes"] < bucket["rows"] * bucket["length"] * 151936 / 8
+    assert wide["decode"]["collective_bytes"] < bucket["rows"] / 8 * 151936
+    assert "8x8" in result.stdout and "64x1" in result.stdout
+
+
+@needs_compiler
+def test_a_slice_of_chips_with_two_cores(inputs):
+    """v4-64 has 32 devices, and says so when asked for 64."""
+    p, _ = plan(inputs, "v4-64", "--mesh_shape", 8, 4)
+    assert (p["devices"], p["mesh_shape"]) == (32, [8, 4])
+    result = run_script(
+        *(SCRIPT, "--model_path", inputs, "--dataset_path", inputs / "tasks.json"),
+        *("--extract_activations", "--plan", "v4-64", "--mesh_shape", 8, 8),
+    )
+    assert result.returncode == 2
+    error = result.stderr.strip().splitlines()[-1]
+    assert "takes 64 devices, and JAX sees 32" in error and "two" in error and "8 4" in error
+
+
+def test_names_of_slices():
+    assert {"v4-8", "v4-16", "v4-32", "v4-64", "v5e-8", "v5e-64", "v5e-256"} < set(SLICES)
+    assert SLICES["v4-64"] == "v4:2x4x4" and SLICES["v5e-64"] == "v5e:8x8"
+
+
+def test_without_the_compiler_one_line_says_so(inputs):
+    if importlib.util.find_spec("libtpu") is not None:
+        pytest.skip("the TPU compiler is installed")
+    result = run_script(
+        *(SCRIPT, "--model_path", inputs, "--dataset_path", inputs / "tasks.json"),
+        *("--extract_activations", "--plan", "v4-64"),
+    )
+    line = 'error: --plan needs the TPU compiler: pip install "jax[tpu]" (no TPU is needed)\n'
+    assert (result.returncode, result.stderr) == (2, line)
+
+
+def test_collectives_are_counted_once():
+    """An overlapped one stands in several computations, under one channel."""
+    hlo = """
+      a = bf16[8,2]{1,0} all-gather(b), channel_id=1, dimensions={0}
+      c = bf16[8,2]{1,0} all-gather(d), channel_id=1, dimensions={0}
+      e = (f32[4], s32[]) all-reduce-start(f), channel_id=2
+      g = f32[4] all-reduce-done(e)
+    """
+    assert collectives_of(hlo) == ({"all-gather": 1, "all-reduce": 1}, 32 + 16 + 4)

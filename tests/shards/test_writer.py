@@ -1,0 +1,691 @@
+"""Writing, closing, resuming, refusing and reading the shards of a run."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_crashes import check_consistent, item
+
+from utils.errors import UserError
+from utils.shards import iter_items, load_shard
+from utils.shards.manifest import read_answers, read_manifest
+from utils.shards.writer import ShardWriter, planned_shards
+from utils.store.local import Sink, write_json_atomic
+
+SETTINGS = {
+    "model": {"path": "/models/a", "hash": "abc", "layers": 2},
+    "dataset": {"path": "tasks.json", "hash": "def"},
+    "prompt": {"format": "chat"},
+    "activations": {"resid_post.0": {"layer": 0, "dtype": "float16"}},
+}
+FACTS = {"arguments": {"batch_size": 1}, "processes": 1}
+
+
+def writer_of(folder, settings=SETTINGS, **options):
+    return ShardWriter(folder, settings, FACTS, **options)
+
+
+def answer(index, text=""):
+    return {"task_id": f"task{index // 2}", "sample_idx": index % 2, "text": text}
+
+
+def write(folder, indices, finish=True, tokens=5, **options):
+    writer = writer_of(folder, **options)
+    writer.start()
+    for index in indices:
+        writer.add(item(index, tokens, width=4), answer(index))
+    if finish:
+        writer.finish()
+    return writer
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def stored(folder):
+    """What was written, to tell that nothing changed."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------------ closing
+
+
+def test_a_run_and_its_manifest(tmp_path):
+    folder = tmp_path / "new" / "activations"
+    writer = writer_of(folder, save_every_n_samples=2)
+    assert not writer.complete and writer.done == set()
+    writer.start()
+    assert read_manifest(folder)["status"] == "running"
+    for index in range(5):
+        writer.add(item(index, tokens=5 + index, width=4), answer(index))
+    assert read_manifest(folder)["total_samples"] == 4  # the fifth is in memory
+    writer.set_skipped([{"task_id": "x", "sample_idx": 0, "reason": "too long"}])
+    writer.update_timing(2.0, 1.5, 100)
+    returned = writer.finish({"scores": {"outputs_solved": 0.5}})
+    manifest = json.loads((folder / "metadata.json").read_text())
+    assert returned == manifest == read_manifest(folder)
+    assert names(folder) == [
+        "activations_batch_000001.pkl",
+        "activations_batch_000002.pkl",
+        "activations_batch_000003.pkl",
+        "answers.jsonl",
+        "metadata.json",
+    ]
+    assert manifest["status"] == "complete" and manifest["format_version"] == 1
+    assert (manifest["total_samples"], manifest["total_batches"]) == (5, 3)
+    assert manifest["total_tokens"] == 5 + 6 + 7 + 8 + 9
+    assert (manifest["seconds"], manifest["compile_seconds"]) == (2, 1.5)
+    assert manifest["tokens_per_second"] == 50
+    assert manifest["scores"] == {"outputs_solved": 0.5}
+    assert manifest["skipped"][0]["reason"] == "too long"
+    assert manifest["cell_columns"][0] == "pair" and manifest["arguments"] == {"batch_size": 1}
+    assert {key: manifest[key] for key in SETTINGS} == SETTINGS
+    entry = manifest["files"][1]
+    assert entry["samples"] == [["task1", 0], ["task1", 1]]
+    assert entry["num_samples"] == 2 and entry["num_tokens"] == 7 + 8
+    assert entry["size_bytes"] == (folder / entry["filename"]).stat().st_size
+    assert entry["uploaded"] is False
+    assert [i["activations"]["resid_post.0"][0, 0] for i in iter_items(folder)] == [0, 1, 2, 3, 4]
+    assert read_answers(folder)["task2", 0] == answer(4)
+
+
+def test_the_quick_start_s_snippet_runs_unchanged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(Path("results/activations"), range(5), save_every_n_samples=2)
+    snippet = """
+import pickle
+import json
+import numpy as np
+
+with open('results/activations/metadata.json') as f:
+    metadata = json.load(f)
+print(f"Total samples: {metadata['total_samples']}")
+print(f"Total batches: {metadata['total_batches']}")
+
+all_activations = []
+for file_info in metadata['files']:
+    filepath = f"results/activations/{file_info['filename']}"
+    with open(filepath, 'rb') as f:
+        batch_data = pickle.load(f)
+    for item in batch_data:
+        all_activations.append(item['output_logits'])
+
+activations_array = np.concatenate(all_activations, axis=0)
+print(f"Activations shape: {activations_array.shape}")
+"""
+    exec(snippet, {})
+    assert capsys.readouterr().out.splitlines() == [
+        "Total samples: 5",
+        "Total batches: 3",
+        "Activations shape: (5, 9)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "max_mb", "counts"),
+    [
+        ([10, 10, 10, 10], 512, [4]),
+        ([1000, 1000, 1000, 1000], 0.0251, [2, 2]),  # 12,024 bytes of arrays an item
+        ([1000, 1000, 1000, 1000], 0.0239, [1, 1, 1, 1]),
+        ([10, 5000, 10, 10], 0.01, [1, 1, 2]),  # the second alone is too large
+    ],
+)
+def test_a_shard_closes_before_its_arrays_pass_the_limit(tmp_path, tokens, max_mb, counts):
+    writer = writer_of(tmp_path, max_shard_mb=max_mb)
+    writer.start()
+    for index, count in enumerate(tokens):
+        writer.add(item(index, count, width=4), answer(index))
+    assert [f["num_samples"] for f in writer.finish()["files"]] == counts
+
+
+def test_the_caller_can_close_a_shard(tmp_path):
+    writer = writer_of(tmp_path, save_every_n_samples=3)
+    writer.start()
+    writer.close_shard()  # nothing to write
+    for index in range(5):
+        writer.add(item(index), answer(index))
+        if index == 0:
+            writer.close_shard()
+    assert [f["num_samples"] for f in writer.finish()["files"]] == [1, 3, 1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.one_of(st.none(), st.integers(1, 3000)), max_size=12),
+    st.one_of(st.none(), st.integers(1, 4)),
+    st.floats(0.001, 0.2),
+)
+def test_the_dry_run_predicts_every_shard_to_the_byte(tmp_path_factory, tokens, every, max_mb):
+    folder = tmp_path_factory.mktemp("run")
+    writer = writer_of(folder, save_every_n_samples=every, max_shard_mb=max_mb)
+    writer.start()
+    planned = []
+    for index, count in enumerate(tokens):
+        if count is None:
+            writer.close_shard()
+            planned.append(None)
+            continue
+        writer.add(item(index, count, width=4), answer(index))
+        zeros = {"resid_post.0": np.zeros((count, 4), np.float16)}
+        planned.append({**item(index, count, 4), "activations": zeros})
+    written = [(f["num_samples"], f["size_bytes"]) for f in writer.finish()["files"]]
+    assert list(planned_shards(planned, "float16", every, max_mb)) == written
+
+
+def test_overflows_are_counted_and_kept(tmp_path):
+    writer = writer_of(tmp_path, save_every_n_samples=1)
+    writer.start()
+    huge = item(0, 3, 4)
+    huge["activations"]["resid_post.0"][1, 1] = 1e6
+    huge["output_logits"][0, 0] = -1e5
+    writer.add(huge, answer(0))
+    writer.add(item(1), answer(1))
+    assert writer.finish()["float16_overflows"] == 2
+    first, second = iter_items(tmp_path)
+    assert first["activations"]["resid_post.0"].dtype == np.float32
+    assert first["activations"]["resid_post.0"][1, 1] == 1e6
+    assert first["output_logits"].dtype == np.float32
+    assert second["activations"]["resid_post.0"].dtype == np.float16
+
+
+def test_equal_runs_are_equal_to_the_byte(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / name, range(5), save_every_n_samples=2, tokens=3000)
+    assert stored(tmp_path / "one") == stored(tmp_path / "two")
+
+
+def test_a_sample_is_taken_once_and_with_its_own_answer(tmp_path):
+    writer = write(tmp_path, [0], finish=False)
+    with pytest.raises(ValueError, match="stored already"):
+        writer.add(item(0), answer(0))
+    with pytest.raises(ValueError, match="another"):
+        writer.add(item(1), answer(2))
+
+
+# ----------------------------------------------------------------- an existing run in the folder
+
+
+def test_a_folder_with_a_run_is_refused_naming_both_ways_out(tmp_path):
+    write(tmp_path, range(3))
+    before = stored(tmp_path)
+    with pytest.raises(UserError, match=r"complete, 3 samples.*--resume.*--overwrite") as error:
+        writer_of(tmp_path)
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+    assert stored(tmp_path) == before
+
+
+def test_resume_finishes_the_rest(tmp_path):
+    first = write(tmp_path, range(5), finish=False, save_every_n_samples=2)
+    first.update_timing(10, 1, 70)
+    first.close_shard()
+    second = writer_of(tmp_path, save_every_n_samples=2, resume=True)
+    assert not second.complete
+    assert second.done == {("task0", 0), ("task0", 1), ("task1", 0), ("task1", 1), ("task2", 0)}
+    second.start()
+    for index in range(5, 8):
+        second.add(item(index, 5, 4), answer(index))
+    second.update_timing(5, 2, 80)
+    manifest = second.finish()
+    assert (manifest["seconds"], manifest["compile_seconds"]) == (15, 3)
+    assert manifest["tokens_per_second"] == 10
+    assert [f["num_samples"] for f in manifest["files"]] == [2, 2, 1, 2, 1]
+    assert len(list(iter_items(tmp_path))) == len(read_answers(tmp_path)) == 8
+
+
+def test_resume_starts_in_an_empty_folder_and_knows_a_complete_run(tmp_path):
+    write(tmp_path, range(3), resume=True)
+    assert writer_of(tmp_path, resume=True).complete
+
+
+def test_resume_removes_what_a_kill_left(tmp_path):
+    write(tmp_path, range(2), finish=False, save_every_n_samples=1)
+    shard = (tmp_path / "activations_batch_000002.pkl").read_bytes()
+    (tmp_path / "activations_batch_000003.pkl").write_bytes(shard)  # renamed, not committed
+    (tmp_path / "activations_batch_000004.pkl.partial").write_bytes(shard[:9])
+    (tmp_path / "metadata.json.partial").write_text("{")
+    (tmp_path / "mine.pkl").write_text("foreign")
+    with open(tmp_path / "answers.jsonl", "a") as journal:
+        journal.write(json.dumps(answer(2, "not committed")) + "\n" + '{"task_id": "to')
+    assert set(read_answers(tmp_path)) == {("task0", 0), ("task0", 1)}
+    writer = writer_of(tmp_path, resume=True, save_every_n_samples=1)
+    assert writer.done == {("task0", 0), ("task0", 1)}
+    writer.start()
+    assert names(tmp_path) == [
+        "activations_batch_000001.pkl",
+        "activations_batch_000002.pkl",
+        "answers.jsonl",
+        "metadata.json",
+        "mine.pkl",
+    ]
+    writer.add(item(2), answer(2, "committed"))
+    writer.finish()
+    assert read_answers(tmp_path)["task1", 0]["text"] == "committed"  # and no torn line before it
+    check_consistent(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {**SETTINGS["model"], "hash": "xyz"}}, r"model\.hash was 'abc', is 'xyz'"),
+        ({"prompt": {"format": "turns"}}, r"prompt\.format was 'chat', is 'turns'"),
+        ({"dataset": {"path": "tasks.json"}}, r"dataset\.hash was 'def', is None"),
+        ({"activations": {}}, r"activations\.resid_post\.0 was .*float16.*, is None"),
+        ({"seed": 1}, r"seed was None, is 1"),
+    ],
+)
+def test_resume_names_the_settings_that_differ(tmp_path, changes, message):
+    write(tmp_path, range(3))
+    before = stored(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        writer_of(tmp_path, {**SETTINGS, **changes}, resume=True)
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+    assert stored(tmp_path) == before
+
+
+def test_resume_allows_another_path_and_other_facts(tmp_path):
+    write(tmp_path, range(3), finish=False)
+    moved = {**SETTINGS, "model": {**SETTINGS["model"], "path": "/elsewhere"}}
+    writer = ShardWriter(tmp_path, moved, {"processes": 8}, resume=True)
+    writer.start()
+    assert writer.finish()["model"]["path"] == "/elsewhere"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x")])
+def test_resume_refuses_a_run_whose_shards_are_gone(tmp_path, damage):
+    write(tmp_path, range(3), finish=False, save_every_n_samples=1)
+    damage(tmp_path / "activations_batch_000002.pkl")
+    with pytest.raises(UserError, match=r"damaged: activations_batch_000002\.pkl; .*--overwrite"):
+        writer_of(tmp_path, resume=True)
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
+    write(tmp_path, range(6), save_every_n_samples=1)
+    for name in ("notes.txt", "activations_batch_1.pkl", "answers.jsonl.bak"):
+        (tmp_path / name).write_text("foreign")
+    (tmp_path / "activations_host003_batch_000001.pkl").write_text("of a run")
+    before = stored(tmp_path)
+    writer = writer_of(tmp_path, overwrite=True)
+    assert stored(tmp_path) == before  # until it starts
+    assert writer.done == set()
+    writer.start()
+    writer.add(item(7), answer(7))
+    writer.finish()
+    assert names(tmp_path) == [
+        "activations_batch_000001.pkl",
+        "activations_batch_1.pkl",
+        "answers.jsonl",
+        "answers.jsonl.bak",
+        "metadata.json",
+        "notes.txt",
+    ]
+    assert list(read_answers(tmp_path)) == [("task3", 1)]
+
+
+def test_both_flags_contradict_each_other(tmp_path):
+    with pytest.raises(UserError, match="give one of them"):
+        writer_of(tmp_path, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_shards_without_a_manifest_are_not_written_over(tmp_path, resume):
+    write(tmp_path, range(3))
+    (tmp_path / "metadata.json").unlink()
+    before = stored(tmp_path)
+    with pytest.raises(UserError, match=r"no metadata\.json.*--resume.*--overwrite"):
+        writer_of(tmp_path, resume=resume)
+    assert stored(tmp_path) == before
+    write(tmp_path, range(2), overwrite=True)
+    assert len(list(iter_items(tmp_path))) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"name": "a dataset"}', '{"format_version": 1, "files": [{"filename": "x"}]}'],
+)
+def test_a_metadata_json_that_is_no_manifest_is_left_alone(tmp_path, text):
+    (tmp_path / "metadata.json").write_text(text)
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match=r"metadata\.json is not the manifest of a run"):
+            writer_of(tmp_path, **options)
+    assert names(tmp_path) == ["metadata.json"]
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
+    write(tmp_path / "run", range(3))
+    path = tmp_path / "run" / "metadata.json"
+    path.write_text(path.read_text().replace("activations_batch", "../activations_batch"))
+    with pytest.raises(UserError, match="not the manifest"):
+        list(iter_items(tmp_path / "run"))
+
+
+def test_another_format_version_is_refused(tmp_path):
+    write(tmp_path, range(3))
+    path = tmp_path / "metadata.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(UserError, match="has format 2"):
+        writer_of(tmp_path, resume=True)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file: choose a folder"):
+        writer_of(tmp_path / "file")
+    with pytest.raises(UserError, match="Not a directory"):
+        writer_of(tmp_path / "file" / "folder")
+
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(UserError, match=r"cannot write to .*Read-only file system") as error:
+        writer_of(tmp_path)
+    assert error.value.exit_code == 2
+
+
+# ----------------------------------------------------------------------------- several processes
+
+
+def hosts(folder, count, samples, **options):
+    writers = [writer_of(folder, host=host, **options) for host in range(count)]
+    for writer in writers:
+        writer.start()
+    for index in samples:
+        writers[index % count].add(item(index, 5, 4), answer(index))
+    return writers
+
+
+def test_processes_share_a_folder_and_a_reader_merges_them(tmp_path):
+    for number, writer in enumerate(hosts(tmp_path, 3, range(7), save_every_n_samples=2)):
+        writer.update_timing(10 + number, 1, 100)
+        writer.finish()
+    assert names(tmp_path)[:3] == [
+        "activations_host000_batch_000001.pkl",
+        "activations_host000_batch_000002.pkl",
+        "activations_host001_batch_000001.pkl",
+    ]
+    assert {"answers_host002.jsonl", "metadata_host002.json"} <= set(names(tmp_path))
+    manifest = read_manifest(tmp_path)
+    assert (manifest["status"], manifest["total_samples"], manifest["total_batches"]) == (
+        "complete",
+        7,
+        4,
+    )
+    assert (manifest["seconds"], manifest["tokens_per_second"]) == (12, 25)
+    assert len({(i["task_id"], i["sample_idx"]) for i in iter_items(tmp_path)}) == 7
+    assert read_answers(tmp_path)["task1", 1] == answer(3)
+    write_json_atomic(tmp_path / "metadata.json", manifest)  # merged by a process, it counts once
+    assert read_manifest(tmp_path) == manifest
+    load_shard(tmp_path / "activations_host002_batch_000001.pkl")
+
+
+@pytest.mark.parametrize("host", [None, 0, 1])
+def test_a_run_is_resumed_with_another_number_of_processes(tmp_path, host):
+    for writer in hosts(tmp_path, 3, range(9), save_every_n_samples=2)[:2]:
+        writer.close_shard()  # the third dies with what it had in memory
+    assert read_manifest(tmp_path)["status"] == "running"
+    writer = writer_of(tmp_path, host=host, resume=True)
+    assert {(f"task{i // 2}", i % 2) for i in range(9)} - writer.done == {("task4", 0)}
+    writer.start()
+    writer.add(item(8, 5, 4), answer(8))
+    writer.finish()
+    check_consistent_hosts(tmp_path, 9)
+
+
+def check_consistent_hosts(folder, total):
+    listed = [(i["task_id"], i["sample_idx"]) for i in iter_items(folder)]
+    assert len(listed) == len(set(listed)) == len(read_answers(folder)) == total
+
+
+def test_a_process_clears_only_its_own_leftovers(tmp_path):
+    hosts(tmp_path, 2, range(2))
+    for host in (0, 1):
+        (tmp_path / f"activations_host00{host}_batch_000001.pkl.partial").write_text("")
+    writer_of(tmp_path, host=1, resume=True).start()
+    assert "activations_host000_batch_000001.pkl.partial" in names(tmp_path)
+    assert "activations_host001_batch_000001.pkl.partial" not in names(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "metadata_host000.json"])
+def test_whichever_manifest_knows_of_an_upload_is_believed(tmp_path, name):
+    for writer in hosts(tmp_path, 2, range(2)):
+        writer.finish()
+    write_json_atomic(tmp_path / "metadata.json", read_manifest(tmp_path))
+    manifest = json.loads((tmp_path / name).read_text())
+    manifest["files"][0]["uploaded"] = True
+    write_json_atomic(tmp_path / name, manifest)
+    assert [f["uploaded"] for f in read_manifest(tmp_path)["files"]] == [True, False]
+
+
+def test_one_sample_in_two_shards_is_an_error(tmp_path):
+    for host in (0, 1):
+        write(tmp_path / str(host), [0], host=host)
+        shutil.copytree(tmp_path / str(host), tmp_path / "both", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"both hold task0, sample 0"):
+        read_manifest(tmp_path / "both")
+
+
+# ------------------------------------------------------------------------------ kills, full disks
+
+
+@pytest.mark.parametrize("way", ["steps", "moments"])
+def test_killed_anywhere_a_run_resumes_with_every_sample_once(way):
+    script = Path(__file__).with_name("shard_crashes.py")
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where fsync takes no time
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        command = [sys.executable, str(script), way, folder]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 20  # kills
+
+
+@pytest.mark.parametrize("target", ["activations_batch", "answers", "metadata"])
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, target):
+    writer = write(tmp_path, range(4), finish=False, save_every_n_samples=2)
+    manifest = (tmp_path / "metadata.json").read_bytes()
+    original = Sink.write
+
+    def write_part(sink, buffer):
+        if sink.file and target in str(sink.file.name):
+            original(sink, memoryview(buffer)[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(sink, buffer)
+
+    writer.add(item(4), answer(4))
+    monkeypatch.setattr(Sink, "write", write_part)
+    with pytest.raises(
+        UserError, match=r"No space left.*takes 0\.\d MB, .* MB are free.*intact.*--resume"
+    ) as error:
+        writer.add(item(5), answer(5))
+    assert error.value.exit_code == 1 and "\n" not in str(error.value)
+    monkeypatch.undo()
+    for call in (writer.close_shard, writer.finish):  # the manifest's word is the last
+        with pytest.raises(UserError, match="No space left"):
+            call()
+    assert (tmp_path / "metadata.json").read_bytes() == manifest
+    assert not [name for name in names(tmp_path) if name.endswith(".partial")]
+    check_consistent(tmp_path)
+    write_rest(tmp_path)
+
+
+def write_rest(folder, total=6):
+    writer = writer_of(folder, resume=True)
+    writer.start()
+    for index in range(total):
+        if (f"task{index // 2}", index % 2) not in writer.done:
+            writer.add(item(index), answer(index))
+    writer.finish()
+    check_consistent(folder)
+    assert read_manifest(folder)["total_samples"] == total
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    try:
+        run = tmp_path / "run"
+        (tmp_path / "ballast").write_bytes(bytes(400_000))
+        with pytest.raises(UserError, match="No space left") as error:
+            write(run, range(6), tokens=15_000, save_every_n_samples=1)  # 240 KB each
+        assert error.value.exit_code == 1
+        check_consistent(run)
+        (tmp_path / "ballast").unlink()
+        assert 0 < read_manifest(run)["total_samples"] < 6
+        write_rest(run, 3)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_file_size_limit(tmp_path):
+    writer = write(tmp_path, range(4), finish=False, save_every_n_samples=2)
+    writer.add(item(4), answer(4))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            writer.add(item(5), answer(5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    check_consistent(tmp_path)
+    write_rest(tmp_path)
+
+
+def test_write_json_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "predictions.json"
+    write_json_atomic(path, {"a": [1, "ü"], "b": None})
+    assert json.loads(path.read_text()) == {"a": [1, "ü"], "b": None}
+    assert len(path.read_text().splitlines()) == 4  # a task a line
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=r"predictions\.json: No space left") as error:
+        write_json_atomic(path, {"a": 2})
+    assert error.value.exit_code == 1
+    assert stored(tmp_path) == {path.name: before}
+    monkeypatch.undo()
+    write_json_atomic(path, {})
+    assert json.loads(path.read_text()) == {}
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+@pytest.fixture
+def shard(tmp_path):
+    write(tmp_path, range(4), save_every_n_samples=2)
+    return tmp_path / "activations_batch_000002.pkl"
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, "damaged: its crc32c is"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, not the"),
+        (lambda path: path.write_bytes(b""), "it has 0 bytes"),
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.rename(path.with_name("copy.pkl")) and path.mkdir(), "Is a directory"),
+    ],
+)
+def test_a_damaged_shard_is_refused_before_it_is_unpickled(shard, damage, message, monkeypatch):
+    assert len(load_shard(shard)) == 2
+    damage(shard)
+
+    def never(file):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr("utils.shards.reader.load", never)
+    with pytest.raises(UserError, match=message) as error:
+        load_shard(str(shard))
+    assert shard.name in str(error.value) and error.value.exit_code == 2
+
+
+def test_a_shard_needs_its_manifest(shard, tmp_path):
+    other = shard.with_name("activations_batch_000009.pkl")
+    shutil.copy(shard, other)
+    with pytest.raises(UserError, match="does not list it"):
+        load_shard(other)
+    assert len(load_shard(other, verify=False)) == 2
+    (tmp_path / "metadata.json").unlink()
+    with pytest.raises(UserError, match=r"no metadata\.json"):
+        load_shard(shard)
+    with pytest.raises(UserError, match="No such file"):
+        read_manifest(tmp_path / "nowhere")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def seal(shard, data):
+    """Put `data` in the shard's place, with a manifest that vouches for it."""
+    shard.write_bytes(data)
+    manifest = json.loads((shard.parent / "metadata.json").read_text())
+    with open(os.devnull, "wb") as nowhere:
+        sink = Sink(nowhere)
+        sink.write(data)
+    for entry in manifest["files"]:
+        if entry["filename"] == shard.name:
+            entry.update(size_bytes=len(data), crc32c=sink.crc32c)
+    write_json_atomic(shard.parent / "metadata.json", manifest)
+
+
+def test_a_hostile_shard_with_a_valid_manifest_runs_nothing(shard, monkeypatch):
+    monkeypatch.chdir(shard.parent)
+    items = load_shard(shard)
+    seal(shard, pickle.dumps(items, 5))
+    assert len(load_shard(shard)) == 2
+    items[1]["prediction"] = Evil()
+    seal(shard, pickle.dumps(items, 5))
+    for verify in (True, False):
+        with pytest.raises(UserError, match=r"activations_batch_000002\.pkl is refused.*system"):
+            load_shard(shard, verify)
+    with pytest.raises(UserError, match="system"):
+        list(iter_items(shard.parent))
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"no pickle", "no pickle"), (pickle.dumps([{"task_id": "x"}]), "item 0 lacks sample_idx")],
+)
+def test_a_sealed_file_that_is_no_shard(shard, data, message):
+    seal(shard, data)
+    with pytest.raises(UserError, match=message):
+        load_shard(shard)
+
+
+def test_a_shard_under_another_s_name_is_refused(shard):
+    seal(shard, shard.with_name("activations_batch_000001.pkl").read_bytes())
+    with pytest.raises(UserError, match="other samples"):
+        load_shard(shard)
+
+
+@pytest.mark.parametrize("damage", ["lacks", "damaged"])
+def test_a_journal_that_was_tampered_with(shard, damage):
+    journal = shard.parent / "answers.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:3]) if damage == "lacks" else "{\n" + "".join(lines))
+    with pytest.raises(UserError, match=rf"answers\.jsonl .*{damage}"):
+        read_answers(shard.parent)

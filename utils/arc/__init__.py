@@ -1,0 +1,1 @@
+"""Tasks in (files, dataset rows), views, scores and predictions out. Knows no tokens."""

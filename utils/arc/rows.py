@@ -1,0 +1,311 @@
+"""Rows of a dataset, from the Hugging Face hub or local files -> tasks.
+
+A row holds its pairs in one column (`examples`, or the one that `--column` names), or is a task
+already (`train` and `test`). JSON is read as text and parsed here: Arrow gives a whole block of
+rows one type, so that one 0.5 makes every cell of the block a float, and one word stops it all.
+Which files a dataset has, its splits, its downloads and its cache are the `datasets` library's.
+"""
+
+import json
+import logging
+import os
+import re
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
+from pathlib import Path
+
+import ijson
+import numpy as np
+import orjson
+
+from utils.arc.tasks import (
+    Grid,
+    Pair,
+    Task,
+    first_byte,
+    listed,
+    opened,
+    task_id_of,
+    to_grid,
+    top_keys,
+)
+from utils.errors import UserError
+
+DEFAULT_DATASET = "barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems"
+DEFAULT_COLUMN = "examples"
+BATCH_ROWS = 8  # few, since the garbage collector looks at every living list over and over
+LOCAL_HINT = "pass a local .jsonl, .json or .parquet file, or a folder of them, as --dataset"
+
+
+@dataclass(frozen=True)
+class Rows:
+    rows: Iterator[object]  # dicts; what stands in the source where it is something else
+    columns: dict[str, str]  # name -> type, as the first rows have it
+    column: str | None  # that holds the pairs; None: the rows hold train and test
+
+
+def open_rows(
+    dataset: str, split: str = "train", column: str | None = None, streaming: bool = False
+) -> Rows:
+    """The rows of `split`, as a stream, and where their pairs are.
+
+    dataset: a name on the hub, or a .json, .jsonl or .parquet file, or a folder of them. From the
+    hub, `streaming` reads over the network what is needed instead of downloading all of it first.
+    Raises UserError for a dataset, split or column that is not there.
+    """
+    rows = _guarded(dataset, split, streaming)
+    first = list(islice(rows, 100))
+    columns: dict[str, str] = {}
+    for row in first:
+        if isinstance(row, dict):
+            columns = {name: _type_name(value) for name, value in row.items()} | columns
+    if not first:
+        raise UserError(f"{dataset} holds no rows in split {split}; check the file or the split")
+    if not columns:
+        raise UserError(f"{dataset} holds no rows: its first lines are not JSON objects")
+    if column is None and DEFAULT_COLUMN in columns:
+        column = DEFAULT_COLUMN
+    if column not in columns and (column or not {"train", "test"} <= columns.keys()):
+        wanted = f"column {column!r}" if column else "column 'examples', nor 'train' and 'test'"
+        found = f"no {wanted} in {dataset}; found: {listed(columns)}"
+        raise UserError(f"{found}; name the one that holds the pairs with --column")
+    return Rows(chain(first, rows), columns, column)
+
+
+def to_task(
+    row: object, column: str | None, max_train_pairs: int | None = None
+) -> tuple[Task | None, list[tuple[int | None, str]]]:
+    """The task of a row, and what is wrong with the row as (pair, reason).
+
+    The last valid pair is the test pair, the first `max_train_pairs` others are the train pairs; a
+    row that holds train and test keeps its division, its pairs being counted from 0 through both.
+    Pair None stands for the row; only then is there no task. The id comes from all valid pairs, so
+    that `max_train_pairs` does not change it.
+    """
+    sides, problem = _sides(row, column)
+    if problem:
+        return None, [(None, problem)]
+    errors: list[tuple[int | None, str]] = []
+    pairs: list[Pair] = []
+    counts = []
+    for is_test, side in zip((False, True), sides, strict=True):
+        before = len(pairs)
+        for value in side:
+            try:
+                pairs.append(_to_pair(value, output_needed=not is_test))
+            except ValueError as error:
+                errors.append((len(pairs) + len(errors), str(error)))
+        counts.append(len(pairs) - before)
+    num_test = counts[1] if all(counts) else 1
+    train, test = tuple(pairs[:-num_test]), tuple(pairs[-num_test:])
+    if not train or any(pair.output is None for pair in train):
+        return None, [*errors, (None, "fewer than two valid pairs")]
+    return Task(task_id_of(pairs, num_test), train[:max_train_pairs], test), errors
+
+
+def error_item(row: int, pair: int | None, reason: str) -> bytes:
+    """An item of transformation_errors.json; rows and pairs are counted from 0 in the source."""
+    return orjson.dumps({"row": row, "pair": pair, "reason": reason})
+
+
+def _sides(row: object, column: str | None) -> tuple[tuple[list, list], str | None]:
+    """Train and test pairs as the row has them, or what keeps it from having any."""
+    names = ("train", "test") if column is None else (column,)
+    if not isinstance(row, dict):
+        return ([], []), "not a JSON object"
+    values = [row.get(name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, list):
+            return ([], []), f"{name} is not a list of pairs"
+    return (values[0], values[1] if column is None else []), None
+
+
+def _to_pair(value: object, output_needed: bool) -> Pair:
+    if isinstance(value, dict):
+        grids = value.get("input"), value.get("output")
+    elif isinstance(value, list | tuple) and len(value) == 2:
+        grids = tuple(value)
+    else:
+        raise ValueError("not a pair of input and output")
+    if grids[1] is None and not output_needed:
+        return Pair(_to_grid("input", grids[0]), None)
+    return Pair(_to_grid("input", grids[0]), _to_grid("output", grids[1]))
+
+
+def _to_grid(side: str, value: object) -> Grid:
+    try:
+        return to_grid(value)
+    except ValueError as error:
+        raise ValueError(f"{side}: {error}") from None
+
+
+def _read(dataset: str, split: str, streaming: bool) -> Iterator[object]:
+    path = Path(dataset).expanduser()
+    sliced = re.fullmatch(r"[\w.-]+", split) is None  # train[:100], train+test
+    if sliced and streaming:
+        raise UserError(f"--streaming cannot read the slice {split}; use --max_samples instead")
+    if not path.exists():
+        if path.suffix in (".json", ".jsonl", ".parquet", ".gz") or dataset[:1] in "./~":
+            raise UserError(f"{dataset} does not exist; check the path")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+            raise UserError(f"{dataset} is neither a local path nor a hub name; {LOCAL_HINT}")
+        if not _hub_answers():
+            os.environ["HF_HUB_OFFLINE"] = "1"  # what is in the local cache is found all the same
+    import datasets
+
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        for name in ("datasets", "huggingface_hub", "httpx", "httpx2"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # we say it in one line
+    if path.is_file():
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        builder = datasets.load_dataset_builder(kind, data_files=str(path))
+    else:
+        builder = datasets.load_dataset_builder(str(path) if path.exists() else dataset)
+    files = builder.config.data_files or {}
+    splits = [str(name) for name in files or builder.info.splits or ()]
+    named = set(re.findall(r"(?:^|\+)([\w.-]+)", split))
+    if splits and not named <= set(splits):
+        raise UserError(f"no split {split} in {dataset}; --split can be: {listed(splits)}")
+    is_json = builder.name == "json"
+    if builder.name in ("json", "parquet") and path.exists() and not sliced:
+        return chain.from_iterable(map(_json_rows if is_json else _parquet_rows, files[split]))
+    is_lines = is_json and all(
+        ".jsonl" in Path(file).name for name in named for file in files[name]
+    )
+    if is_lines:
+        texts = {name: list(files[name]) for name in sorted(named)}
+        builder = datasets.load_dataset_builder("text", data_files=texts)
+    if streaming or (path.exists() and not sliced):
+        loaded = builder.as_streaming_dataset(split)
+    else:
+        builder.download_and_prepare()
+        loaded = builder.as_dataset(split)
+    if is_lines:
+        return _parsed(row["text"] for row in loaded)
+    tables = loaded.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    return _arrow_rows(chain.from_iterable(table.to_batches() for table in tables))
+
+
+def _guarded(dataset: str, split: str, streaming: bool) -> Iterator[object]:
+    """The rows, with what `datasets` raises on the way told in one line."""
+    begun = False
+    try:
+        for row in _read(dataset, split, streaming):
+            yield row
+            begun = True
+    except UserError as error:
+        raise UserError(str(error), exit_code=1 if begun else 2) from error
+    except Exception as error:
+        from datasets.exceptions import DatasetNotFoundError
+
+        if isinstance(error, DatasetNotFoundError):
+            message = f"{dataset} is not on the hub, or needs `hf auth login`; check the name"
+        elif isinstance(error, ConnectionError):
+            message = f"cannot reach the hub for {dataset}; check the network, or {LOCAL_HINT}"
+        else:
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            message = f"cannot read {dataset} ({type(error).__name__}: {reason}); {LOCAL_HINT}"
+        raise UserError(message, exit_code=1 if begun else 2) from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: `datasets` itself retries for half a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return True  # datasets knows, and does not try
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError as error:
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    return True
+
+
+def _json_rows(path: str) -> Iterator[object]:
+    """Rows of a local file: one a line, a list of them, or one object that is a task."""
+    with opened(Path(path)) as file:
+        if ".jsonl" in Path(path).name:
+            yield from _parsed(file)
+        elif first_byte(file) == b"[":
+            yield from ijson.items(file, "item", use_float=True)
+        else:
+            first = next(_parsed([file.readline(1 << 26)]), None)
+            file.seek(0)
+            tasks = isinstance(first, dict) and any(
+                isinstance(value, dict) and "train" in value for value in first.values()
+            )
+            if isinstance(first, dict) and not tasks:
+                yield from _parsed(file)
+            elif not tasks and "train" in top_keys(file):
+                yield orjson.loads(file.read())
+            else:
+                what = "holds one JSON object, not rows; if these are ARC tasks they need no"
+                raise UserError(f"{path} {what} transforming: give the file to --dataset_path")
+
+
+def _parsed(lines: Iterable[str | bytes]) -> Iterator[object]:
+    """One value a line; a line that is not JSON comes as it stands."""
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            yield orjson.loads(line)
+        except orjson.JSONDecodeError:
+            try:
+                yield json.loads(line)  # knows NaN, so that the pair that holds it can be named
+            except (ValueError, RecursionError):
+                yield line
+
+
+def _parquet_rows(path: str) -> Iterator[dict]:
+    """Rows of a local file. `datasets` decodes a whole row group at once, which can be the file."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        yield from _arrow_rows(file.iter_batches(batch_size=BATCH_ROWS))
+
+
+def _arrow_rows(batches: Iterable[object]) -> Iterator[dict]:
+    """Rows of pyarrow record batches."""
+    for batch in batches:
+        names = batch.schema.names
+        for values in zip(*map(_to_list, batch.columns), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+def _to_list(array: object) -> list:
+    """A pyarrow array as Python values: to_pylist takes ten times as long on nested lists."""
+    import pyarrow as pa
+
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):  # cells of mixed types, which datasets keeps as JSON
+        storage = array.storage.to_pylist()
+        is_json = kind.extension_name == "arrow.json"
+        return [json.loads(v) if is_json and v is not None else v for v in storage]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        offsets = array.offsets.to_numpy()
+        values = _to_list(array.values.slice(offsets[0], offsets[-1] - offsets[0]))
+        lists = [values[start:stop] for start, stop in pairwise((offsets - offsets[0]).tolist())]
+        for i in np.flatnonzero(array.is_null()) if array.null_count else ():
+            lists[i] = None
+        return lists
+    if pa.types.is_struct(kind) and not array.null_count:
+        names = [field.name for field in kind]
+        fields = map(_to_list, array.flatten())
+        return [dict(zip(names, values, strict=True)) for values in zip(*fields, strict=True)]
+    if (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and not array.null_count:
+        return array.to_numpy().tolist()
+    return array.to_pylist()
+
+
+def _type_name(value: object) -> str:
+    if isinstance(value, list):
+        return f"list[{_type_name(value[0])}]" if value else "list"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_type_name(v)}" for k, v in islice(value.items(), 8)) + "}"
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,341 @@
+"""Activations as training data: rows of shards, selected, shuffled, in numpy batches.
+
+    from utils.dataset import ActivationDataset, Selection
+
+    dataset = ActivationDataset("results/activations", Selection(layer=11, role="output"))
+    for batch in dataset.batches(4096, shuffle_buffer=200_000, seed=0):
+        batch.activations  # float32 [4096, width]
+
+A row is what one layer made of one token. Which rows are taken is said by a `Selection`, and what
+was left out is counted in `dataset.left_out` and logged.
+"""
+
+# N rows   D model width   T tokens   C cells
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import numpy as np
+
+from utils.dataset.shuffle import NO_CELL, Buffer, Rows, cast, in_order, mixed
+from utils.dataset.stats import activation_stats
+from utils.errors import UserError, some
+from utils.model.capture import HOOK_POINTS
+from utils.prompt.codec import load_tokenizer
+from utils.shards.items import to_float32
+from utils.shards.manifest import Manifest, differences, read_manifest
+from utils.shards.reader import read_ahead, read_entry
+
+log = logging.getLogger(__name__)
+
+ROLE_NUMBERS = {"input": 0, "output": 1}
+SPECIAL, SINK = "special tokens", "attention sinks"  # causes that are always said
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows; what is None selects nothing away.
+
+    layer: from 0, negative from the end of those captured. hook_point: where in the layer. part:
+    "prompt" or "answer". role: "input" or "output" grids. pair: "train", "test", or the number of a
+    train pair in the prompt. colors: of cells. With role, pair or colors only tokens that hold such
+    a cell are taken. correct: of solved or of failed samples (those whose answer is unknown are
+    neither). original: role, pair, row, col and color speak of the task as it was before its view
+    of an augmented run. drop_special: leave out special tokens. drop_sinks: leave out rows whose
+    norm is more than so many times the run's median norm (attention sinks: 10 is a fair choice).
+    """
+
+    layer: int
+    hook_point: str = "resid_post"
+    part: str | None = None
+    role: str | None = None
+    pair: str | int | None = None
+    colors: Collection[int] | int | None = None
+    correct: bool | None = None
+    original: bool = False
+    drop_special: bool = False
+    drop_sinks: float | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, allowed: Collection[Any]) -> None:
+            if (value := getattr(self, name)) is not None and value not in allowed:
+                raise UserError(f"{name} {value!r} is none of {', '.join(map(str, allowed))}")
+
+        if type(self.layer) is not int:
+            raise UserError(f"layer {self.layer!r} is not a whole number")
+        check("hook_point", HOOK_POINTS)
+        check("part", ("prompt", "answer"))
+        check("role", tuple(ROLE_NUMBERS))
+        if type(self.pair) is not int:
+            check("pair", ("train", "test"))
+        if type(self.colors) is int:
+            object.__setattr__(self, "colors", (self.colors,))
+        if self.colors is not None and not set(self.colors) <= set(range(10)):
+            raise UserError(f"colors {list(self.colors)} are not all among 0..9")
+        if type(self.correct) not in (bool, NoneType):
+            raise UserError(f"correct {self.correct!r} is none of True, False, None")
+        if self.drop_sinks is not None and self.drop_sinks <= 1:
+            raise UserError(f"drop_sinks {self.drop_sinks:g} would drop half of all: give 2 to 100")
+
+    @property
+    def by_cell(self) -> bool:
+        return (self.role, self.pair, self.colors) != (None, None, None)
+
+
+class ActivationDataset:
+    """The selected rows of a run, or of several runs of one model.
+
+    folders: of a disk or `gs://bucket/prefix`; shards are verified as they are read. special_ids:
+    default, what the manifest says, or the tokenizer of the manifest's model.
+
+    Attributes: name, such as "resid_post.11"; width; samples, the keys of all samples in the order
+    of the manifests, `(task_id, sample_idx)` and, in an augmented run, the view's number; left_out,
+    cause -> rows that the last pass has left out.
+
+    Raises UserError: no manifest, no such layer or hook point, runs that do not belong together.
+    """
+
+    def __init__(
+        self,
+        folders: str | Path | Sequence[str | Path],
+        selection: Selection,
+        special_ids: Collection[int] | None = None,
+    ):
+        self.folders = [folders] if isinstance(folders, str | Path) else list(folders)
+        manifests = [read_manifest(folder) for folder in self.folders]
+        self.name, self.width = _captured(self.folders[0], manifests[0], selection)
+        _check_alike(self.folders, manifests, self.name)
+        self.selection = selection
+        self.samples: list[tuple[Any, ...]] = []
+        self._entries = []  # folder, manifest's entry, place of its first sample
+        for folder, manifest in zip(self.folders, manifests, strict=True):
+            for entry in manifest["files"]:
+                self._entries.append((folder, entry, len(self.samples)))
+                self.samples += map(tuple, entry["samples"])
+        if not self.samples:
+            raise UserError(f"{self.folders[0]} holds no samples: is its run at its beginning?")
+        self.left_out: Counter[str] = Counter()
+        for folder, manifest in zip(self.folders, manifests, strict=True):
+            if manifest["status"] != "complete":
+                count = manifest["total_samples"]
+                log.info("the run in %s is not complete: %d samples so far", folder, count)
+        self._special = np.zeros(0, int)
+        if selection.drop_special:
+            ids = _special_ids(manifests[0]) if special_ids is None else special_ids
+            self._special = np.array(sorted(ids), int)
+        elif special_ids is not None:
+            raise UserError("special_ids are given, but the selection does not drop_special")
+        self._norm_limit = None
+        if selection.drop_sinks is not None:
+            stats = [activation_stats(folder)[self.name].norm_median for folder in self.folders]
+            self._norm_limit = selection.drop_sinks * float(np.median(stats))
+
+    def parts(
+        self, seed: int | None = None, worker: int = 0, workers: int = 1
+    ) -> Iterator[tuple[dict[str, Any], Rows]]:
+        """Every sample's item and its selected rows, as stored; items without any are left out.
+
+        seed: of the order of shards; None keeps the manifests'. worker, workers: this one's share
+        of the shards. The next shard is read while this one is used. Raises UserError where
+        nothing is selected in the end, which a share of several workers may be.
+        """
+        order = np.arange(len(self._entries))
+        if seed is not None:
+            np.random.default_rng(seed).shuffle(order)
+        left_out: Counter[str] = Counter()
+        found = 0
+        entries = [self._entries[i] for i in order[worker::workers]]
+        shards = read_ahead(lambda entry: read_entry(*entry[:2]), entries)
+        for (_, _, first), items in zip(entries, shards, strict=True):
+            for place, item in enumerate(items, first):
+                rows = self._select(item, place, left_out)
+                found += len(rows)
+                if len(rows):
+                    yield item, rows
+        self.left_out = left_out
+        if not found and workers == 1:
+            causes = ", ".join(f"{n} {cause}" for cause, n in left_out.items())
+            raise UserError(
+                f"nothing is selected of {some(list(map(str, self.folders)))}: of "
+                f"{left_out.total()} rows {causes}; select less narrowly"
+            )
+        if dropped := {c: n for c, n in left_out.items() if c in (SPECIAL, SINK)}:
+            said = " and ".join(f"{n} {cause}" for cause, n in dropped.items())
+            log.info("left out %s; %d rows stay", said, found)
+
+    def _select(self, item: dict[str, Any], place: int, left_out: Counter[str]) -> Rows:
+        s = self.selection
+        states = item["activations"][self.name]
+        T, P = len(item["input_ids"]), item["prompt_length"]
+        tokens = item.get("positions")
+        tokens = np.arange(T, dtype=np.int32) if tokens is None else tokens
+        left = np.ones(len(tokens), bool)
+
+        def drop(cause: str, where: np.ndarray) -> None:
+            nonlocal left
+            left_out[cause] += int((left & where).sum())
+            left = left & ~where
+
+        if s.correct is not None and item["correct"] is None:
+            drop("of samples without a generated answer or without ground truth", left)
+        elif s.correct is not None and item["correct"] != s.correct:
+            drop("of samples not " + ("solved" if s.correct else "failed"), left)
+        if s.part is not None:
+            drop(f"not in the {s.part}", (tokens < P) != (s.part == "prompt"))
+        held = cells_of_tokens(item, s)[tokens]
+        if s.by_cell:
+            drop("of other tokens or cells", held[:, 0] == NO_CELL)
+        if len(self._special):
+            drop(SPECIAL, np.isin(item["input_ids"][tokens], self._special))
+        if self._norm_limit is not None:
+            norms = np.linalg.norm(to_float32(states), axis=1)
+            drop(SINK, norms > self._norm_limit)
+        rows = np.flatnonzero(left)
+        states = states if len(rows) == len(states) else states[rows]
+        samples = np.full(len(rows), place, np.int32)
+        return Rows(states, samples, tokens[rows], item["input_ids"][tokens[rows]], held[rows])
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        epochs: int | None = 1,
+        drop_last: bool = False,
+        dtype: Any = np.float32,
+        worker: int = 0,
+        workers: int = 1,
+    ) -> Iterator[Rows]:
+        """Batches of `batch_size` rows, activations in `dtype`; the last one may be smaller.
+
+        shuffle_buffer: rows that are mixed in memory, 0 for the order of storage; with it the order
+        of shards is drawn too. The same seed gives the same batches; each epoch is shuffled anew.
+        epochs: passes over the rows, None without end. worker, workers: this one's share of the
+        shards; one that has no rows gives no batch. Raises UserError: nothing is selected, fewer
+        rows than a batch with `drop_last`, a value that `dtype` cannot hold.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} is below 1")
+        if 0 < shuffle_buffer < batch_size:
+            raise UserError(
+                f"shuffle_buffer {shuffle_buffer} is below the batch_size {batch_size}: give 0, or "
+                "ten batches and more"
+            )
+        epoch = 0
+        while epochs is None or epoch < epochs:
+            order = [seed, epoch] if shuffle_buffer else None
+            blocks = (rows for _, rows in self.parts(order, worker, workers))
+            if shuffle_buffer:
+                random = np.random.default_rng([seed, epoch, 1])
+                batches = mixed(blocks, shuffle_buffer, batch_size, drop_last, random)
+            else:
+                batches = in_order(blocks, batch_size, drop_last)
+            empty = True
+            for rows in batches:
+                empty = False
+                yield replace(rows, activations=cast(rows.activations, dtype))
+            if empty and workers == 1:
+                raise UserError(f"the selection has fewer rows than a batch of {batch_size}")
+            if empty:
+                return
+            epoch += 1
+
+    def rows(self, most: int | None = None, seed: int = 0) -> Rows:
+        """All selected rows in memory, in order, or `most` of them, drawn at random by `seed` from
+        all in one pass (reservoir sampling, Vitter 1985). Activations are as stored."""
+        if most is None:
+            return Rows.joined([rows for _, rows in self.parts()])
+        random, seen = np.random.default_rng(seed), 0
+        kept = None
+        for _, rows in self.parts():
+            kept = kept or Buffer(most, rows)
+            rest = kept.fill(rows)
+            seen += len(rows) - len(rest)
+            places = random.random(len(rest)) * np.arange(seen + 1, seen + 1 + len(rest))
+            chosen = places < most
+            kept.put(places[chosen].astype(int), rest[chosen])
+            seen += len(rest)
+        return kept.take(np.arange(most - len(kept.free)))
+
+
+def cells_of_tokens(item: dict[str, Any], selection: Selection) -> np.ndarray:
+    """int32 [T, 5]: pair, role, row, col, color of the first selected cell that a token holds."""
+    cells = item["cells"]
+    if selection.original:
+        cells = item.get("cells_original", cells)
+    keep = np.ones(len(cells), bool)
+    if selection.role is not None:
+        keep &= cells[:, 1] == ROLE_NUMBERS[selection.role]
+    if selection.pair in ("train", "test"):
+        keep &= (cells[:, 0] == -1) == (selection.pair == "test")
+    elif selection.pair is not None:
+        keep &= cells[:, 0] == selection.pair
+    if selection.colors is not None:
+        keep &= np.isin(cells[:, 4], list(selection.colors))
+    cells = cells[keep]
+    held = np.full((len(item["input_ids"]), 5), NO_CELL, np.int32)
+    counts = cells[:, 6] - cells[:, 5]
+    which = np.repeat(np.arange(len(cells)), counts)
+    tokens = np.arange(len(which)) - np.repeat(counts.cumsum() - counts, counts) + cells[which, 5]
+    held[tokens[::-1]] = cells[which[::-1], :5]  # the first of several is written last
+    return held
+
+
+def _captured(folder: Any, manifest: Manifest, selection: Selection) -> tuple[str, int]:
+    """Name and width of what is selected. Raises UserError where it was not captured."""
+    there = manifest["activations"]
+    if not there:
+        raise UserError(f"{folder} holds no activations: was it a run with --no_extraction?")
+    layers = sorted(a["layer"] for a in there.values() if a["hook_point"] == selection.hook_point)
+    layer = selection.layer
+    if layer < 0 and len(layers) >= -layer:
+        layer = layers[layer]
+    name = f"{selection.hook_point}.{layer}"
+    if name not in there:
+        raise UserError(f"{folder} has no {name}; captured were {some(list(there), 12)}")
+    return name, there[name]["width"]
+
+
+def _check_alike(folders: Sequence[Any], manifests: Sequence[Manifest], name: str) -> None:
+    """Raises UserError for runs of different models, prompts or positions, or with shards in
+    common."""
+    seen: dict[str, Any] = {}
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for key in ("model", "prompt"):
+            if changes := differences(manifests[0].get(key), manifest.get(key), key):
+                raise UserError(
+                    f"{folder} is of another run than {folders[0]}: {some(changes)}; train on runs "
+                    "of one model and prompt"
+                )
+        if name not in manifest["activations"]:
+            raise UserError(f"{folder} has no {name}, which {folders[0]} has")
+        positions = [m["capture"].get("token_positions") for m in (manifests[0], manifest)]
+        if positions[0] != positions[1]:
+            raise UserError(
+                f"{folder} holds the states of {positions[1]} tokens, {folders[0]} of "
+                f"{positions[0]}: train on runs of one kind"
+            )
+        for entry in manifest["files"]:
+            if (other := seen.setdefault(entry["crc32c"], folder)) is not folder:
+                raise UserError(
+                    f"{folder} and {other} both hold the shard {entry['filename']}: its rows would "
+                    "count double"
+                )
+
+
+def _special_ids(manifest: Manifest) -> list[int]:
+    if "special_ids" in manifest:
+        return manifest["special_ids"]
+    path = manifest["model"]["path"]
+    try:
+        return load_tokenizer(path).all_special_ids
+    except UserError as error:
+        raise UserError(
+            f"which tokens are special is not known ({error}): pass special_ids"
+        ) from error

@@ -1,0 +1,126 @@
+"""Rows of activations on their way into batches: in order, or through a buffer that mixes them.
+
+Knows nothing of shards or of how rows are selected.
+"""
+
+# N rows   D model width
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.shards.items import to_float32
+
+NO_CELL = -2  # in all columns of a row whose token holds no cell
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rows and where they come from.
+
+    activations: [N, D]. samples: int32 [N], places in `ActivationDataset.samples`. tokens: int32
+    [N], places in the sample's `input_ids`; token_ids: int32 [N], what stands there. cells: int32
+    [N, 5], columns pair, role, row, col, color of the cell that the token holds, the first of
+    several that are selected; NO_CELL in all of them where it holds none.
+    """
+
+    activations: np.ndarray
+    samples: np.ndarray
+    tokens: np.ndarray
+    token_ids: np.ndarray
+    cells: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: Any) -> "Rows":
+        """Rows of a slice, a mask or an array of places."""
+        return Rows(*(getattr(self, f.name)[index] for f in fields(Rows)))
+
+    @staticmethod
+    def joined(parts: Sequence["Rows"]) -> "Rows":
+        return Rows(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)))
+
+
+def cast(states: np.ndarray, dtype: Any) -> np.ndarray:
+    """Activations in another dtype. Raises UserError for a value that it cannot hold."""
+    if np.dtype(dtype) == np.float32:
+        return to_float32(states)
+    with np.errstate(over="ignore"):
+        cast = states.astype(dtype, copy=False)
+    if not np.array_equal(np.isfinite(cast), np.isfinite(states)):
+        raise UserError(f"a value is too large for {np.dtype(dtype)}: ask for float32")
+    return cast
+
+
+class Buffer:
+    """Room for `size` rows, of which those at `free` are not taken."""
+
+    def __init__(self, size: int, like: Rows):
+        columns = (getattr(like, f.name) for f in fields(Rows))
+        self.rows = Rows(*(np.empty((size, *c.shape[1:]), c.dtype) for c in columns))
+        self.free = np.arange(size)
+
+    def fill(self, block: Rows) -> Rows:
+        """Takes in what it has room for, and returns the rest."""
+        count = min(len(block), len(self.free))
+        self.put(self.free[:count], block[:count])
+        self.free = self.free[count:]
+        return block[count:]
+
+    def put(self, places: np.ndarray, block: Rows) -> None:
+        """Of places that are named twice, the last row stays."""
+        if block.activations.dtype.itemsize > self.rows.activations.dtype.itemsize:
+            # float16 could not hold a value of this block, so it was stored as float32.
+            wider = self.rows.activations.astype(block.activations.dtype)
+            self.rows = replace(self.rows, activations=wider)
+        for f in fields(Rows):
+            getattr(self.rows, f.name)[places] = getattr(block, f.name)
+
+    def take(self, places: np.ndarray) -> Rows:
+        columns = (getattr(self.rows, f.name) for f in fields(Rows))
+        return Rows(*(column.take(places, axis=0) for column in columns))
+
+
+def mixed(
+    blocks: Iterator[Rows], size: int, batch_size: int, drop_last: bool, random: np.random.Generator
+) -> Iterator[Rows]:
+    """Batches through a buffer of `size` rows: once it is full, a random half of it leaves."""
+    buffer = None
+    for block in blocks:
+        buffer = buffer or Buffer(size, block)
+        while len(block := buffer.fill(block)) or not len(buffer.free):
+            leaving = max(1, size // 2 // batch_size) * batch_size
+            places = random.permutation(size)[:leaving]
+            for start in range(0, leaving, batch_size):
+                yield buffer.take(places[start : start + batch_size])
+            buffer.free = places
+    if buffer is None:
+        return
+    taken = np.ones(size, bool)
+    taken[buffer.free] = False
+    places = random.permutation(np.flatnonzero(taken))
+    stop = len(places) // batch_size * batch_size if drop_last else len(places)
+    for start in range(0, stop, batch_size):
+        yield buffer.take(places[start : start + batch_size])
+
+
+def in_order(blocks: Iterator[Rows], batch_size: int, drop_last: bool) -> Iterator[Rows]:
+    """Batches of `batch_size` rows; the last may be smaller, unless `drop_last`."""
+    waiting: list[Rows] = []
+    count = 0
+    for block in blocks:
+        waiting.append(block)
+        count += len(block)
+        if count < batch_size:
+            continue
+        rows = Rows.joined(waiting) if len(waiting) > 1 else block
+        whole = count - count % batch_size
+        for start in range(0, whole, batch_size):
+            yield rows[start : start + batch_size]
+        waiting, count = [rows[whole:]], count - whole
+    if count and not drop_last:
+        yield Rows.joined(waiting)

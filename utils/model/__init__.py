@@ -1,0 +1,1 @@
+"""Token ids to hidden states, on a mesh. Knows no text."""

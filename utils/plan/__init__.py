@@ -1,0 +1,1 @@
+"""A request, checked, before a model loads. Writes nothing."""

@@ -1,0 +1,150 @@
+"""What a forward pass takes on one device, estimated: decides the mesh and how many rows fit.
+
+An estimate from shapes alone, nothing compiled; `plan` asks the compiler.
+"""
+
+# B batch   T prompt slots   A answer slots   D model width   F mlp width   V vocabulary
+# N query heads   K key/value heads   H head width
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import jax
+
+from utils.errors import UserError
+from utils.model.attention import SCORE_BYTES
+from utils.model.capture import CaptureSpec
+from utils.model.config import ModelConfig
+from utils.model.layout import Layout
+from utils.model.weights import abstract_params, placement
+
+USABLE = 0.9  # share of a device's memory that the estimate may fill
+# The TPU compiler holds more at once than the widest moment needs, to overlap: 1.8 times as much
+# for Qwen2.5-7B's shape on v5e-8.
+OVERLAP = 2
+# Bytes of a chip's memory as JAX reports it: Google's system architecture pages.
+HBM_BYTES = {
+    "TPU v4": 32 * 2**30,
+    "TPU v5 lite": 16 * 2**30,
+    "TPU v5": 95 * 2**30,
+    "TPU v5p": 95 * 2**30,
+    "TPU v6 lite": 32 * 2**30,
+}
+
+
+def device_bytes(device: jax.Device) -> int | None:
+    """Memory of a device that a program can have; None for a CPU, whose memory is everybody's."""
+    if device.platform == "cpu":
+        return None
+    if (known := HBM_BYTES.get(device.device_kind)) is not None:
+        return known
+    stats = device.memory_stats()
+    return stats["bytes_limit"] if stats else None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is computed of each batch; answer: slots that a generated answer can take, 0 for none.
+
+    itemsize: bytes of a value of the model.
+    """
+
+    config: ModelConfig
+    capture: CaptureSpec
+    answer: int
+    itemsize: int
+
+    def parameter_bytes(self, layout: Layout) -> int:
+        """Of one device."""
+        total = 0
+        for path, shape in abstract_params(self.config).items():
+            place = placement(path, shape, layout)
+            total += prod(place.shape) // (layout.model if "model" in place.spec else 1)
+        return total * self.itemsize
+
+    def cache_bytes(self, layout: Layout, rows: int, length: int) -> int:
+        """Keys and values of `rows` rows of `length` prompt slots, on one device."""
+        if not self.answer:
+            return 0
+        c = self.config
+        slots = layout.cache_size(length, self.answer)
+        values = 2 * c.num_layers * c.num_kv_heads * c.head_dim * slots
+        return rows // layout.data * values // layout.model * self.itemsize
+
+    def capture_bytes(self, layout: Layout, rows: int, length: int) -> int:
+        """What is captured of `rows` rows, on one device."""
+        devices = layout.mesh.size if rows % layout.mesh.size == 0 else layout.data
+        slots = length * self.capture.in_prefill + self.answer * self.capture.in_decode
+        width = self.config.hidden_size * len(self.capture.names) * self.itemsize
+        return rows * slots * width // devices
+
+    def temporary_bytes(self, layout: Layout, rows: int, length: int) -> int:
+        """The widest moment of a forward pass, on one device."""
+        c, model = self.config, layout.model
+        tokens = rows // layout.data * length
+        stream = 6 * tokens // model * c.hidden_size * self.itemsize
+        mlp = (3 * tokens // model * c.intermediate_size) * self.itemsize
+        gathered = 0 if model == 1 else 6 * c.hidden_size * c.intermediate_size * self.itemsize
+        if layout.by_heads and model > 1:
+            gathered += 2 * tokens * c.hidden_size * self.itemsize
+        scores = rows // layout.data * c.num_heads * length * length // model * 4
+        logits = 3 * (rows // layout.data) * layout.padded(c.vocab_size) // model * 4
+        return OVERLAP * (stream + mlp + gathered + 2 * min(scores, SCORE_BYTES) + logits)
+
+    def total_bytes(self, layout: Layout, rows: int, length: int) -> int:
+        """Parameters and a batch, on one device."""
+        return self.parameter_bytes(layout) + self.batch_bytes(layout, rows, length)
+
+    def batch_bytes(self, layout: Layout, rows: int, length: int) -> int:
+        """Captures twice: the last batch's are fetched while the next one computes."""
+        return (
+            self.cache_bytes(layout, rows, length)
+            + 2 * self.capture_bytes(layout, rows, length)
+            + self.temporary_bytes(layout, rows, length)
+        )
+
+
+def rows_that_fit(
+    work: Workload, layout: Layout, limit: int | None, most: int
+) -> Callable[[int], int]:
+    """Prompt slots a row -> rows of a batch, a multiple of the data axis, at most `most`, that fit
+    in `limit` bytes a device; 0 where none do."""
+    if limit is None:
+        return lambda length: most
+    room = USABLE * limit - work.parameter_bytes(layout)
+
+    @functools.cache
+    def rows(length: int) -> int:
+        for n in range(most // layout.data * layout.data, 0, -layout.data):
+            if work.batch_bytes(layout, n, length) <= room:
+                return n
+        return 0
+
+    return rows
+
+
+def choose_model_axis(
+    work: Workload,
+    devices: int,
+    longest: int,
+    limit: int | None,
+    layout_of: Callable[[int], Layout],
+) -> int:
+    """The smallest model axis with which a row of the longest prompt fits on every device.
+
+    layout_of: model axis -> layout. Raises UserError when none does.
+    """
+    axes = [m for m in range(1, devices + 1) if devices % m == 0]
+    for model in axes:
+        layout = layout_of(model)
+        length = -(-longest // layout.alignment) * layout.alignment
+        if limit is None or work.total_bytes(layout, devices, length) <= USABLE * limit:
+            return model
+    need = min(work.total_bytes(layout_of(m), devices, longest) for m in axes)
+    raise UserError(
+        f"a prompt of {longest} tokens does not fit on {devices} devices of {limit / 1e9:.1f} GB: "
+        f"about {need / 1e9:.1f} GB each are needed; lower --max_model_len, --max_output_tokens or "
+        "the layers, or take more devices"
+    )

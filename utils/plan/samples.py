@@ -1,0 +1,177 @@
+"""Tasks as samples that fit the model: which test input, in which view, with how many train pairs.
+
+What does not fit is skipped with a reason. Knows tokens, and nothing of devices or folders.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.arc import tasks as arc
+from utils.arc.tasks import SampleKey
+from utils.arc.views import View, views
+from utils.errors import UserError
+from utils.plan.batching import Length
+from utils.plan.request import Request
+from utils.prompt import codec as tokens
+from utils.prompt.formats import PromptFormat
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One test input of a task in one view, and how much of the task its prompt holds.
+
+    original: the task as the dataset has it. view: None where a run is not augmented.
+    """
+
+    original: arc.Task
+    sample_idx: int
+    num_train_pairs: int
+    length: Length
+    view: View | None = None
+
+    @property
+    def key(self) -> SampleKey:
+        key = self.original.task_id, self.sample_idx
+        return (*key, self.view.number) if self.view else key
+
+    @property
+    def task(self) -> arc.Task:
+        """As the model is shown it; made anew, so that a dataset is in memory once."""
+        return self.view.show_task(self.original) if self.view else self.original
+
+    @property
+    def target(self) -> arc.Grid | None:
+        """As the model is expected to say it."""
+        output = self.original.test[self.sample_idx].output
+        return self.view.show(output) if self.view and output else output
+
+
+def tasks_hash(tasks: Sequence[arc.Task]) -> str:
+    """sha256 of the tasks with their ground truth."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(json.dumps(asdict(task)).encode())
+    return digest.hexdigest()
+
+
+def read_tasks(request: Request) -> tuple[list[arc.Task], str]:
+    """The first `max_tasks` tasks, those of this shard, with ground truth where a solutions file
+    holds it; and a hash of those of all shards, without."""
+    tasks = [
+        replace(task, train=task.train[: request.max_train_pairs])
+        for task in islice(arc.read_tasks(request.dataset_path), request.max_tasks)
+    ]
+    whole, shards = tasks_hash(tasks), request.num_shards
+    tasks = [task for task in tasks if shard_of(task.task_id, shards) == request.shard_id]
+    if not tasks:
+        raise UserError(
+            f"shard {request.shard_id} of {shards} has no task: take fewer --num_shards"
+        )
+    path = request.solutions_path or arc.solutions_beside(request.dataset_path)
+    if path is not None:
+        solutions = arc.read_solutions(path)
+        if request.solutions_path and not any(task.task_id in solutions for task in tasks):
+            raise UserError(
+                f"{path} has none of the {len(tasks)} tasks: give the --solutions_path of "
+                f"{request.dataset_path}"
+            )
+        tasks = [_with_solutions(task, solutions, path) for task in tasks]
+    known = any(pair.output is not None for task in tasks for pair in task.test)
+    if request.teacher_forcing and not known:
+        raise UserError(
+            f"--teacher_forcing needs ground truth, and neither {request.dataset_path} nor "
+            f"{path or 'a file beside it'} has any for these tasks: give its --solutions_path"
+        )
+    return tasks, whole
+
+
+def shard_of(task_id: str, num_shards: int) -> int:
+    """Which of the shards a task belongs to: by its id alone, so that hosts that do not talk to
+    each other agree, whatever else their files hold."""
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8]) % num_shards
+
+
+def _with_solutions(
+    task: arc.Task, solutions: dict[str, list[arc.Grid]], path: str | Path
+) -> arc.Task:
+    if (grids := solutions.get(task.task_id)) is None:
+        return task
+    if len(grids) != len(task.test):
+        raise UserError(
+            f"{path} has {len(grids)} grids for task {task.task_id}, which has {len(task.test)} "
+            "test inputs: is it the ground truth of another dataset?"
+        )
+    pairs = zip(task.test, grids, strict=True)
+    return replace(task, test=tuple(arc.Pair(pair.input, grid) for pair, grid in pairs))
+
+
+def plan_samples(
+    tasks: Sequence[arc.Task],
+    fmt: PromptFormat,
+    tokenizer: Any,
+    request: Request,
+    max_model_len: int,
+) -> tuple[list[Sample], list[dict[str, Any]]]:
+    """Every test input in every view as a sample, with as many train pairs as fit, or skipped with
+    a reason."""
+    samples, skipped = [], []
+    few = len(tasks) * request.augmentations < 200
+    for original, view in _shown(tqdm(tasks, "tokenising", unit=" tasks", disable=few), request):
+        task = view.show_task(original) if view else original
+        for index, pair in enumerate(task.test):
+            reserved = request.max_output_tokens
+            answer = 0
+            if request.teacher_forcing:
+                if pair.output is None:
+                    reason = "no ground truth to force"
+                    skipped.append(_skip(task, index, view, reason))
+                    continue
+                answer = reserved = len(tokens.encode_answer(fmt, pair.output, tokenizer)[0])
+            wanted = len(task.train)
+            for pairs in range(wanted, min(wanted, 1) - 1, -1):
+                prompt = len(tokens.encode(fmt.render(task, index, pairs), tokenizer)[0])
+                if prompt + reserved <= max_model_len:
+                    expected = 0 if request.teacher_forcing else expected_cells(task, index)
+                    length = Length(prompt, answer, expected)
+                    samples.append(Sample(original, index, pairs, length, view))
+                    break
+            else:
+                reason = (
+                    f"does not fit in {max_model_len} tokens: {prompt} of the prompt with the last "
+                    f"train pair alone, {reserved} for the answer"
+                )
+                skipped.append(_skip(task, index, view, reason))
+    return samples, skipped
+
+
+def _shown(tasks: Iterable[arc.Task], request: Request) -> Iterator[tuple[arc.Task, View | None]]:
+    """Each task with each of its views; with None where a run is not augmented."""
+    for task in tasks:
+        if request.augmentations == 1:
+            yield task, None
+        else:
+            yield from ((task, view) for view in views(task, request.augmentations, request.seed))
+
+
+def expected_cells(task: arc.Task, index: int) -> int:
+    """Cells that the answer is likely to have: as many for each cell of its input as the train
+    pairs have on average."""
+
+    def cells(grid: arc.Grid) -> int:
+        return len(grid) * len(grid[0])
+
+    seen = sum(cells(pair.input) for pair in task.train)
+    made = sum(cells(pair.output) for pair in task.train)
+    return round(cells(task.test[index].input) * made / seen) if seen else 0
+
+
+def _skip(task: arc.Task, index: int, view: View | None, reason: str) -> dict[str, Any]:
+    number = {"view": view.number} if view else {}
+    return {"task_id": task.task_id, "sample_idx": index, **number, "reason": reason}

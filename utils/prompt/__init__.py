@@ -1,0 +1,1 @@
+"""A task as tokens with the span of every cell, and back."""

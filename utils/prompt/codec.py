@@ -1,0 +1,226 @@
+"""Token ids, and the table that says which tokens hold which cell.
+
+The table is int32 [C, 7], columns CELL_COLUMNS: `input_ids[token_start:token_stop]` are the tokens
+whose text overlaps the cell. Several cells can share a token and a cell can take several.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from utils.arc.tasks import Grid
+from utils.errors import UserError
+from utils.prompt.formats import Prompt, PromptFormat
+from utils.prompt.templates import assistant_turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Tokens that end a turn or a text wherever a vocabulary has them.
+END_TOKENS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
+    *("<|end|>", "<|return|>", "<|end_of_turn|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
+)
+
+
+class GeneratedAnswer(NamedTuple):
+    """What generated ids say. cells: int32 [C, 7] with token indices in the whole sequence.
+
+    text: without the end of turn. grid None: reason says why, and cells is [0, 7].
+    """
+
+    grid: Grid | None
+    reason: str | None
+    cells: np.ndarray
+    text: str
+
+
+def load_tokenizer(model_path: str | Path) -> "PreTrainedTokenizerFast":
+    """The fast tokenizer of a model folder, offline. Raises UserError where there is none."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        raise UserError(f"no model folder at {folder}; give the path of a local checkpoint")
+    if not (folder / "tokenizer.json").is_file():
+        slow = any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json"))
+        raise UserError(
+            f"{folder} has only a slow tokenizer; write tokenizer.json with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            if slow
+            else f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json there"
+        )
+    # Not AutoTokenizer: it imports torch where that is installed (1.6 s, 190 MB), and rebuilds
+    # some tokenizers from their parts where tokenizer.json already says all.
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
+    tokenizer.backend_tokenizer.no_truncation()  # either may be saved in tokenizer.json
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
+    """Raises UserError where the tokenizer has ids that the model, of vocab_size, does not."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer has token ids up to {largest}, but the model's vocab_size is "
+            f"{vocab_size}; use the tokenizer that belongs to the model"
+        )
+
+
+def encode(prompt: Prompt, tokenizer: "PreTrainedTokenizerFast") -> tuple[np.ndarray, np.ndarray]:
+    """input_ids: int32 [P]; cells: int32 [C, 7]. No special token is added but the prompt's BOS.
+
+    Raises UserError where the vocabulary cannot write a cell.
+    """
+    ids, spans = _encode(prompt.text, tokenizer)
+    cells = _locate(prompt.cells, spans)
+    _check_cells(prompt, ids, cells, tokenizer)
+    if prompt.prepend_bos:
+        ids = np.concatenate([np.array([tokenizer.bos_token_id], np.int32), ids])
+        cells[:, 5:] += 1
+    return ids, cells
+
+
+def encode_answer(
+    fmt: PromptFormat, grid: Grid, tokenizer: "PreTrainedTokenizerFast", prompt_length: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The answer that holds grid, end of turn included; cells: token indices from prompt_length on.
+
+    ids: int32 [A], to be put after a prompt's. They are those that the tokenizer gives the answer
+    after the prompt's own ending, as long as no token reaches over the border.
+    """
+    answer = fmt.render_answer(grid)
+    text = answer.text + fmt.end_of_turn
+    for context in (fmt.ending, "\n", ""):  # a tokenizer may open any text with a space of its own
+        before, _ = _encode(context, tokenizer)
+        ids, spans = _encode(context + text, tokenizer)
+        if np.array_equal(ids[: len(before)], before):
+            break
+    ids, spans = ids[len(before) :], spans[len(before) :] - len(context)
+    cells = _locate(answer.cells, spans)
+    _check_cells(answer, ids, cells, tokenizer)
+    cells[:, 5:] += prompt_length
+    return ids, cells
+
+
+def answer_cells(
+    ids: Sequence[int],
+    tokenizer: "PreTrainedTokenizerFast",
+    fmt: PromptFormat,
+    prompt_length: int = 0,
+    stops: Collection[int] = (),
+) -> GeneratedAnswer:
+    """What generated ids, canonical or not, say, and which of them hold which cell.
+
+    prompt_length: index of ids[0] in the sequence. stops: of `stop_ids`; the text ends before the
+    first of them. Each token is decoded on its own, behind an anchor, so that no decoder drops a
+    leading space and each character belongs to one token; the bytes of a character that several
+    tokens share become replacement characters, which are never part of a cell.
+    """
+    ids = [int(token) for token in ids]
+    pieces = _pieces(ids, tokenizer)
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    if end < len(ids):  # in `plain` a closing fence can have merged with the blank line
+        merged = fmt.end_of_turn and pieces[end].endswith(fmt.end_of_turn)
+        pieces[end:] = [pieces[end].removesuffix(fmt.end_of_turn) if merged else ""]
+    text = "".join(pieces)
+    answer = fmt.parse(text)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    cells = _locate(answer.cells, np.stack([ends - [len(piece) for piece in pieces], ends], 1))
+    cells[:, 5:] += prompt_length
+    if "\ufffd" in text:
+        kept = tokenizer.backend_tokenizer.decode(ids[:end], skip_special_tokens=False)
+        text = kept + "".join(pieces[end:])
+    return GeneratedAnswer(answer.grid, answer.reason, cells, text)
+
+
+def stop_ids(
+    tokenizer: "PreTrainedTokenizerFast",
+    configs: Iterable[dict | None] = (),
+    fmt: PromptFormat | None = None,
+) -> tuple[int, ...]:
+    """Every token id that ends an answer, ascending.
+
+    EOS of the tokenizer and of configs (generation_config.json, config.json), the END_TOKENS that
+    the vocabulary has, what the chat template puts after an assistant's message, and the token that
+    ends an answer of fmt, where one token does and holds no cell.
+    """
+    ends = {tokenizer.eos_token_id}
+    for config in configs:
+        eos = (config or {}).get("eos_token_id")
+        listed = eos if isinstance(eos, list) else [eos]
+        if not all(end is None or type(end) is int for end in listed):
+            raise UserError(
+                "eos_token_id in generation_config.json or config.json must be a token id or a "
+                f"list of them, not {eos!r}"
+            )
+        ends.update(listed)
+    added = tokenizer.added_tokens_encoder
+    ends.update(added.get(token) for token in END_TOKENS)
+    if tokenizer.chat_template:
+        with contextlib.suppress(UserError):  # formats that do without it are free to ignore it
+            ends.update(_encode(assistant_turn(tokenizer)[1], tokenizer)[0][-1:].tolist())
+    if fmt and fmt.end_of_turn:
+        ids, cells = encode_answer(fmt, [[0]], tokenizer)
+        mark = fmt.end_of_turn.strip() or fmt.end_of_turn
+        if cells[-1, 6] < len(ids) and _pieces(ids[-1:].tolist(), tokenizer)[0].endswith(mark):
+            ends.add(int(ids[-1]))
+    return tuple(sorted(end for end in ends if end is not None))
+
+
+def _encode(text: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[np.ndarray, np.ndarray]:
+    """ids: int32 [P]; spans: int32 [P, 2], the characters of text that each token holds."""
+    backend = tokenizer.backend_tokenizer
+    encoding = backend.encode(text, add_special_tokens=False)
+    ids = np.array(encoding.ids, np.int32)
+    spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+    # The space that SentencePiece puts before a text claims the first character for its own.
+    spaces = [token for token in set(encoding.ids) if not backend.id_to_token(token).strip("▁")]
+    added = np.isin(ids, spaces)
+    spans[added, 1] = spans[added, 0]
+    return ids, spans
+
+
+def _locate(cells: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """cells with character spans, spans: int32 [P, 2] of tokens -> cells with token spans."""
+    located = cells.copy()
+    located[:, 5] = np.searchsorted(spans[:, 1], cells[:, 5], side="right")
+    located[:, 6] = np.searchsorted(spans[:, 0], cells[:, 6], side="left")
+    return located
+
+
+def _check_cells(
+    prompt: Prompt, ids: np.ndarray, cells: np.ndarray, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
+    """Raises UserError where a cell has no token, or the one that stands for anything unknown."""
+    unknown = np.concatenate([[0], np.cumsum(ids == tokenizer.unk_token_id)])
+    start, stop = cells[:, 5], cells[:, 6]
+    lost = np.flatnonzero((stop <= start) | (unknown[stop] > unknown[start]))
+    if len(lost):
+        char_start, char_stop = prompt.cells[lost[0], 5:]
+        raise UserError(
+            f"the tokenizer has no token for the cell {prompt.text[char_start:char_stop]!r}; "
+            "choose another --grid_encoding"
+        )
+
+
+def _pieces(ids: list[int], tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """The text of each token on its own; "" for an id that the tokenizer does not have."""
+    backend = tokenizer.backend_tokenizer
+    if backend.decoder is None:
+        return [backend.id_to_token(token) or "" for token in ids]
+    anchor = backend.encode("0", add_special_tokens=False).ids[-1:]
+    skip = len(backend.decode(anchor, skip_special_tokens=False))
+    texts = {
+        token: backend.decode([*anchor, token], skip_special_tokens=False)[skip:]
+        for token in set(ids)
+    }
+    return [texts[token] for token in ids]

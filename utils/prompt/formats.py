@@ -1,0 +1,265 @@
+"""Prompt formats: render a task with the span of every cell, parse an answer back to a grid.
+
+Grids go through a template as placeholders (`templates`) and are written into its finished text one
+by one (`encodings`), so that the span of every cell is exact whatever the template does around it.
+Knows characters only; `tokens` says which token holds which cell.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.arc.tasks import MAX_SIDE, Grid, Task
+from utils.errors import UserError
+from utils.prompt.encodings import FENCE, GRID_ENCODINGS, NoGridError, read_grid, write_grid
+from utils.prompt.templates import (
+    PLACEHOLDER,
+    apply_chat,
+    assistant_turn,
+    check_placeholders,
+    jinja_file,
+    placeholder,
+    train_pairs,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROMPT_FORMATS = ("chat", "turns", "compact", "plain")
+
+CHAT_NOTE = (
+    "This is a puzzle from ARC, the Abstraction and Reasoning Corpus. One hidden rule turns each "
+    "input grid into its output grid. Infer the rule from the examples and apply it to the test "
+    "input. "
+)
+CHAT_REQUEST = "Reply with the test output grid only, written like the grids above."
+ENCODING_NOTES = {
+    "digits": "A line is a row of the grid, and each digit is the color of one cell.",
+    "spaced": "A line is a row of the grid; the digits, one space apart, are its cells' colors.",
+    "numbered": "A grid is a fenced block that opens with its shape, rows by columns; each line "
+    "holds a row's number, then one digit for the color of each cell.",
+    "words": "A line is a row of the grid, and each word is the color of one cell.",
+}
+PLAIN_NOTE = "In each numbered pair below, the same hidden rule turns the input into the output."
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A text and where its cells are.
+
+    cells: int32 [C, 7], in text order, columns pair, role, row, col, color, char_start, char_stop:
+    pair counts the train pairs of this prompt from 0 and is -1 for the test pair; role is 0 for
+    input, 1 for output. prepend_bos: the tokenizer's BOS token goes before the text.
+    """
+
+    text: str
+    cells: np.ndarray
+    prepend_bos: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What an answer text says: a grid, or the reason (a short fixed phrase) why there is none.
+
+    cells: int32 [C, 7] as in `Prompt`, with spans in the text that was parsed; [0, 7] without grid.
+    """
+
+    grid: Grid | None
+    reason: str | None
+    cells: np.ndarray
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """One way to put tasks to a model; made by `load_format`.
+
+    skeleton: number of train pairs -> prompt text with placeholders for the grids. lead, tail:
+    text around the grid in an answer. prefill: how much of the written grid the prompt's end
+    already holds. end_of_turn: text after an answer, through the end-of-turn token. template_hash:
+    sha256 in hex of all that determines a prompt besides the task.
+    """
+
+    name: str
+    encoding: str
+    skeleton: Callable[[int], str]
+    lead: str
+    tail: str
+    prefill: str
+    end_of_turn: str
+    prepend_bos: bool
+    template_hash: str
+
+    @property
+    def ending(self) -> str:
+        """What follows the last grid of a prompt, the generation prompt included."""
+        return PLACEHOLDER.split(self.skeleton(1))[-1]
+
+    def render(self, task: Task, test_index: int, num_train_pairs: int | None = None) -> Prompt:
+        """The prompt, generation prompt included: the answer begins where its text ends.
+
+        num_train_pairs: how many train pairs are kept, the last ones; None keeps all.
+        """
+        dropped = 0 if num_train_pairs is None else max(0, len(task.train) - num_train_pairs)
+        pairs = task.train[dropped:]
+        grids = [grid for pair in pairs for grid in (pair.input, pair.output)]
+        grids.append(task.test[test_index].input)
+        pieces, cells, length = [], [], 0
+        for i, piece in enumerate(PLACEHOLDER.split(self.skeleton(len(pairs)))):
+            if i % 2:  # a placeholder's number
+                slot = int(piece)
+                piece, spans = write_grid(grids[slot], self.encoding)
+                pair = slot // 2 if slot < 2 * len(pairs) else -1
+                cells.append(_place(spans, length, pair, slot % 2))
+            pieces.append(piece)
+            length += len(piece)
+        return Prompt("".join(pieces), np.concatenate(cells), self.prepend_bos)
+
+    def render_answer(self, grid: Grid) -> Prompt:
+        """The text that the assistant is expected to give, without its end of turn."""
+        text, spans = write_grid(grid, self.encoding)
+        text = self.lead + text[len(self.prefill) :] + self.tail
+        return Prompt(text, _place(spans, len(self.lead) - len(self.prefill), -1, 1))
+
+    def parse(self, text: str) -> Answer:
+        """The grid in an answer; `parse(render_answer(grid).text).grid == grid` for every grid.
+
+        A reasoning block (all through the last `</think>`), and all from the end-of-turn text on,
+        are dropped; `encodings.read_grid` says which grid of the rest counts.
+        """
+        start = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
+        end = self.end_of_turn.strip()
+        body = text[start:].partition(end)[0] if end else text[start:]
+        try:
+            if not body.strip():
+                raise NoGridError("empty answer")
+            if body.lstrip().startswith("<think>"):
+                raise NoGridError("reasoning without an end")
+            cells = read_grid(self.prefill + body, self.encoding)
+            shape = cells[-1, :2] + 1
+            if max(shape) > MAX_SIDE:
+                raise NoGridError(f"larger than {MAX_SIDE}x{MAX_SIDE}")
+        except NoGridError as reason:
+            return Answer(None, str(reason), np.zeros((0, 7), np.int32))
+        grid = cells[:, 2].reshape(shape).tolist()
+        return Answer(grid, None, _place(cells, start - len(self.prefill), -1, 1))
+
+
+def _place(spans: np.ndarray, offset: int, pair: int, role: int) -> np.ndarray:
+    """int32 [C, 5] cells of a grid -> int32 [C, 7] of `Prompt`, the grid's text being at offset."""
+    cells = np.empty((len(spans), 7), np.int32)
+    cells[:, :2] = pair, role
+    cells[:, 2:] = spans
+    cells[:, 5:] += offset
+    return cells
+
+
+def load_format(
+    name_or_path: str, encoding: str | None, tokenizer: "PreTrainedTokenizerFast"
+) -> PromptFormat:
+    """A format of PROMPT_FORMATS, or one made of a Jinja file; encoding None is `digits`.
+
+    `chat` and `turns` go through the tokenizer's chat template, reasoning switched off where it
+    knows `enable_thinking`; `compact` and `plain` do not. BOS goes before `compact` where the
+    tokenizer has one, before `plain` and a Jinja file where the tokenizer by itself would put it.
+    An answer ends with the chat template's end of turn, EOS in `compact`, a blank line in `plain`.
+
+    A Jinja file renders the whole prompt, up to where the answer begins; one newline at its end is
+    dropped. It is given `train` (list of `{"input", "output"}`), `test_input`, `bos_token`,
+    `eos_token` (empty where the tokenizer has none) and `chat(messages)`, which applies the
+    tokenizer's chat template and opens the assistant's turn. Grids come written in `encoding`, and
+    each has to be used exactly once. The prompt may end with the beginning of a `numbered` grid,
+    such as "```grid", which the answer then goes on from. Its answers end as the chat template's do
+    if it calls `chat`, else with EOS.
+
+    Raises UserError: unknown format or encoding, no chat template, a template that fails or that
+    does not use each grid exactly once.
+    """
+    encoding = encoding or GRID_ENCODINGS[0]
+    if encoding not in GRID_ENCODINGS:
+        raise UserError(f"no grid encoding {encoding!r}; there are {', '.join(GRID_ENCODINGS)}")
+    source, chats = "", []  # chats: what the chat template returned to a Jinja file
+    if name_or_path in ("chat", "turns"):
+        messages = _chat_messages if name_or_path == "chat" else _turns_messages
+
+        def compose(grids: list[str]) -> str:
+            return apply_chat(tokenizer, messages(grids, encoding))
+
+    elif name_or_path == "compact":
+        compose = functools.partial(_compact, eos=tokenizer.eos_token or "")
+    elif name_or_path == "plain":
+        compose = _plain
+    elif Path(name_or_path).is_file():
+        source, compose = jinja_file(name_or_path, tokenizer, chats)
+    else:
+        names = ", ".join(PROMPT_FORMATS)
+        raise UserError(f"no prompt format {name_or_path!r}: neither {names} nor a Jinja file")
+
+    def skeleton(num_pairs: int) -> str:
+        text = compose([placeholder(slot) for slot in range(2 * num_pairs + 1)])
+        check_placeholders(text, num_pairs, name_or_path)
+        return text
+
+    sample = skeleton(1)
+    through_chat = name_or_path in ("chat", "turns") or bool(chats)
+    lead, end = assistant_turn(tokenizer) if through_chat else ("", tokenizer.eos_token or "")
+    if chats and not sample.endswith(chats[-1]):
+        lead = ""  # the file goes on after the chat template: its own text leads to the answer
+    prefill = ""
+    if source and encoding == "numbered":
+        prefill = next(FENCE[:k] for k in range(len(FENCE), -1, -1) if sample.endswith(FENCE[:k]))
+    if name_or_path == "compact":
+        bos = tokenizer.bos_token is not None
+    else:
+        bos = not through_chat and _adds_bos(tokenizer)
+        bos = bos and not sample.startswith(tokenizer.bos_token)
+    parts = {
+        "lead": lead,
+        "tail": "\n" if name_or_path == "compact" else "",
+        "prefill": prefill,
+        "end_of_turn": "\n\n" if name_or_path == "plain" else end,
+        "prepend_bos": bos,
+    }
+    written = write_grid([[*range(10)], [0] * 10], encoding)[0]
+    determining = [encoding, source, tokenizer.chat_template, sample, skeleton(2), written, parts]
+    digest = hashlib.sha256(json.dumps([*determining, tokenizer.bos_token]).encode()).hexdigest()
+    return PromptFormat(
+        name_or_path, encoding, functools.cache(skeleton), **parts, template_hash=digest
+    )
+
+
+def _chat_messages(grids: list[str], encoding: str) -> list[dict[str, str]]:
+    parts = [CHAT_NOTE + ENCODING_NOTES[encoding]]
+    for k, (given, wanted) in enumerate(train_pairs(grids), 1):
+        parts.append(f"Example {k}\n\nInput:\n{given}\n\nOutput:\n{wanted}")
+    parts += [f"Test\n\nInput:\n{grids[-1]}", CHAT_REQUEST]
+    return [{"role": "user", "content": "\n\n".join(parts)}]
+
+
+def _turns_messages(grids: list[str], _: str) -> list[dict[str, str]]:
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": grid} for role, grid in zip(roles, grids, strict=False)]
+
+
+def _compact(grids: list[str], eos: str) -> str:
+    pairs = (f"I{given}\n+/-=O{wanted}\n{eos}" for given, wanted in train_pairs(grids))
+    return "".join(pairs) + f"I{grids[-1]}\n+/-=O"
+
+
+def _plain(grids: list[str]) -> str:
+    parts = [PLAIN_NOTE]
+    for k, (given, wanted) in enumerate([*train_pairs(grids), (grids[-1], "")], 1):
+        parts.append(f"Input {k}:\n{given}\n\nOutput {k}:\n{wanted}")
+    return "\n\n".join(parts)
+
+
+def _adds_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether the tokenizer puts a BOS token before a text by itself."""
+    first = tokenizer.backend_tokenizer.encode("0").ids[:1]
+    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]

@@ -1,0 +1,1 @@
+"""A plan computed: predictions, shards and a manifest."""

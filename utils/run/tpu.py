@@ -1,0 +1,354 @@
+"""`--plan`: the run, compiled ahead of time for a TPU slice that is not here.
+
+The programs are those that the run would launch, for the batches that it would launch, compiled by
+libtpu; memory, FLOPs and collectives are the compiler's. Time is a roofline, an upper bound of what
+the slice can reach: for each program the longest of FLOPs over the peak rate, of arguments and
+results, read or written once, over memory bandwidth, and of what collectives move over the
+bandwidth of the interconnect; for a generated answer, that of one step times the longest answer
+allowed.
+"""
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from tqdm import tqdm
+
+from utils.errors import UserError
+from utils.model.generate import Shape
+from utils.model.mesh import check_shape
+from utils.model.weights import abstract_params, placement
+from utils.plan.batching import padding_share
+from utils.plan.memory import device_bytes
+from utils.plan.plan import Prepared, on_mesh, prepare
+from utils.plan.request import Request
+from utils.run.compute import COMPILERS, Computation
+from utils.run.dry_run import plan_storage
+from utils.store.local import check_writable, write_json_atomic
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peak rates of one chip, from Google's system architecture pages: bfloat16 FLOP/s, bytes/s of
+    memory, bytes/s of the interconnect over all links."""
+
+    flops: float
+    memory: float
+    interconnect: float
+
+
+CHIPS = {
+    "v4": Chip(275e12, 1228e9, 300e9),
+    "v5e": Chip(197e12, 819e9, 200e9),
+    "v5p": Chip(459e12, 2765e9, 600e9),
+    "v6e": Chip(918e12, 1638e9, 448e9),
+}
+# Physical shape of each slice, in chips.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+}
+SLICES = {
+    **{f"v4-{2 * n}": f"v4:{shape}" for n, shape in _CUBES.items()},
+    **{f"v5e-{n}": f"v5e:{shape}" for n, shape in _FLAT.items()},
+    **{f"v5p-{2 * n}": f"v5p:{shape}" for n, shape in _CUBES.items()},
+    **{f"v6e-{n}": f"v6e:{shape}" for n, shape in _FLAT.items()},
+}
+_NO_METADATA = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+_COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+def slice_devices(name: str) -> Sequence[jax.Device]:
+    """The devices of a slice, known to the compiler alone. Raises UserError for an unknown name and
+    where libtpu is not installed."""
+    if name not in SLICES:
+        raise UserError(f"--plan {name} is not a slice: there are {', '.join(SLICES)}")
+    # Nothing of this machine is asked: neither its TPU, if it has one, nor a metadata server.
+    for variable, value in _NO_METADATA.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    options = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
+    try:
+        topology = topologies.get_topology_desc(SLICES[name], "tpu", **options)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        if "not installed" in str(error):
+            raise UserError(
+                '--plan needs the TPU compiler: pip install "jax[tpu]" (no TPU is needed)'
+            ) from error
+        raise UserError(f"the TPU compiler refuses {SLICES[name]}: {error}") from error
+    return topology.devices
+
+
+def main(
+    request: Request, name: str, shapes: Sequence[tuple[int, int] | None], plan_json: str | None
+) -> int:
+    """Prints the plan of each mesh shape, writes the best to `plan_json`; the exit code."""
+    jax.config.update("jax_platforms", "cpu")
+    if plan_json is not None:
+        if Path(plan_json).is_dir():
+            raise UserError(f"{plan_json} is a folder: give --plan_json the path of a file")
+        check_writable(Path(plan_json).parent)
+    devices = slice_devices(name)
+    for shape in filter(None, shapes):
+        check_shape(*shape, devices)
+    first = replace(request, mesh_shape=shapes[0])
+    prepared = prepare(first, devices, writes=False)
+    plans = []
+    for shape in shapes:
+        if len(shapes) > 1:
+            log.info("mesh %s", "x".join(map(str, shape)))
+        plans.append(plan(on_mesh(prepared, shape, devices), name))
+    if len(plans) > 1:
+        print_table(plans)
+    best = max(plans, key=lambda p: (p["fits"], p["estimated_tokens_per_second"] or 0))
+    print_one(best)
+    if plan_json is not None:
+        chosen = best if len(plans) == 1 else {**best, "compared": plans}
+        write_json_atomic(plan_json, chosen)
+    return 0
+
+
+def plan(prepared: Prepared, name: str) -> dict[str, Any]:
+    """The plan of a run on a slice; keys as the README of distributed inference explains them."""
+    layout, request = prepared.layout, prepared.request
+    chip = CHIPS[name.partition("-")[0]]
+    mesh = layout.mesh
+    computation = Computation(prepared, params=_abstract(prepared))
+    shapes = list(dict.fromkeys((batch.shape, len(batch.rows)) for batch in prepared.batches))
+    with (
+        ThreadPoolExecutor(COMPILERS) as pool,
+        tqdm(total=len(shapes), desc=f"compiling for {name}", unit=" shapes") as bar,
+    ):
+
+        def compiled(shape: tuple[Shape, int]) -> dict[str, Any]:
+            found = _bucket(prepared, computation, chip, *shape)
+            bar.update()
+            return found
+
+        buckets = list(pool.map(compiled, shapes))
+    by_shape = dict(zip(shapes, buckets, strict=True))
+    for bucket in buckets:
+        bucket["batches"] = 0
+    seconds = 0.0
+    for batch in prepared.batches:
+        bucket = by_shape[batch.shape, len(batch.rows)]
+        bucket["batches"] += 1
+        seconds += bucket["seconds"]
+    tokens, shards = plan_storage(prepared)
+    limit = device_bytes(mesh.devices.flat[0])
+    worst = max(buckets, key=lambda b: b["hbm_bytes"] if b["hbm_bytes"] else float("inf"))
+    need = worst["hbm_bytes"]
+    fits = need is not None and need <= limit
+    stored = request.activations_dir is not None
+    return {
+        "slice": name,
+        "devices": mesh.size,
+        "mesh_shape": [layout.data, layout.model],
+        "processes": len({device.process_index for device in mesh.devices.flat}),
+        "attention": "by heads" if layout.by_heads else "by tokens",
+        "hbm_bytes_per_device": need,
+        "hbm_limit_bytes": limit,
+        "fits": fits,
+        "prefill": worst["prefill"],
+        "decode": worst["decode"],
+        "buckets": buckets,
+        "padding": padding_share([s.length for s in prepared.samples], prepared.batches),
+        "estimated_tokens_per_second": tokens / seconds if fits else None,
+        "estimated_prefill_tokens_per_second": _prefill_rate(prepared, by_shape) if fits else None,
+        "estimated_hours": seconds / 3600 if fits else None,
+        "num_samples": len(prepared.samples),
+        "num_tokens_total": tokens,
+        "activation_bytes_total": sum(size for _, size in shards) if stored else 0,
+        "shards": len(shards) if stored else 0,
+        "advice": [] if fits else _advice(prepared, worst, limit),
+    }
+
+
+def _abstract(prepared: Prepared) -> Any:
+    """The parameters as the run would hold them, without their values."""
+    layout, dtype = prepared.layout, np.dtype(prepared.dtype)
+    leaves = {}
+    for path, shape in abstract_params(prepared.config).items():
+        place = placement(path, shape, layout)
+        sharding = layout.sharding(*place.spec)
+        leaves[path] = jax.ShapeDtypeStruct(place.shape, dtype, sharding=sharding)
+    return unflatten_dict(leaves, sep="/")
+
+
+def _bucket(
+    prepared: Prepared, computation: Computation, chip: Chip, shape: Shape, rows: int
+) -> dict[str, Any]:
+    """One compiled shape: its programs' figures, and the seconds that a batch takes at least."""
+    layout, work = prepared.layout, prepared.workload
+    found: dict[str, Any] = {"rows": rows, "length": shape.length, "answer": shape.answer}
+    try:
+        programs = computation.programs(shape, rows)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
+            raise
+        words = str(error).splitlines()[0]
+        return {
+            **found, "hbm_bytes": None, "prefill": None, "decode": None, "seconds": 0.0,
+            "error": words[:300],
+        }  # fmt: skip
+    prefill, *decodes = [_figures(program) for program in programs]
+    # While a batch computes, what the last one captured is still on its way to the host.
+    waiting = work.capture_bytes(layout, rows, shape.length)
+    # The parameters are there once, whichever program runs; a prefill's cache outlives it.
+    memory = max(figures["hbm_bytes"] for figures in (prefill, *decodes)) + waiting
+    seconds = _seconds(prefill, chip)
+    steps = prepared.request.max_output_tokens if decodes else 0
+    seconds += sum(_seconds(figures, chip) * steps for figures in decodes)
+    return {
+        **found,
+        "hbm_bytes": memory,
+        "prefill": prefill,
+        "decode": decodes[0] if decodes else None,
+        "prefill_seconds": _seconds(prefill, chip),
+        "decode_step_seconds": _seconds(decodes[0], chip) if decodes else None,
+        "seconds": seconds,
+    }
+
+
+def _figures(program: Any) -> dict[str, Any]:
+    """What the compiler says of a program, per device; of a loop, one pass."""
+    cost, memory = program.cost_analysis(), program.memory_analysis()
+    collectives, moved = collectives_of(program.as_text())
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    return {
+        "flops_per_device": cost.get("flops", 0.0),
+        "bytes_accessed_per_device": cost.get("bytes accessed", 0.0),
+        "argument_bytes": arguments,
+        "output_bytes": results,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "hbm_bytes": arguments
+        + results
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        "collectives": collectives,
+        "collective_bytes": moved,
+    }
+
+
+def collectives_of(hlo: str) -> tuple[dict[str, int], int]:
+    """Operation -> count of a program's collectives, and the bytes of their results.
+
+    The TPU compiler repeats an overlapped one in several computations; its channel tells.
+    """
+    seen: dict[str, tuple[str, int]] = {}
+    for number, line in enumerate(hlo.splitlines()):
+        found = re.search(rf"= (.*?) ({_COLLECTIVES})(?:-start)?\(", line)
+        if found is None:
+            continue
+        channel = re.search(r"channel_id=(\d+)", line)
+        sizes = [
+            _ITEM_BYTES.get(kind, 4) * int(np.prod([int(n) for n in shape.split(",") if n]))
+            for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", found[1])
+        ]
+        seen[channel[1] if channel else f"line {number}"] = (found[2], sum(sizes))
+    counts = Counter(operation for operation, _ in seen.values())
+    return dict(sorted(counts.items())), sum(size for _, size in seen.values())
+
+
+def _seconds(figures: dict[str, Any], chip: Chip) -> float:
+    """The roofline of one program."""
+    return max(
+        figures["flops_per_device"] / chip.flops,
+        (figures["argument_bytes"] + figures["output_bytes"]) / chip.memory,
+        figures["collective_bytes"] / chip.interconnect,
+    )
+
+
+def _prefill_rate(prepared: Prepared, by_shape: dict[Any, dict[str, Any]]) -> float:
+    """Tokens a second of the samples' prompts, and forced answers, alone."""
+    tokens = sum(sample.length.total for sample in prepared.samples)
+    return tokens / sum(
+        by_shape[batch.shape, len(batch.rows)]["prefill_seconds"] for batch in prepared.batches
+    )
+
+
+def _advice(prepared: Prepared, worst: dict[str, Any], limit: int) -> list[str]:
+    layout, request = prepared.layout, prepared.request
+    share = prepared.workload.parameter_bytes(layout) / limit
+    devices = layout.mesh.size
+    advice = []
+    if layout.model < devices:
+        larger = next(m for m in range(layout.model + 1, devices + 1) if devices % m == 0)
+        advice.append(f"--mesh_shape {devices // larger} {larger}: less of the model a device")
+    if share < 0.8:
+        tokens = worst["rows"] * worst["length"] // devices // 2
+        advice.append(f"--max_batch_tokens {tokens}: half as many rows of the longest prompts")
+    if request.generates:
+        advice.append(f"--max_output_tokens below {request.max_output_tokens}: a smaller cache")
+    advice.append("--max_model_len: shorter prompts, with fewer train pairs")
+    return advice
+
+
+def print_table(plans: Sequence[dict[str, Any]]) -> None:
+    print(f"{'mesh':>8} {'GB':>7} {'fits':>5} {'prefill TFLOP':>14} {'tokens/s':>12} {'hours':>8}")
+    for p in plans:
+        mesh = "x".join(map(str, p["mesh_shape"]))
+        if p["fits"]:
+            flops = p["prefill"]["flops_per_device"] / 1e12
+            rate, hours = p["estimated_tokens_per_second"], p["estimated_hours"]
+            memory = p["hbm_bytes_per_device"] / 1e9
+            print(f"{mesh:>8} {memory:7.2f} {'yes':>5} {flops:14.3f} {rate:12.0f} {hours:8.3f}")
+        else:
+            print(f"{mesh:>8} {'':>7} {'no':>5}")
+
+
+def print_one(p: dict[str, Any]) -> None:
+    data, model = p["mesh_shape"]
+    limit = p["hbm_limit_bytes"] / 1e9
+    print(f"slice         {p['slice']}: {p['devices']} devices, {p['processes']} hosts")
+    print(f"mesh          {data} x {model} (data x model), attention {p['attention']}")
+    need = "more" if p["hbm_bytes_per_device"] is None else f"{p['hbm_bytes_per_device'] / 1e9:.2f}"
+    print(f"memory        {need} of {limit:.2f} GB a device: {'fits' if p['fits'] else 'too much'}")
+    print(f"batches       {sum(b['batches'] for b in p['buckets'])}, {p['padding']:.1%} padding")
+    print("  rows  tokens  batches  prefill TFLOP  ms at least  decode ms/step  GB a device")
+    for b in p["buckets"]:
+        if b["hbm_bytes"] is None:
+            print(f"{b['rows']:6} {b['length']:7} {b['batches']:8}  {b['error'][:80]}")
+            continue
+        step = b["decode_step_seconds"]
+        flops, ms = b["prefill"]["flops_per_device"] / 1e12, b["prefill_seconds"] * 1e3
+        print(
+            f"{b['rows']:6} {b['length']:7} {b['batches']:8} {flops:14.3f} {ms:12.2f} "
+            f"{'' if step is None else format(step * 1e3, '.3f'):>15} {b['hbm_bytes'] / 1e9:12.2f}"
+        )
+    print(f"tokens        {p['num_tokens_total']} at most, of {p['num_samples']} samples")
+    print(f"activations   {p['activation_bytes_total']} bytes at most, in {p['shards']} shards")
+    if p["fits"]:
+        print(
+            f"time          at least {p['estimated_hours'] * 60:.1f} min: at most "
+            f"{p['estimated_tokens_per_second']:.0f} tokens/s, prefill alone "
+            f"{p['estimated_prefill_tokens_per_second']:.0f} (a roofline: peak FLOPs, memory and "
+            "interconnect, answers of full length)"
+        )
+    for line in p["advice"]:
+        print(f"try           {line}")

@@ -1,0 +1,219 @@
+"""`python -m utils.shards merge`: the runs of hosts that did not talk to each other, as one.
+
+Each ran its part of the tasks (`--shard_id I --num_shards N`) into a folder of its own. The merged
+folder is like that of one run of N processes: its shards are hard links, or copies where the disks
+differ, and nothing that was there is changed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.arc import scores as scoring
+from utils.cli import Parser, Signals, run
+from utils.errors import UserError, some
+from utils.shards.items import sample_key
+from utils.shards.manifest import (
+    Manifest,
+    differences,
+    merge_manifests,
+    read_answers,
+    read_manifest,
+)
+from utils.shards.reader import load_shard
+from utils.store.local import check_writable, write_json_atomic
+
+_SETTINGS = ("model", "prompt", "activations", "capture", "generation")
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_argument("command", choices=["merge"])
+    parser.add_argument(
+        "parts",
+        nargs="+",
+        metavar="DIR",
+        help="the --activations_dir of each run; or the submission.json of each, where they kept "
+        "no activations",
+    )
+    parser.add_argument("--into", metavar="DIR", help="folder to make, of the folders' shards")
+    parser.add_argument(
+        "--output_filepath", metavar="FILE", help="write the joint Kaggle submission there"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every shard and compare its crc32c first"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace, signals: Signals) -> int:
+    output = Path(args.output_filepath) if args.output_filepath else None
+    if output is not None and output.exists():
+        raise UserError(f"{output} exists: choose another --output_filepath")
+    if output is not None:
+        check_writable(output.parent)
+    parts = [Path(part) for part in args.parts]
+    for part in parts:
+        if not part.exists():
+            raise UserError(f"{part} does not exist: check the path")
+    if all(part.is_file() for part in parts):
+        if output is None or args.into is not None:
+            raise UserError("submissions are joined into --output_filepath FILE, without --into")
+        joint = join_submissions(parts)
+        write_json_atomic(output, joint)
+        print(f"submission    {output}, {len(joint)} tasks")
+        return 0
+    if args.into is None:
+        raise UserError("--into DIR is missing: the folder to make of these")
+    into = Path(args.into)
+    if into.exists():
+        raise UserError(f"{into} is there already: choose another --into")
+    if output is not None and into.absolute() in (output.absolute(), *output.absolute().parents):
+        raise UserError(f"{output} is in --into {into}, or is it: choose another place")
+    check_writable(into.parent)
+    manifests = [read_manifest(part) for part in parts]
+    check(parts, manifests)
+    if args.verify:
+        for folder, manifest in zip(parts, manifests, strict=True):
+            for entry in tqdm(manifest["files"], desc=f"verifying {folder}"):
+                load_shard(folder / entry["filename"])
+    merged = join(parts, manifests, into)
+    print(f"merged        {len(parts)} folders into {into}")
+    print(f"samples       {merged['total_samples']}, shards {merged['total_batches']}")
+    if output is not None:
+        write_json_atomic(output, submission(into, merged))
+        print(f"submission    {output}")
+    return 0
+
+
+def join_submissions(paths: list[Path]) -> dict[str, Any]:
+    """The union of submissions of different tasks. Raises UserError naming a task that two hold."""
+    joint: dict[str, Any] = {}
+    for path in paths:
+        try:
+            tasks = json.loads(path.read_bytes())
+            valid = all("attempt_1" in output for outputs in tasks.values() for output in outputs)
+        except (OSError, ValueError, AttributeError, TypeError):
+            valid = False
+        if not valid:
+            raise UserError(f"{path} is not a submission")
+        if twice := sorted(joint.keys() & tasks.keys()):
+            raise UserError(f"{path} holds tasks that another holds too: {some(twice)}")
+        joint |= tasks
+    return dict(sorted(joint.items()))
+
+
+def check(folders: list[Path], manifests: list[Manifest]) -> None:
+    """Raises UserError unless the runs are whole, alike, and each a part of the same tasks."""
+    shards: dict[int, Path] = {}
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest["status"] != "complete":
+            raise UserError(f"{folder} is not complete: finish its run with --resume first")
+        if not manifest["files"] and manifest["total_samples"]:
+            raise UserError(f"{folder} kept no activations: join the submissions of its kind")
+        missing = [
+            entry["filename"]
+            for entry in manifest["files"]
+            if not (path := folder / entry["filename"]).is_file()
+            or path.stat().st_size != entry["size_bytes"]
+        ]
+        if missing:
+            raise UserError(
+                f"{folder} lacks shards, or holds parts of them: {some(missing)}; fetch them again"
+            )
+        if changes := differences(_settings(manifests[0]), _settings(manifest)):
+            raise UserError(f"{folder} is of another run than {folders[0]}: {some(changes)}")
+        arguments = manifest["arguments"]
+        count, number = arguments.get("num_shards", 1), arguments.get("shard_id", 0)
+        if count != (expected := manifests[0]["arguments"].get("num_shards", 1)):
+            raise UserError(f"{folder} is one of {count} shards, {folders[0]} one of {expected}")
+        if number in shards:
+            other = shards[number]
+            raise UserError(f"{other} and {folder} both hold shard {number}")
+        shards[number] = folder
+    expected = manifests[0]["arguments"].get("num_shards", 1)
+    if absent := sorted(set(range(expected)) - shards.keys()):
+        raise UserError(f"of {expected} shards these are missing: {some(list(map(str, absent)))}")
+
+
+def _settings(manifest: Manifest) -> Manifest:
+    """What the parts of one dataset must have in common."""
+    found = {key: manifest.get(key) for key in _SETTINGS}
+    return {**found, "dataset": {"whole_hash": manifest["dataset"].get("whole_hash")}}
+
+
+def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest:
+    """Makes the folder `into`, which appears when it is whole."""
+    made = into.with_name(into.name + ".partial")
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        made.mkdir(parents=True)
+        merged = _fill(made, folders, manifests)
+        os.rename(made, into)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {into}: {error.strerror}; make room, and merge again"
+        ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return merged
+
+
+def _fill(into: Path, folders: list[Path], manifests: list[Manifest]) -> Manifest:
+    parts: dict[str, Manifest] = {}
+    for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
+        suffix = f"_host{number:03d}"
+        files = []
+        for count, entry in enumerate(manifest["files"], 1):
+            name = f"activations{suffix}_batch_{count:06d}.pkl"
+            _link(folder / entry["filename"], into / name)
+            entry = {**entry, "filename": name, "uploaded": False}
+            entry.pop("elsewhere", None)
+            files.append(entry)
+        parts[f"metadata{suffix}.json"] = {**manifest, "files": files}
+        lines = (json.dumps(answer) + "\n" for answer in read_answers(folder).values())
+        (into / f"answers{suffix}.jsonl").write_text("".join(lines))
+    merged = merge_manifests(parts)
+    hashes = "".join(manifest["dataset"]["hash"] for manifest in manifests)
+    merged |= {
+        "dataset": {
+            **merged["dataset"],
+            "hash": sha256(hashes.encode()).hexdigest(),
+            "tasks": sum(manifest["dataset"]["tasks"] for manifest in manifests),
+        },
+        "arguments": {**merged["arguments"], "shard_id": 0, "num_shards": 1},
+        "merged_from": [str(folder) for folder in folders],
+    }
+    merged.pop("scores", None)  # they were one part's
+    merged.pop("useful_slots", None)
+    write_json_atomic(into / "metadata.json", merged)
+    return merged
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(source, target)
+
+
+def submission(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Kaggle's submission, of the answers in a merged folder; skipped samples are unsolved."""
+    answers = read_answers(folder)
+    counts: dict[str, int] = {}
+    for task, index, *_ in [*answers, *map(sample_key, manifest["skipped"])]:
+        counts[task] = max(counts.get(task, 0), index + 1)
+    targets = {task: [None] * counts[task] for task in sorted(counts)}
+    if manifest["prompt"].get("augmentations", 1) > 1:
+        answers = scoring.vote(answers)
+    return scoring.submission(targets, answers)
+
+
+if __name__ == "__main__":
+    run(main, build_parser())

@@ -1,0 +1,106 @@
+"""Reading shards, of a folder or of a bucket, with verification.
+
+What is read is compared with the manifest beside it before it is unpickled, and unpickling runs
+none of what a hostile file may hold.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from utils.errors import UserError
+from utils.shards.items import load, sample_key
+from utils.shards.manifest import read_manifest
+from utils.store.local import checksum
+from utils.store.places import LocalFolder, Place, place_of, split
+
+Entry, Content = TypeVar("Entry"), TypeVar("Content")
+
+
+def load_shard(path: str | Path, verify: bool = True) -> list[dict[str, Any]]:
+    """The items of a shard; loading one runs none of what a hostile file may hold.
+
+    path: of a file, or `gs://bucket/prefix/activations_batch_000001.pkl`. verify: compare size and
+    crc32c with the manifest beside it first, and its samples then. Raises UserError with the file
+    and the cause.
+    """
+    place, name = split(path)
+    if not verify:
+        return _read_shard(place, name, None)
+    entries = {entry["filename"]: entry for entry in read_manifest(str(place))["files"]}
+    if name not in entries:
+        raise UserError(f"{path} is refused: the manifest beside it does not list it")
+    return _read_shard(_place_of(place, entries[name]), name, entries[name])
+
+
+def iter_items(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """Every item of a run, verified; one shard in memory at a time.
+
+    folder: of a disk, or `gs://bucket/prefix`. Of a bucket, the next shard is fetched to a
+    temporary file meanwhile. A shard that was deleted after its upload comes from the bucket.
+    """
+    place = place_of(folder)
+    entries = read_manifest(folder)["files"]
+    files = read_ahead(lambda e: _place_of(place, e).open(e["filename"]), entries)
+    for entry, file in zip(entries, files, strict=True):
+        with file:
+            items = _load_verified(file, f"{place}/{entry['filename']}", entry)
+        yield from items
+
+
+def read_ahead(read: Callable[[Entry], Content], entries: Sequence[Entry]) -> Iterator[Content]:
+    """`read` of each entry, of the next one in a thread while this one is used."""
+    pool = ThreadPoolExecutor(1, "read")
+    try:
+        ahead = [pool.submit(read, entry) for entry in entries[:1]]
+        for number in range(len(entries)):
+            content = ahead.pop().result()
+            ahead = [pool.submit(read, entry) for entry in entries[number + 1 : number + 2]]
+            yield content
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_entry(folder: str | Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The items of a shard that the manifest of `folder` lists as `entry`, verified."""
+    return _read_shard(_place_of(place_of(folder), entry), entry["filename"], entry)
+
+
+def _place_of(place: Place, entry: dict[str, Any]) -> Place:
+    """Where a shard lies: in its folder, or, deleted there, in the bucket that it was sent to."""
+    if isinstance(place, LocalFolder) and isinstance(entry["uploaded"], dict):
+        path = place.path / entry["filename"]
+        if not path.exists():
+            return split(entry["uploaded"]["uri"])[0]
+    return place
+
+
+def _read_shard(place: Place, name: str, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
+    with place.open(name) as file:
+        return _load_verified(file, f"{place}/{name}", entry)
+
+
+def _load_verified(file: BinaryIO, path: str, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
+    try:
+        if entry:
+            _verify(file, entry)
+        items = load(file)
+        if entry and [list(sample_key(item)) for item in items] != entry["samples"]:
+            raise pickle.UnpicklingError("it holds other samples than its manifest says")
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return items
+
+
+def _verify(file: BinaryIO, entry: dict[str, Any]) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size != entry["size_bytes"]:
+        raise pickle.UnpicklingError(f"it has {size} bytes, not the {entry['size_bytes']} written")
+    if (crc32c := checksum(file)) != entry["crc32c"]:
+        raise pickle.UnpicklingError(f"damaged: its crc32c is {crc32c}, not {entry['crc32c']}")
+    file.seek(0)
