@@ -29,7 +29,7 @@ from utils import cli
 from utils.errors import UserError
 from utils.model.capture import HOOK_POINTS
 from utils.shards.items import to_float32
-from utils.store.local import check_writable, replacing
+from utils.store.local import check_writable, new_folder, write_json
 
 if TYPE_CHECKING:
     import jax
@@ -91,10 +91,10 @@ class Sae:
         check_new(folder)
         tensors = {**self._params(), "center": self.center, "scale": np.float32([self.scale])}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG).write_text(json.dumps({"k": self.k, **about}, indent=2) + "\n")
-            with replacing(folder / WEIGHTS) as sink:  # whole, or not there
-                sink.write(save({n: np.ascontiguousarray(t) for n, t in tensors.items()}))
+            with new_folder(folder) as made:
+                write_json(made / CONFIG, {"k": self.k, **about})
+                content = save({n: np.ascontiguousarray(t) for n, t in tensors.items()})
+                (made / WEIGHTS).write_bytes(content)
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror}") from error
 

@@ -35,7 +35,7 @@ from examples.generate_tasks import FAMILIES, draw_row, draw_rows, family_of
 from utils import cli
 from utils.errors import UserError, some
 from utils.shards.manifest import differences
-from utils.store.local import check_writable, write_json_atomic
+from utils.store.local import check_writable, new_folder, replacing, to_json, write_json_atomic
 
 if TYPE_CHECKING:
     import jax
@@ -263,12 +263,8 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Whole or not at all."""
     from flax.serialization import to_bytes
 
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(to_bytes(state))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as sink:
+        sink.write(to_bytes(state))
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -341,7 +337,7 @@ def train(args: argparse.Namespace, signals: cli.Signals) -> None:
         if done % args.check_every == 0 or done == args.steps:
             total, families = accuracy(rows, solved, params, layout.put)
             entry = {"step": done, "loss": round(float(np.mean(losses)), 4), "accuracy": total}
-            log.write(json.dumps({**entry, **families}) + "\n")
+            log.write(to_json({**entry, **families}) + "\n")
             log.flush()
             losses.clear()
             worst = sorted(families, key=families.get)[:4]
@@ -350,10 +346,9 @@ def train(args: argparse.Namespace, signals: cli.Signals) -> None:
                 state = {"params": params, "optimizer": opt_state, "step": done, "next": place}
                 save_state(path, state)
     bar.close()
-    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
-    write_checkpoint(partial, fields, params)
-    tokenizer.save_pretrained(partial)
-    partial.replace(args.output_dir)
+    with new_folder(args.output_dir) as folder:
+        write_checkpoint(folder, fields, params)
+        tokenizer.save_pretrained(folder)
     size = sum(file.stat().st_size for file in args.output_dir.iterdir())
     print(f"{args.output_dir}: {size / 1e6:.1f} MB")
 

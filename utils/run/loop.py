@@ -32,7 +32,7 @@ from utils.run.resume import look_for_run, uploaded_before
 from utils.shards.items import sample_name
 from utils.shards.uploads import BucketUploads, Uploads
 from utils.shards.writer import ShardWriter
-from utils.store.local import locked
+from utils.store.locks import locked
 
 log = logging.getLogger(__name__)
 

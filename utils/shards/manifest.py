@@ -14,7 +14,7 @@ from typing import Any
 from utils.arc.tasks import SampleKey
 from utils.errors import UserError, some
 from utils.shards.items import sample_key, sample_name
-from utils.store.local import PARTIAL
+from utils.store.local import whole_name
 from utils.store.places import place_of
 
 FORMAT_VERSION = 1
@@ -30,7 +30,7 @@ Manifest = dict[str, Any]
 
 def stem(name: str) -> str | None:
     """The name, less the mark of a partial file, if a run gives such names; else None."""
-    name = name.removesuffix(PARTIAL)
+    name = whole_name(name)
     return name if any(kind.fullmatch(name) for kind in (SHARD, MANIFEST, JOURNAL)) else None
 
 
