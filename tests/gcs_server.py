@@ -43,12 +43,13 @@ class Request:
 class Fault:
     """What happens to the next `times` requests that `when` holds for.
 
-    action: an HTTP status; `reset` before the request is read, `midway` through its body; `stall`
-    until the server closes; `lost`: done, but the connection breaks before the reply; `short`: part
-    of a chunk is kept; `vanish`: the upload session is gone, 410.
+    action: an HTTP status, or one with the message and the reason of the reply; `reset` before the
+    request is read, `midway` through its body; `stall` until the server closes; `lost`: done, but
+    the connection breaks before the reply; `short`: part of a chunk is kept; `vanish`: the upload
+    session is gone, 410.
     """
 
-    action: int | str
+    action: int | str | tuple[int, str, str]
     when: Callable[[Request], bool] = lambda request: True
     times: float = 1
     seen: list[Request] = field(default_factory=list)
@@ -126,7 +127,12 @@ class Handler(RequestHandler):
             fault = self.gcs.take(request)
         action = fault.action if fault else None
         if isinstance(action, int):
-            return self._reply(action, {"error": {"code": action, "message": "a fault to order"}})
+            action = (action, "a fault to order", "")
+        if isinstance(action, tuple):
+            code, message, reason = action
+            errors = [{"message": message, "domain": "global", "reason": reason}]
+            error = {"code": code, "message": message, "errors": errors}
+            return self._reply(code, {"error": error})
         if action == "stall":
             self.gcs.closing.wait()
             return self._break()

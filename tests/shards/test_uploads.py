@@ -447,7 +447,6 @@ def test_a_manifest_deleted_by_hand_is_put_back(gcs, flags, shell):
 def test_progress_within_a_shard_counts(gcs, flags, monkeypatch):
     """A slow network is not a dead one."""
     monkeypatch.setattr(cloud, "CHUNK_BYTES", 1 << 18)
-    monkeypatch.setattr(cloud, "ONE_REQUEST_BYTES", 1 << 16)
     monkeypatch.setattr("google.cloud.storage.blob._MAX_MULTIPART_SIZE", 1 << 16)
     flags |= {"activation_dtype": "float32", "layers_to_extract": "all", "upload_timeout": 4}
     prepared = prepare(request_of(flags))

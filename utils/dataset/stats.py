@@ -23,6 +23,7 @@ from utils.shards import iter_items
 from utils.shards.items import to_float32
 from utils.shards.manifest import Manifest, read_manifest
 from utils.store.bucket import BucketFolder, Stopped
+from utils.store.deadline import within
 from utils.store.local import checksum, json_lines, write_json
 from utils.store.places import place_of
 
@@ -156,15 +157,16 @@ def _keep(stats: dict[str, Any], place: Any) -> None:
         content = json_lines(stats)
         crc32c = checksum(io.BytesIO(content))
         there = place.listing().get(STATS_FILE)
-        stopping = threading.Event()
-        timer = threading.Timer(SEND_SECONDS, stopping.set)
-        timer.start()
-        replaces = there.generation if there else 0
-        try:
+        replaces, stopping = there.generation if there else 0, threading.Event()
+
+        def send() -> None:
             place.put(
                 content, STATS_FILE, len(content), crc32c, replaces=replaces, stopping=stopping
             )
+
+        try:
+            within(SEND_SECONDS, send, lambda: Stopped(f"no answer within {SEND_SECONDS} s"))
         finally:
-            timer.cancel()
+            stopping.set()
     except (OSError, UserError, Stopped) as error:
         log.warning("the statistics are not kept in %s: %s", place, error)

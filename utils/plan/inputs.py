@@ -17,8 +17,9 @@ from tqdm import tqdm
 from utils.arc.tasks import SUFFIXES, solutions_names
 from utils.errors import UserError
 from utils.plan.request import Request
-from utils.store.bucket import BucketFolder, Receipt, is_uri
+from utils.store.bucket import BucketFolder, Receipt
 from utils.store.local import checksum, free_bytes
+from utils.store.uris import is_uri
 
 THREADS = 4
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".msgpack", ".h5", ".ot", ".onnx", ".gguf")

@@ -21,7 +21,8 @@ from utils.cli import command_to_resume
 from utils.errors import UserError, some
 from utils.shards.manifest import MANIFEST
 from utils.shards.writer import ShardWriter
-from utils.store.bucket import BucketFolder, Damaged, Receipt, Stopped, opened, within
+from utils.store.bucket import BucketFolder, Damaged, Receipt, Stopped, opened
+from utils.store.deadline import within
 from utils.store.local import checksum
 
 THREADS = 4  # each holds a chunk of 8 MiB, twice for a file that goes in one request
@@ -174,7 +175,7 @@ class BucketUploads(Uploads):
 
     def make_room(self) -> None:
         begin = still = time.monotonic()
-        sent = self.num_bytes, self.bucket.num_chunks
+        sent = self.num_bytes, self.bucket.bytes_read
         with self._changed:
             if self._has_room():
                 return
@@ -186,7 +187,7 @@ class BucketUploads(Uploads):
                 )
             while not self._has_room():
                 self._changed.wait(0.5)
-                if sent != (now := (self.num_bytes, self.bucket.num_chunks)):
+                if sent != (now := (self.num_bytes, self.bucket.bytes_read)):
                     sent, still = now, time.monotonic()
                 if time.monotonic() - still > self._timeout:
                     self._stop_by = time.monotonic()
