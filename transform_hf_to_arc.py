@@ -106,7 +106,8 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
             if path.exists() and not args.overwrite:
                 advice = "add --overwrite to replace it, or choose another --output_dir"
                 raise UserError(f"{path} exists: {advice}")
-        summary = transform(args, signals, *paths)
+        source = rows.open_rows(args.dataset, args.split, args.column, args.streaming)
+        summary = transform(source, args, signals, *paths)
     summary.show(*paths)
     print(
         f"next: python simple_extraction_inference.py --model_path YOUR_MODEL_PATH"
@@ -117,6 +118,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
 
 
 def transform(
+    source: rows.Source,
     args: argparse.Namespace,
     signals: Signals,
     tasks_path: Path,
@@ -133,7 +135,6 @@ def transform(
         JsonFile(solutions_path) as solutions,
         JsonFile(errors_path, b"[]") as errors,
     ):
-        source = rows.open_rows(args.dataset, args.split, args.column, args.streaming)
         wanted = islice(source.rows, args.max_samples)
         started = time.monotonic()
         for i, row in enumerate(tqdm(wanted, unit=" rows", total=args.max_samples)):

@@ -67,18 +67,18 @@ class RecordingStorage(Storage):
         self.expected: int | None = None  # of the request at hand
         self.history: dict[str, list[dict]] = {}
 
-    def _check(self, bucket, name):
+    def check(self, bucket, name):
         there = self.objects.get(bucket, {}).get(name)
         if self.expected is not None and self.expected != int((there or {}).get("generation", 0)):
             raise PreconditionFailed
 
     def create_file(self, bucket_name, file_name, content, file_obj, file_id=None):
-        self._check(bucket_name, file_name)
+        self.check(bucket_name, file_name)
         super().create_file(bucket_name, file_name, content, file_obj, file_id)
         self.history.setdefault(file_name, []).append(dict(file_obj))
 
     def create_resumable_upload(self, bucket_name, file_name, file_obj):
-        self._check(bucket_name, file_name)
+        self.check(bucket_name, file_name)
         return super().create_resumable_upload(bucket_name, file_name, file_obj)
 
     def _write_config_to_file(self):
@@ -154,6 +154,8 @@ class Handler(RequestHandler):
             expected = query.get("ifGenerationMatch")
             self.storage.expected = int(expected[0]) if expected else None
             try:
+                if request.kind == "read":
+                    self.storage.check(self.gcs.bucket, request.name)
                 Router(self).handle(method)
             except PreconditionFailed:
                 self.wfile = io.BytesIO()

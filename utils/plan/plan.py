@@ -23,7 +23,7 @@ from utils.model.layout import Layout
 from utils.model.mesh import check_shape, default_dtype, make_mesh
 from utils.model.weights import Checkpoint
 from utils.plan.batching import Batch, Limits, plan_batches
-from utils.plan.inputs import localized, speaking_of
+from utils.plan.inputs import localized
 from utils.plan.memory import Workload, choose_model_axis, device_bytes, rows_that_fit
 from utils.plan.request import Request
 from utils.plan.samples import Sample, plan_samples, read_tasks, tasks_hash
@@ -91,8 +91,7 @@ def prepare(
             bucket = BucketFolder(request.cloud_bucket)
             listing = bucket.check_access()
     request, uris = localized(request)
-    with speaking_of(uris):
-        prepared = _prepared(request, devices)
+    prepared = _prepared(request, devices)
     prepared = replace(prepared, bucket=bucket, listing=listing, uris=uris)
     return on_mesh(prepared, request.mesh_shape, devices)
 
