@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import jax
 
     from utils.dataset import ActivationDataset
-    from utils.dataset.shuffle import Rows
+    from utils.dataset.shuffle import ActivationRows
 
 HELD_OUT = 10  # one task in so many
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
@@ -249,7 +249,7 @@ def measure(sae: Sae, rows: np.ndarray) -> dict[str, float]:
     }
 
 
-def split(rows: "Rows", task_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def split(rows: "ActivationRows", task_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Activations to train on, and those of a tenth of the tasks, at least one, as stored.
 
     task_ids: of `rows.samples`. A task is held out with all its test inputs and views, by its id

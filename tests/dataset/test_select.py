@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simple_extraction_inference
-from utils.dataset import ActivationDataset, Selection
-from utils.dataset.shuffle import NO_CELL, Rows, mixed
+from utils.dataset import ActivationDataset, Selection, stats
+from utils.dataset.shuffle import NO_CELL, ActivationRows, mixed
 from utils.dataset.stats import STATS_FILE, _Running, activation_stats
 from utils.errors import UserError
 from utils.shards import iter_items
@@ -162,18 +162,18 @@ def test_a_run_that_kept_some_positions_is_read_too(tmp_path, tiny_model, tasks_
 
 
 def test_statistics_are_those_of_numpy_and_are_kept(run_folder):
-    stats = activation_stats(run_folder)["resid_post.2"]
+    found = activation_stats(run_folder)["resid_post.2"]
     rows = stored(run_folder).astype(np.float64)
     norms = np.linalg.norm(rows, axis=1)
-    assert stats.count == len(rows)
-    np.testing.assert_allclose(stats.mean, rows.mean(axis=0), atol=1e-5)
-    np.testing.assert_allclose(stats.std, rows.std(axis=0), rtol=1e-4)
+    assert found.count == len(rows)
+    np.testing.assert_allclose(found.mean, rows.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(found.std, rows.std(axis=0), rtol=1e-4)
     np.testing.assert_allclose(
-        [stats.norm_mean, stats.norm_std, stats.norm_max],
+        [found.norm_mean, found.norm_std, found.norm_max],
         [norms.mean(), norms.std(), norms.max()],
         rtol=1e-4,
     )
-    assert abs(stats.norm_median / np.median(norms) - 1) < 0.01
+    assert abs(found.norm_median / np.median(norms) - 1) < 0.01
 
     path = run_folder / STATS_FILE
     kept = path.read_bytes()
@@ -183,6 +183,13 @@ def test_statistics_are_those_of_numpy_and_are_kept(run_folder):
     assert activation_stats(run_folder)["resid_post.2"].count == 1  # read, not computed
     path.write_text(json.dumps({**marked, "files_hash": "of other shards"}))
     assert activation_stats(run_folder)["resid_post.2"].count == len(rows)
+
+
+def test_statistics_name_a_model_that_made_no_finite_row(monkeypatch):
+    item = {"activations": {"resid_post.0": np.full((3, 4), np.nan, np.float32)}}
+    monkeypatch.setattr(stats, "iter_items", lambda folder: iter([item]))
+    with pytest.raises(UserError, match=r"all 3 rows of resid_post\.0 in run hold a NaN"):
+        stats._computed("run", {"activations": {"resid_post.0": {}}, "total_samples": 1})
 
 
 def test_a_bucket_is_read_like_a_folder(run_folder, gcs, tmp_path):
@@ -294,7 +301,7 @@ def test_two_passes_at_once_do_not_mix_their_counts(run_folder):
 
 def rows_of(states, start):
     numbers = np.arange(start, start + len(states), dtype=np.int32)
-    return Rows(states, numbers, numbers, numbers, np.repeat(numbers[:, None], 5, axis=1))
+    return ActivationRows(states, numbers, numbers, numbers, np.repeat(numbers[:, None], 5, axis=1))
 
 
 @given(
@@ -316,13 +323,13 @@ def test_the_buffer_gives_every_row_once_with_what_belongs_to_it(sizes, size, ba
     if not batches:
         assert (start < batch and drop_last) or not start
         return
-    found = Rows.joined(batches)
+    found = ActivationRows.joined(batches)
     order = np.argsort(found.samples)
     if drop_last:
         assert start - batch < len(found) <= start and len(set(found.samples)) == len(found)
     else:
         assert np.array_equal(found.samples[order], np.arange(start))
-        whole = Rows.joined(blocks)
+        whole = ActivationRows.joined(blocks)
         assert np.array_equal(found.activations[order], whole.activations)
     for column in (found.tokens, found.token_ids, found.cells[:, 3], found.activations[:, 0] // 1):
         assert np.array_equal(column, found.samples)
@@ -345,7 +352,7 @@ def test_half_precision_is_widened_exactly(monkeypatch):
 def test_what_float16_cannot_hold_is_not_made_an_infinity(run_folder, monkeypatch):
     dataset = ActivationDataset(run_folder, Selection(0))
     large = rows_of(np.full((4, 2), 1e6, np.float32), 0)
-    monkeypatch.setattr(dataset, "parts", lambda *_: iter([({}, large)]))
+    monkeypatch.setattr(dataset, "parts", lambda *_: iter([large]))
     with pytest.raises(UserError, match="too large for float16"):
         list(dataset.batches(4, dtype=np.float16))
 

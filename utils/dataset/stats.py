@@ -144,6 +144,12 @@ def _computed(folder: str | Path, manifest: Manifest) -> dict[str, Any]:
     for item in tqdm(iter_items(folder), total=total, desc="statistics", unit=" samples"):
         for name, rows in item["activations"].items():
             running[name].add(rows)
+    for name, found in running.items():
+        if found.non_finite and not found.count:
+            raise UserError(
+                f"all {found.non_finite} rows of {name} in {folder} hold a NaN or an infinity, "
+                "which the model made: look at its weights"
+            )
     if not running or not all(r.count for r in running.values()):
         raise UserError(f"{folder} holds no activations: was it a run with --no_extraction?")
     return {name: r.result() for name, r in running.items()}
