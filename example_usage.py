@@ -18,9 +18,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +30,28 @@ from utils.cli import Interrupted, Parser, Signals, run
 from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.items import CELL_COLUMNS
-from utils.shards.manifest import read_manifest
-from utils.store.local import write_json
+from utils.shards.manifest import read_manifest, stem
+from utils.store.local import whole_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SCRIPTS = Path(__file__).parent
-RECORD = ".example_usage.json"  # path -> sha256 of each file that the example made
-MADE = ("arc_data", "results", "sae", "mesh", "report.html")
+RUNS = ("results/activations", "mesh/activations")
+# Folder -> what the example makes there, besides the files of a run; the inner folders first.
+NAMES = {
+    "arc_data": {
+        "arc_format_train.json",
+        "test_outputs_train.json",
+        "transformation_errors.json",
+    },
+    "results/activations": {"activation_stats.json"},
+    "results": {"predictions.json"},
+    "mesh/activations": set(),
+    "mesh": {"submission.json"},
+    "sae": {"config.json", "sae.safetensors"},
+    "": {"report.html"},
+}
 EXAMPLES = SCRIPTS / "examples"
 MODEL, ROWS = EXAMPLES / "arc_tiny", EXAMPLES / "tasks.jsonl"
 LAYER = 3  # the middle one of six
@@ -55,7 +67,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an earlier run of this example; other files in the folder stay",
+        help="replace the files of an earlier run of this example; other files in the folder stay",
     )
     parser.add_argument(
         "--activations_dir",
@@ -66,46 +78,25 @@ def build_parser() -> Parser:
     return parser
 
 
-def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Path below `folder` -> sha256 of every file that is one of `names` or lies below one."""
-    files = [p for n in names for p in (folder / n, *(folder / n).rglob("*")) if p.is_file()]
-    return {p.relative_to(folder).as_posix(): sha256(p.read_bytes()).hexdigest() for p in files}
-
-
 def clear(folder: Path, overwrite: bool) -> None:
-    """Delete an earlier run of the example; refuse, before that, what it has not made."""
+    """Deletes the files that the example names, also what is left of them after a kill, and the
+    folders that are empty then. Raises UserError for a folder that holds something, unless it is to
+    be overwritten."""
     if not folder.exists() or not any(folder.iterdir()):
         return
-    other = "or choose another --output_dir"
-    record = folder / RECORD
-    if not record.exists():
-        raise UserError(f"{folder} holds no run of this example: choose another --output_dir")
     if not overwrite:
-        raise UserError(f"{folder} exists: add --overwrite to replace the example in it, {other}")
-    made = json.loads(record.read_text())
-    found = digests(folder, made)
-    if foreign := [path for path in found if found[path] != made.get(path)]:
         raise UserError(
-            f"{folder / foreign[0]} is not as this example leaves it: move it away, {other}"
+            f"{folder} exists: add --overwrite to replace the example in it, or choose another "
+            "--output_dir"
         )
-    for path in found:
-        (folder / path).unlink()
-        for parent in (folder / path).parents:
-            if parent == folder or any(parent.iterdir()):
-                break
-            parent.rmdir()
-    record.unlink(missing_ok=True)
-
-
-@contextmanager
-def recorded(folder: Path) -> Iterator[None]:
-    """Note what is made in `folder` meanwhile, also when that ends early, for --overwrite."""
-    foreign = digests(folder, MADE)
-    try:
-        yield
-    finally:
-        made = {path: d for path, d in digests(folder, MADE).items() if path not in foreign}
-        write_json(folder / RECORD, made)
+    for place, names in NAMES.items():
+        for path in (folder / place).glob("*"):
+            of_run = place in RUNS and stem(path.name) is not None
+            if path.is_file() and (of_run or whole_name(path.name) in names):
+                path.unlink()
+    for place in NAMES:
+        with suppress(OSError):  # it is not there, or holds something else
+            (folder / place).rmdir()
 
 
 def shown(path: Path) -> Path:
@@ -355,30 +346,29 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     try:
         clear(folder, args.overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        with recorded(folder):
-            heading("1. Inspect the rows of a dataset")
-            script("test_transformation.py", ("--dataset", shown(ROWS)))
-            heading("2. Rows -> ARC tasks")
-            script(
-                "transform_hf_to_arc.py",
-                ("--dataset", shown(ROWS)),
-                ("--output_dir", folder / "arc_data"),
-            )
-            heading("3. Predictions and activations, with the model that ships")
-            infer(folder)
-            heading("4. What was stored")
-            show_results(folder / "results" / "activations")
-            heading("5. Load it as training data")
-            show_loaders(folder / "results" / "activations")
-            heading("6. Train a sparse autoencoder")
-            found = train_sae(folder)
-            heading("7. A page of pictures")
-            report(folder, *found)
-            heading("8. On a mesh of devices, here four virtual ones")
-            infer_on_mesh(folder)
-            heading("9. With a model of your own")
-            show_next()
-            print(f"\nThe pictures: {folder / 'report.html'}")
+        heading("1. Inspect the rows of a dataset")
+        script("test_transformation.py", ("--dataset", shown(ROWS)))
+        heading("2. Rows -> ARC tasks")
+        script(
+            "transform_hf_to_arc.py",
+            ("--dataset", shown(ROWS)),
+            ("--output_dir", folder / "arc_data"),
+        )
+        heading("3. Predictions and activations, with the model that ships")
+        infer(folder)
+        heading("4. What was stored")
+        show_results(folder / "results" / "activations")
+        heading("5. Load it as training data")
+        show_loaders(folder / "results" / "activations")
+        heading("6. Train a sparse autoencoder")
+        found = train_sae(folder)
+        heading("7. A page of pictures")
+        report(folder, *found)
+        heading("8. On a mesh of devices, here four virtual ones")
+        infer_on_mesh(folder)
+        heading("9. With a model of your own")
+        show_next()
+        print(f"\nThe pictures: {folder / 'report.html'}")
     except BrokenPipeError:
         raise
     except OSError as error:
