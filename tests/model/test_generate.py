@@ -5,10 +5,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import TINY
 from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst_error
+from safetensors.numpy import load_file, save_file
 
+from utils.model import generate as generation
 from utils.model.capture import CaptureSpec
 from utils.model.decoder import Decoder
+from utils.model.mesh import make_mesh
+from utils.model.weights import write_random_checkpoint
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "qwen2"
 PROMPTS = [[5, 6, 7], list(range(10, 40)), [9], list(range(50, 120))]
@@ -163,3 +168,33 @@ def test_layers_after_the_last_captured_are_not_run(engine):
         return program.cost_analysis()["flops"]
 
     assert flops(short) < 0.75 * flops(engine)  # two layers of three
+
+
+def test_the_highest_logit_of_each_row():
+    """The first of equals; a NaN counts as infinity, so that what is chosen is always an id."""
+    nan, inf = np.nan, np.inf
+    rows = np.array(
+        [[1, 3, 3], [-inf, -inf, 0], [0, nan, 9], [nan, nan, nan], [-inf, -inf, -inf]], np.float32
+    )
+    assert generation._argmax(rows).tolist() == [1, 2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_nan_among_the_weights_gives_no_id_outside_the_vocabulary(tmp_path, name, temperature):
+    """On a mesh that pads the vocabulary too; the log-probabilities say that something is wrong."""
+    fields = {**TINY, "vocab_size": 299}  # no multiple of 4
+    write_random_checkpoint(tmp_path, fields)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name] = tensors[name].copy()
+    tensors[name].reshape(-1)[7] = np.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    for mesh in (None, make_mesh(2, 4)):
+        broken = load_engine(tmp_path, mesh=mesh)
+        _, decoded = generate(broken, PROMPTS, 80, 10, temperature=temperature)
+        tokens, counts = np.asarray(decoded.tokens), np.asarray(decoded.counts)
+        assert tokens.min() >= 0 and tokens.max() < 299
+        for row, count in enumerate(counts):
+            assert np.isnan(decoded.logprobs[row, :count]).all()

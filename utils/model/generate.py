@@ -256,8 +256,14 @@ def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """Index of the first maximum of each row of [B, V]; in two reductions, of which a mesh that
-    splits V moves a number a row, where `jnp.argmax` moves indices as large as x."""
+    """Index of the first maximum of each row: [B, V] -> int32 [B].
+
+    A NaN counts as infinity, as numpy and torch rank it, so that a model which makes NaN still
+    chooses an id of its vocabulary; that token's log-probability is NaN. In two reductions, of
+    which a mesh that splits V moves a number a row, where `jnp.argmax` moves indices as large
+    as x.
+    """
+    x = jnp.where(jnp.isnan(x), jnp.inf, x)
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     highest = x.max(axis=-1, keepdims=True)
     return jnp.where(x == highest, index, x.shape[-1]).min(axis=-1)
