@@ -54,9 +54,9 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
     from utils.model.capture import CaptureSpec
     from utils.model.config import ModelConfig
     from utils.model.decoder import Decoder
-    from utils.model.generate import Engine, Shape
-    from utils.model.layout import Layout
-    from utils.model.mesh import single_device_mesh
+    from utils.model.engine import Engine
+    from utils.model.generate import Outputs, Shape
+    from utils.model.layout import Layout, single_device_mesh
     from utils.model.weights import Checkpoint
     from utils.shards.writer import ShardWriter
 
@@ -72,9 +72,7 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
         writer = ShardWriter(scratch / f"ours{number}", {}, {}, activation_dtype="float32")
         writer.start()
         for i, row in enumerate(rows):
-            result = engine.prefill(
-                row[None], length, 0 * length, shape=shape, answer_slots=0, with_logits=False
-            )
+            result = engine.prefill(row[None], length, 0 * length, shape, Outputs(logits=False))
             item = {
                 "task_id": "row",
                 "sample_idx": i,

@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
@@ -221,9 +222,9 @@ def report(name: str, tokens: int, mine: float, others: dict[str, float], share:
 def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     import torch
     import transformers
+    from checkpoints import write_random_checkpoint
 
     from benchmarks.shapes import QWEN2_0_5B
-    from utils.model.weights import write_random_checkpoint
 
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.shapes import LLAMA_3_1_8B, QWEN2_0_5B, QWEN2_5_7B
@@ -38,8 +39,8 @@ def write_tasks(path: Path, count: int) -> None:
 
 def write_outline(folder: Path, fields: dict) -> None:
     """A checkpoint whose weights are a hole in a sparse file: shapes, no values."""
-    from tests.tokenizers_for_tests import character_tokenizer
-    from utils.model.weights import outline
+    from checkpoints import outline
+    from tokenizers_for_tests import character_tokenizer
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))

@@ -271,6 +271,33 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def write_checkpoint(folder: Path, fields: dict[str, Any], params: dict[str, Any]) -> None:
+    """Writes `config.json` with `fields` and a parameter tree as bfloat16 in one safetensors file.
+
+    params: as `Checkpoint.load` gives it, on one device. Raises UserError where it cannot.
+    """
+    import jax.numpy as jnp
+    from flax.traverse_util import flatten_dict
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    from utils.model.weights import hf_name, row_at
+
+    tensors = {
+        hf_name(path): np.ascontiguousarray(
+            row_at(path).stored(np.asarray(leaf).astype(jnp.bfloat16))
+        )
+        for path, leaf in flatten_dict(params, sep="/").items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # safetensors keeps it to its owner
+    except (SafetensorError, OSError) as error:  # a full disk is either
+        raise UserError(f"cannot write the weights to {folder}: {error}") from error
+
+
 def check_settings(args: argparse.Namespace) -> None:
     """Notes in the work folder what decides the weights, or compares it with what is noted there;
     --steps may change. Raises UserError."""
@@ -294,9 +321,7 @@ def train(args: argparse.Namespace, signals: cli.Signals) -> None:
 
     from utils.model.config import ModelConfig
     from utils.model.decoder import Decoder
-    from utils.model.layout import Layout
-    from utils.model.mesh import make_mesh, use_compilation_cache
-    from utils.model.weights import write_checkpoint
+    from utils.model.layout import Layout, make_mesh, use_compilation_cache
     from utils.prompt.formats import load_format
 
     # A device a core: XLA spreads matrix products alone over the cores of one device.

@@ -69,9 +69,8 @@ def forget_programs():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a random Qwen2 of four layers, one token a character."""
+    from checkpoints import write_random_checkpoint
     from tokenizers_for_tests import character_tokenizer
-
-    from utils.model.weights import write_random_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny_model")
     tokenizer = character_tokenizer()

@@ -542,7 +542,7 @@ def test_a_model_folder_that_is_wrong(refused, tiny_model, tmp_path, kind):
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings(refused, tiny_model, tmp_path):
-    from utils.model.weights import write_random_checkpoint
+    from checkpoints import write_random_checkpoint
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)

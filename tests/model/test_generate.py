@@ -5,15 +5,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from checkpoints import write_random_checkpoint
 from conftest import TINY
 from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst_error
 from safetensors.numpy import load_file, save_file
 
 from utils.model import generate as generation
-from utils.model.capture import CaptureSpec
-from utils.model.decoder import Decoder
-from utils.model.mesh import make_mesh
-from utils.model.weights import write_random_checkpoint
+from utils.model.generate import Outputs, Shape
+from utils.model.layout import make_mesh
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "qwen2"
 PROMPTS = [[5, 6, 7], list(range(10, 40)), [9], list(range(50, 120))]
@@ -79,12 +78,11 @@ def test_the_loop_ends_with_the_last_row(engine, batch):
 
 
 def test_without_capture_the_last_token_is_not_run(engine, batch):
-    plain = Decoder(engine.model.config, engine.model.layout)
-    _, decoded = generate(engine, PROMPTS, 80, 10, model=plain)
+    _, decoded = generate(engine, PROMPTS, 80, 10, captures=False)
     assert decoded.tokens.tolist() == batch[1].tokens.tolist()
     assert (int(decoded.steps), int(batch[1].steps)) == (9, 10)
     stop = batch[1].tokens.tolist()[0][0]
-    _, decoded = generate(engine, PROMPTS[:1], 80, 10, stops=[stop], model=plain)
+    _, decoded = generate(engine, PROMPTS[:1], 80, 10, stops=[stop], captures=False)
     assert (int(decoded.steps), int(decoded.counts[0])) == (0, 1)
 
 
@@ -144,28 +142,19 @@ def test_layers_after_the_last_captured_are_not_run(engine):
     """Fewer layers, the same states, a cheaper program."""
     names = ("resid_post.0", "mlp_out.1")
     short = load_engine(CHECKPOINT, names)
-    short.model = Decoder(
-        short.model.config, short.model.layout, CaptureSpec(names), num_layers_run=2
-    )
+    short.model = short.model.clone(num_layers_run=2)
     ids = PROMPTS[1]
     tokens, lengths = np.array([ids], np.int32), np.array([len(ids)], np.int32)
-    bucket_args = {"answer_slots": 0, "with_logits": False}
-    from utils.model.generate import Shape
-
-    shape = Shape(len(ids), len(ids), 0)
     none = np.zeros(1, np.int32)
-    found = short.prefill(tokens, lengths, none, shape=shape, **bucket_args)
+    static = (Shape(len(ids), len(ids), 0), Outputs(logits=False))
+    found = short.prefill(tokens, lengths, none, *static)
     full = prefill(engine, [ids], len(ids))
     assert found.logits is None
     for name in names:
         np.testing.assert_array_equal(found.captures[name], full.captures[name])
-    engine.prefill(tokens, lengths, none, shape=shape, **bucket_args)
 
     def flops(e):
-        program = next(
-            p for key, p in e._programs.items() if dict(key[3]).get("with_logits") is False
-        )
-        return program.cost_analysis()["flops"]
+        return e.prefill_program(1, *static).cost_analysis()["flops"]
 
     assert flops(short) < 0.75 * flops(engine)  # two layers of three
 

@@ -7,8 +7,7 @@ from benchmarks.shapes import LLAMA_3_1_8B, QWEN2_0_5B, QWEN2_5_7B
 from utils.errors import UserError
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
-from utils.model.layout import Layout
-from utils.model.mesh import make_mesh
+from utils.model.layout import Layout, make_mesh
 from utils.plan.memory import Workload, choose_model_axis, rows_that_fit
 
 GB = 10**9

@@ -49,9 +49,8 @@ HEADS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
+    from checkpoints import write_random_checkpoint
     from tokenizers_for_tests import character_tokenizer
-
-    from utils.model.weights import write_random_checkpoint
 
     tokenizer = character_tokenizer()
     folders = {}

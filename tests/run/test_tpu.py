@@ -19,9 +19,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A model with Qwen2-0.5B's heads, one layer, and tasks that fill a few batches."""
+    from checkpoints import outline
     from tokenizers_for_tests import character_tokenizer
-
-    from utils.model.weights import outline
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = character_tokenizer()

@@ -19,8 +19,7 @@ from utils.arc import tasks as arc
 from utils.errors import UserError
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
-from utils.model.layout import Layout
-from utils.model.mesh import check_shape, default_dtype, make_mesh
+from utils.model.layout import Layout, check_shape, default_dtype, make_mesh
 from utils.model.weights import Checkpoint
 from utils.plan.batching import Batch, Limits, plan_batches
 from utils.plan.inputs import localized, speaking_of

@@ -7,26 +7,23 @@ Knows no folders; `extract` stores what this makes.
 
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from utils.arc import scores as scoring
 from utils.arc.views import original_cells
 from utils.model.decoder import Decoder
-from utils.model.generate import Decoded, Engine, Prefilled, Sampling, Shape, result_specs
-from utils.model.mesh import use_compilation_cache
+from utils.model.engine import Engine, for_every_shape
+from utils.model.generate import Decoded, Outputs, Prefilled, Sampling, Shape
+from utils.model.layout import use_compilation_cache
 from utils.plan.batching import Batch, pad_rows
 from utils.plan.plan import Prepared
 from utils.plan.samples import Sample
 from utils.prompt import codec as tokens
-
-COMPILERS = 4  # shapes that are compiled at once
 
 
 @dataclass
@@ -111,55 +108,29 @@ class Computation:
             use_compilation_cache()
             params = prepared.checkpoint.load(self.layout, np.dtype(prepared.dtype))
         self.engine = Engine(Decoder(prepared.config, self.layout, capture, layers), params)
+        several = len(request.temperatures) > 1
+        # Of several predictions only the first is captured.
+        self.samplings = [
+            Sampling(request.max_output_tokens, tuple(prepared.stop_ids), t, k == 0, several)
+            for k, t in enumerate(request.temperatures if request.generates else ())
+        ]
+        cache_room = request.max_output_tokens if request.generates else 0
+        self.outputs = Outputs(self.with_logits, cache_room)
         self.usage = Usage()
         self.compile_seconds = 0.0
 
     def compile(self, batches: Sequence[Batch]) -> None:
         """Every shape that the batches need, before the first is launched."""
         start = time.perf_counter()
-        shapes = dict.fromkeys((batch.shape, len(batch.rows)) for batch in batches)
-        with (
-            ThreadPoolExecutor(COMPILERS, "compile") as pool,
-            tqdm(total=len(shapes), desc="compiling", unit=" shapes", disable=None) as bar,
-        ):
-            for done in [pool.submit(self.programs, *shape) for shape in shapes]:
-                done.result()
-                bar.update()
+        shapes = ((batch.shape, len(batch.rows)) for batch in batches)
+        for_every_shape(shapes, self.programs, "compiling")
         self.compile_seconds = time.perf_counter() - start
 
     def programs(self, shape: Shape, rows: int) -> list[Any]:
         """The compiled prefill of a shape, and the decoding of each prediction."""
-        program = self.engine.prefill_program(rows, shape.length, **self._static(shape))
-        decodes = []
-        if self.prepared.request.generates:
-            prefilled = result_specs(program)
-            cache_and_logits = (prefilled.cache, prefilled.logits)
-            decodes = [
-                self.engine.decode_program(model, cache_and_logits, **static)
-                for model, static in self._decoders(shape)
-            ]
-        return [program, *decodes]
-
-    def _static(self, shape: Shape) -> dict[str, Any]:
-        """Arguments of a prefill."""
-        request = self.prepared.request
-        return {
-            "shape": shape,
-            "answer_slots": request.max_output_tokens if request.generates else 0,
-            "with_logits": self.with_logits,
-        }
-
-    def _decoders(self, shape: Shape) -> Iterator[tuple[Decoder, dict[str, Any]]]:
-        """The model and the arguments of each prediction; only the first is captured."""
-        request = self.prepared.request
-        several = len(request.temperatures) > 1
-        for k, temperature in enumerate(request.temperatures):
-            model = Decoder(self.prepared.config, self.layout) if k else self.engine.model
-            sampling = Sampling(request.max_output_tokens, self.prepared.stop_ids, temperature)
-            yield (
-                model,
-                {"prompt_slots": shape.length, "sampling": sampling, "keep_cache": several},
-            )
+        prefill = self.engine.prefill_program(rows, shape, self.outputs)
+        decodes = [self.engine.decode_program(rows, shape, s) for s in self.samplings]
+        return [prefill, *decodes]
 
     def launch(self, batch: Batch) -> Launched:
         """Returns without waiting for the devices."""
@@ -176,13 +147,12 @@ class Computation:
         lengths = np.array([len(row.prompt_ids) if row else 1 for row in rows], np.int32)
         answers = [sum(map(len, row.answers)) if row else 0 for row in rows]
         prefilled = self.engine.prefill(
-            *(padded, lengths, np.array(answers, np.int32)), **self._static(batch.shape)
+            padded, lengths, np.array(answers, np.int32), batch.shape, self.outputs
         )
-        decoded = []
-        if request.generates:
-            decoded = self._decode(batch.shape, prefilled, lengths, samples)
+        decoded = self._decode(batch.shape, prefilled, lengths, samples)
+        prefilled = replace(prefilled, cache=None)
         if request.no_logits or request.activations_dir is None:
-            prefilled.logits = None
+            prefilled = replace(prefilled, logits=None)
         owned = self.layout.owned(B)
         mine = {b: rows[b] for span in owned.values() for b in span if rows[b]}
         self.usage.prefill += batch.shape.length * sum(map(len, owned.values()))
@@ -198,11 +168,10 @@ class Computation:
     ) -> list[Decoded]:
         """Each prediction from the one prefill."""
         decoded = []
-        for k, (model, static) in enumerate(self._decoders(shape)):
-            seed = self.prepared.request.seed
+        seed = self.prepared.request.seed
+        for k, sampling in enumerate(self.samplings):
             keys = np.array([_sample_key(seed, s, k) if s else 0 for s in samples], np.uint32)
-            decoded.append(self.engine.decode(model, prefilled, lengths, keys, **static))
-        prefilled.cache = None
+            decoded.append(self.engine.decode(prefilled, lengths, keys, shape, sampling))
         return decoded
 
     def fetch(self, launched: Launched) -> list[Row]:

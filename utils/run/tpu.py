@@ -13,25 +13,25 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.model.engine import for_every_shape
 from utils.model.generate import Shape
-from utils.model.mesh import check_shape
+from utils.model.layout import check_shape
 from utils.model.weights import abstract_params, placement
 from utils.plan.batching import padding_share
 from utils.plan.memory import device_bytes
 from utils.plan.plan import Prepared, on_mesh, prepare
 from utils.plan.request import Request
-from utils.run.compute import COMPILERS, Computation
+from utils.run.compute import Computation
 from utils.run.dry_run import plan_storage
 from utils.store.local import check_writable, write_json_atomic
 
@@ -72,7 +72,10 @@ SLICES = {
     **{f"v5p-{2 * n}": f"v5p:{shape}" for n, shape in _CUBES.items()},
     **{f"v6e-{n}": f"v6e:{shape}" for n, shape in _FLAT.items()},
 }
-_NO_METADATA = {
+# Of this machine nothing is asked: neither a metadata server, nor the TPU, if it has one, nor the
+# lock of a process that uses it, or that plans too.
+_COMPILER_ALONE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -86,8 +89,7 @@ def slice_devices(name: str) -> Sequence[jax.Device]:
     where libtpu is not installed."""
     if name not in SLICES:
         raise UserError(f"--plan {name} is not a slice: there are {', '.join(SLICES)}")
-    # Nothing of this machine is asked: neither its TPU, if it has one, nor a metadata server.
-    for variable, value in _NO_METADATA.items():
+    for variable, value in _COMPILER_ALONE.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
@@ -138,19 +140,12 @@ def plan(prepared: Prepared, name: str) -> dict[str, Any]:
     chip = CHIPS[name.partition("-")[0]]
     mesh = layout.mesh
     computation = Computation(prepared, params=_abstract(prepared))
-    shapes = list(dict.fromkeys((batch.shape, len(batch.rows)) for batch in prepared.batches))
-    with (
-        ThreadPoolExecutor(COMPILERS) as pool,
-        tqdm(total=len(shapes), desc=f"compiling for {name}", unit=" shapes") as bar,
-    ):
-
-        def compiled(shape: tuple[Shape, int]) -> dict[str, Any]:
-            found = _bucket(prepared, computation, chip, *shape)
-            bar.update()
-            return found
-
-        buckets = list(pool.map(compiled, shapes))
-    by_shape = dict(zip(shapes, buckets, strict=True))
+    by_shape = for_every_shape(
+        ((batch.shape, len(batch.rows)) for batch in prepared.batches),
+        partial(_bucket, prepared, computation, chip),
+        f"compiling for {name}",
+    )
+    buckets = list(by_shape.values())
     for bucket in buckets:
         bucket["batches"] = 0
     seconds = 0.0
