@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utils.model.capture import CaptureSpec
 from utils.model.decoder import Cache, Decoder, captured, filled_cache
 
 LOGIT_ROWS = 64  # answer positions a device whose vocabulary-wide logits exist at once
@@ -95,7 +96,7 @@ def prefill(
 
     result = Prefilled(
         {
-            name: _select(whole(value), model.capture.positions, prompt_lengths, shape)
+            name: _select(whole(value), model.capture, prompt_lengths, shape)
             for name, value in captured(state.get("intermediates", {})).items()
             if model.capture.in_prefill or shape.answer
         }
@@ -272,15 +273,16 @@ def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1)[..., None], axis=1)
 
 
-def _select(value: jax.Array, positions: str, prompt_lengths: jax.Array, shape: Shape) -> jax.Array:
-    """The rows of a capture that are kept: [B, T, D] -> [B, R, D]."""
-    if positions == "prompt":
-        return value[:, : shape.prompt]
-    if positions == "last":
-        return _rows(value, (prompt_lengths - 1)[:, None])
-    if positions == "answer":
-        return _rows(value, prompt_lengths[:, None] + jnp.arange(shape.answer))
-    return value
+def _select(
+    value: jax.Array, capture: CaptureSpec, prompt_lengths: jax.Array, shape: Shape
+) -> jax.Array:
+    """The rows of a capture that are kept: [B, T, D] -> [B, R, D], R the most that any sample of
+    the shape keeps. Behind a sample's own rows are those of tokens that are not kept."""
+    start = capture.start(prompt_lengths)
+    count = min(len(capture.rows(shape.prompt, shape.answer)), value.shape[1])
+    if isinstance(start, int):
+        return value[:, start : start + count]
+    return _rows(value, start[:, None] + jnp.arange(count))
 
 
 def specs(tree: Any) -> Any:
