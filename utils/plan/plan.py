@@ -318,6 +318,8 @@ def check_paths(request: Request) -> None:
     try:
         if output.is_dir():
             raise UserError(f"{output} is a folder: give {flag} the path of a file")
+        if output.exists() and not output.is_file():  # a device would be replaced by a file
+            raise UserError(f"{output} is no regular file: give {flag} the path of one")
         solutions = request.solutions_path or arc.solutions_beside(request.dataset_path)
         for path in filter(None, (request.dataset_path, solutions)):
             if output.exists() and Path(path).exists() and output.samefile(path):
