@@ -18,8 +18,7 @@ import numpy as np
 
 from utils.arc.tasks import Grid, Task
 from utils.errors import UserError
-from utils.prompt.formats import Prompt, PromptFormat, load_format
-from utils.prompt.templates import assistant_turn
+from utils.prompt.formats import Prompt, PromptFormat, assistant_turn, load_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
