@@ -42,7 +42,7 @@ def token_rows(args: argparse.Namespace):
     fmt = load_format("chat", None, tokenizer)
     ids, need = [], args.rows * args.context
     for task in arc.read_tasks(args.dataset_path):
-        ids.extend(tokens.encode(fmt.render(task, 0), tokenizer)[0])
+        ids.extend(tokens.encode_prompt(fmt.render(task, 0), tokenizer)[0])
         if len(ids) >= need:
             return np.array(ids[:need], np.int32).reshape(args.rows, args.context)
     raise cli.UserError(f"the tasks have {len(ids)} tokens, fewer than {need}: lower --rows")

@@ -64,9 +64,9 @@ def alternate(ours, theirs, repeats: int) -> tuple[float, float]:
 
 
 def requests(args: argparse.Namespace, model_path: Path, **changes):
-    """A prepared run of ours over the tasks that are measured."""
+    """The plan of our run over the tasks that are measured."""
     import simple_extraction_inference as script
-    from utils.plan.plan import prepare
+    from utils.plan.plan import plan_run
     from utils.plan.request import Request
 
     flags = {
@@ -81,45 +81,42 @@ def requests(args: argparse.Namespace, model_path: Path, **changes):
     argv = []
     for name, value in flags.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return prepare(Request.from_flags(script.build_parser().parse_args(argv)))
+    return plan_run(Request.from_flags(script.build_parser().parse_args(argv)))
 
 
-def ours(prepared):
+def ours(plan):
     """A call that computes every batch of the run and makes its items, nothing stored."""
     from utils.run.compute import Computation, to_item
     from utils.shards.items import stored_item
 
-    computation = Computation(prepared)
+    computation = Computation(plan)
 
     def run():
-        for batch in prepared.batches:
-            for row in computation(batch)[0]:
-                stored_item(to_item(row, prepared)[0], "float16")
+        for batch in plan.batches:
+            for result in computation.fetch(computation.launch(batch)):
+                stored_item(to_item(result, plan)[0], "float16")
 
     return run
 
 
-def captured_layers(prepared) -> list[int]:
-    return sorted(int(name.rpartition(".")[2]) for name in prepared.capture.names)
+def captured_layers(plan) -> list[int]:
+    return sorted(int(name.rpartition(".")[2]) for name in plan.capture.names)
 
 
-def torch_loop(model, prepared, answer_logits_only: bool):
+def torch_loop(model, plan, answer_logits_only: bool):
     """What a user writes with transformers: all hidden states, and the three layers kept."""
-    import numpy as np
     import torch
 
-    from utils.run.compute import encode_row
-
-    rows = [encode_row(prepared, sample) for sample in prepared.samples]
-    layers = captured_layers(prepared)
+    encoded = [plan.encode(sample) for sample in plan.samples]
+    layers = captured_layers(plan)
 
     kept = []
 
     @torch.no_grad()
     def run():
-        for row in rows:
-            P = len(row.prompt_ids)
-            ids = torch.tensor(np.concatenate([row.prompt_ids, *row.answers]), dtype=torch.long)
+        for sample in encoded:
+            P = sample.prompt_length
+            ids = torch.tensor(sample.ids, dtype=torch.long)
             A = len(ids) - P
             keep = {"logits_to_keep": A + 1} if answer_logits_only else {}
             out = model(ids[None], output_hidden_states=True, use_cache=False, **keep)
@@ -132,15 +129,11 @@ def torch_loop(model, prepared, answer_logits_only: bool):
     return run
 
 
-def torch_generate(model, prepared, batch_size: int, new_tokens: int):
+def torch_generate(model, plan, batch_size: int, new_tokens: int):
     """`generate` on left-padded batches with the hidden states of every step."""
     import torch
 
-    from utils.run.compute import encode_row
-
-    rows = sorted(
-        (encode_row(prepared, s).prompt_ids for s in prepared.samples), key=len, reverse=True
-    )
+    rows = sorted((plan.encode(s).ids for s in plan.samples), key=len, reverse=True)
 
     @torch.no_grad()
     def run():
@@ -158,12 +151,12 @@ def torch_generate(model, prepared, batch_size: int, new_tokens: int):
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=0,
-                eos_token_id=list(prepared.stop_ids),
+                eos_token_id=list(plan.codec.stop_ids),
                 output_hidden_states=True,
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-            for layer in captured_layers(prepared):
+            for layer in captured_layers(plan):
                 states = [step[layer + 1] for step in out.hidden_states]
                 torch.cat(states, dim=1).half().numpy()
             logits = torch.stack(out.logits, 1).float()
@@ -191,9 +184,9 @@ def matmul_rate() -> float:
     return flops / min(times)
 
 
-def prefill_flops(prepared, layers: int, with_head: bool) -> float:
+def prefill_flops(plan, layers: int, with_head: bool) -> float:
     """Arithmetic that the samples need, padding left out: projections, MLP, causal attention."""
-    c = prepared.config
+    c = plan.config
     D, F, N, K, H = (
         c.hidden_size,
         c.intermediate_size,
@@ -203,7 +196,7 @@ def prefill_flops(prepared, layers: int, with_head: bool) -> float:
     )
     per_token = 2 * D * H * (2 * N + 2 * K) + 6 * D * F
     total = 0.0
-    for sample in prepared.samples:
+    for sample in plan.samples:
         T, A = sample.length.total, sample.length.answer
         total += layers * (T * per_token + 2 * T * T * N * H)
         total += 2 * D * c.vocab_size * (A + 1) if with_head else 0

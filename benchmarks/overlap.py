@@ -32,7 +32,7 @@ def main() -> None:
     import jax
 
     from utils.cli import Signals
-    from utils.plan.plan import prepare
+    from utils.plan.plan import plan_run
     from utils.plan.request import Request
     from utils.run.loop import run
 
@@ -53,7 +53,7 @@ def main() -> None:
             max_output_tokens=args.new_tokens,
             distributed=True,
         )
-        return run(prepare(request), NoSignals())["seconds"]
+        return run(plan_run(request), NoSignals())["seconds"]
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / "run"

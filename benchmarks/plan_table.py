@@ -61,9 +61,9 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from utils.plan.plan import prepare
+    from utils.plan.plan import plan_run
     from utils.plan.request import Request, mesh_shapes
-    from utils.run import tpu as plan
+    from utils.run import tpu
 
     print("| model | slice | mesh, batch | GB | prefill tokens/s | by bytes | step ms |")
     for name in args.models:
@@ -71,7 +71,7 @@ def main() -> None:
             scratch = Path(scratch)
             write_outline(scratch / "model", MODELS[name])
             for slice_name in args.slices:
-                devices = plan.slice_devices(slice_name)
+                devices = tpu.slice_devices(slice_name)
                 write_tasks(scratch / "tasks.json", args.batch_size * len(devices))
                 request = Request(
                     str(scratch / "model"),
@@ -81,14 +81,14 @@ def main() -> None:
                     mesh_shape=mesh_shapes(args.mesh_shape)[0],
                     max_output_tokens=400,
                 )
-                p = plan.plan(prepare(request, devices, writes=False), slice_name)
+                p = tpu.estimate(plan_run(request, devices, writes=False), slice_name)
                 mesh = "x".join(map(str, p["mesh_shape"]))
                 if not p["fits"]:
                     print(f"| {name} | {slice_name} | {mesh} | does not fit | | | |", flush=True)
                     continue
                 (bucket,) = p["buckets"]
                 rate, step = p["estimated_prefill_tokens_per_second"], bucket["decode_step_seconds"]
-                memory = plan.CHIPS[slice_name.partition("-")[0]].memory
+                memory = tpu.CHIPS[slice_name.partition("-")[0]].memory
                 seconds = bucket["prefill"]["bytes_accessed_per_device"] / memory
                 by_bytes = rate * min(1, bucket["prefill_seconds"] / seconds)
                 print(

@@ -12,8 +12,9 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, field, fields
+from typing import Any, NoReturn
 
 from utils.errors import UserError
 
@@ -77,6 +78,57 @@ def float_at_least(lowest: float) -> Callable[[str], float]:
         return value
 
     return number
+
+
+def option(
+    group: str,
+    help: str,
+    *,
+    default: Any = None,
+    unset: str | None = None,
+    required: bool = False,
+    flag_default: Any = None,
+    **words: Any,
+) -> Any:
+    """A field of a dataclass of options, from which `add_flags` makes the flag of its name.
+
+    help may hold `{unit}`. unset: what the default None means, for the help. flag_default: of the
+    flag, in its words, where the field's default is of another type. words: what else argparse is
+    told, such as `type`, `choices` and `metavar`; a field whose default is False is a switch.
+    """
+    metadata = {"group": group, "help": help, "unset": unset, "words": words}
+    if flag_default is not None:
+        metadata["default"] = flag_default
+    return field(default=MISSING if required else default, metadata=metadata)
+
+
+def add_flags(
+    parser: argparse._ActionsContainer,
+    options: type,
+    group: str,
+    changes: Mapping[str, Mapping[str, Any]] = {},
+    unit: str = "",
+) -> None:
+    """The flags of one group of a dataclass whose fields are `option`s, in their order.
+
+    changes: field -> what is different in this script: `flag` (its name), `default`, `help`.
+    """
+    for entry in fields(options):
+        if entry.metadata.get("group") != group:
+            continue
+        told = {"default": entry.default, **entry.metadata, **changes.get(entry.name, {})}
+        words = {**told["words"], "help": told["help"].replace("{unit}", unit)}
+        if told["default"] is False:
+            words["action"] = "store_true"
+        elif told["default"] is MISSING:
+            words["required"] = True
+        else:
+            words["default"] = told["default"]
+        if told["default"] is None and told["unset"]:
+            words["help"] += f" (default: {told['unset']})"
+        if "flag" in told:
+            words["dest"] = entry.name
+        parser.add_argument(told.get("flag", f"--{entry.name}"), **words)
 
 
 def command_to_resume() -> str:

@@ -27,7 +27,7 @@ def run_folder(tmp_path_factory, tiny_model, tasks_file):
 def extracted(folder, model, tasks, **more):
     from conftest import NoSignals
 
-    from utils.plan.plan import prepare
+    from utils.plan.plan import plan_run
     from utils.plan.request import Request
     from utils.run.loop import run
 
@@ -42,7 +42,7 @@ def extracted(folder, model, tasks, **more):
         **more,
     }
     parser = simple_extraction_inference.build_parser()
-    run(prepare(Request.from_flags(parser.parse_args(words(flags)))), NoSignals())
+    run(plan_run(Request.from_flags(parser.parse_args(words(flags)))), NoSignals())
     return folder / "activations"
 
 

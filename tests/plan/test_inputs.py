@@ -10,7 +10,7 @@ import simple_extraction_inference as script
 from utils.arc.tasks import read_tasks, solutions_beside
 from utils.errors import UserError
 from utils.plan.inputs import model, tasks
-from utils.plan.plan import prepare
+from utils.plan.plan import plan_run
 from utils.plan.request import Request
 from utils.run.loop import run
 
@@ -41,7 +41,7 @@ def test_a_run_with_everything_in_buckets(filled, cache, tiny_model, tasks_file,
             activations_dir=str(tmp_path / name),
             max_output_tokens=4,
         )
-        manifest = run(prepare(request), NoSignals())
+        manifest = run(plan_run(request), NoSignals())
         return manifest, (tmp_path / f"{name}.json").read_bytes()
 
     here, expected = results("here", tiny_model, tasks_file)

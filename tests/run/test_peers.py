@@ -19,7 +19,7 @@ from parity import TOLERANCE, worst_error
 
 import distributed_inference_with_activations as script
 from utils.errors import UserError
-from utils.plan.plan import prepare
+from utils.plan.plan import plan_run
 from utils.plan.request import Request
 from utils.plan.samples import shard_of
 from utils.run.loop import run
@@ -79,7 +79,7 @@ def in_process(model, tasks, folder, **changed):
     paths = {"output_filepath": folder / "submission.json", "activations_dir": folder / "acts"}
     flags = {"model_path": model, "dataset_path": tasks, **paths, **FLAGS, **changed}
     request = Request.from_flags(script.build_parser().parse_args(words(flags)))
-    run(prepare(request), NoSignals())
+    run(plan_run(request), NoSignals())
     return result_of(folder)
 
 
@@ -115,7 +115,7 @@ def alone(request, models, tasks, tmp_path_factory):
     del flags["extract_activations"]
     paths = {"output_path": folder / "predictions.json", "activations_dir": folder / "acts"}
     argv = words(flags | paths)
-    run(prepare(Request.from_flags(simple.build_parser().parse_args(argv))), NoSignals())
+    run(plan_run(Request.from_flags(simple.build_parser().parse_args(argv))), NoSignals())
     predictions = json.loads((folder / "predictions.json").read_text())
     submission = {
         task: [
@@ -163,7 +163,7 @@ def test_without_extraction_only_the_submission_is_kept(alone, tasks, tmp_path):
     paths = {"output_filepath": tmp_path / "submission.json"}
     flags = {"model_path": model, "dataset_path": tasks, "max_output_tokens": 12, **paths}
     request = Request.from_flags(script.build_parser().parse_args(words(flags)))
-    run(prepare(request), NoSignals())
+    run(plan_run(request), NoSignals())
     assert json.loads((tmp_path / "submission.json").read_text()) == expected[1]
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "metadata.json",
@@ -627,12 +627,12 @@ def test_the_dry_run_counts_the_shards_of_the_run(models, tasks, tmp_path):
     flags = {**FLAGS, "max_output_tokens": 0, "mesh_shape": [8, 1], "save_every_n_batches": 1}
     paths = {"output_filepath": tmp_path / "s.json", "activations_dir": tmp_path / "acts"}
     words_ = words({"model_path": models["14-2"], "dataset_path": tasks, **paths, **flags})
-    prepared = prepare(Request.from_flags(script.build_parser().parse_args(words_)))
-    tokens, shards = plan_storage(prepared)
-    manifest = run(prepared, NoSignals())
+    plan = plan_run(Request.from_flags(script.build_parser().parse_args(words_)))
+    tokens, shards = plan_storage(plan)
+    manifest = run(plan, NoSignals())
     assert tokens == manifest["total_tokens"]
     written = [(entry["num_samples"], entry["size_bytes"]) for entry in manifest["files"]]
-    assert shards == written and len(shards) == len(prepared.batches) > 1
+    assert shards == written and len(shards) == len(plan.batches) > 1
 
 
 # ---------------------------------------------------------------------------------- a bucket

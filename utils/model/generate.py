@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from utils.model.capture import CaptureSpec
 from utils.model.decoder import Cache, Decoder, captured, filled_cache
 
 LOGIT_ROWS = 64  # answer positions a device whose vocabulary-wide logits exist at once
@@ -121,7 +122,7 @@ def prefill(
         return layout.collect(layout.split_rows(value))
 
     captures = {
-        name: _select(whole(value), model.capture.positions, prompt_lengths, shape)
+        name: _select(whole(value), model.capture, prompt_lengths, shape)
         for name, value in captured(state.get("intermediates", {})).items()
         if model.capture.in_prefill or shape.answer
     }
@@ -325,12 +326,13 @@ def _tokens_at(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1)[..., None], axis=1)
 
 
-def _select(value: jax.Array, positions: str, prompt_lengths: jax.Array, shape: Shape) -> jax.Array:
-    """The rows of a capture that are kept: [B, T, D] -> [B, R, D]."""
-    if positions == "prompt":
-        return value[:, : shape.prompt]
-    if positions == "last":
-        return _tokens_at(value, (prompt_lengths - 1)[:, None])
-    if positions == "answer":
-        return _tokens_at(value, prompt_lengths[:, None] + jnp.arange(shape.answer))
-    return value
+def _select(
+    value: jax.Array, capture: CaptureSpec, prompt_lengths: jax.Array, shape: Shape
+) -> jax.Array:
+    """The rows of a capture that are kept: [B, T, D] -> [B, R, D], R the most that any sample of
+    the shape keeps. Behind a sample's own rows are those of tokens that are not kept."""
+    start = capture.start(prompt_lengths)
+    count = min(len(capture.rows(shape.prompt, shape.answer)), value.shape[1])
+    if isinstance(start, int):
+        return value[:, start : start + count]
+    return _tokens_at(value, start[:, None] + jnp.arange(count))

@@ -11,7 +11,7 @@ from typing import Any
 from utils.arc import scores as scoring
 from utils.cli import Signals
 from utils.errors import UserError
-from utils.plan.plan import Prepared
+from utils.plan.plan import Plan
 from utils.run.compute import Usage
 from utils.run.peers import Peers
 from utils.shards.items import sample_key, sample_name
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def finish(
-    prepared: Prepared,
+    plan: Plan,
     writer: ShardWriter,
     usage: Usage,
     signals: Signals,
@@ -39,7 +39,7 @@ def finish(
     leads: bool,
 ) -> dict[str, Any]:
     """Closes the last shard; the first process writes the output and the manifest of all."""
-    request, folder = prepared.request, prepared.run_folder
+    request, folder = plan.request, plan.run_folder
     with signals.shielded():
         writer.close_shard()
     usages = peers.exchange("usage", asdict(usage))
@@ -52,7 +52,7 @@ def finish(
     with signals.shielded():
         if peers.index == 0:
             answers = {sample_key(a): a for part in parts for a in part["answers"]}
-            if missing := [s.key for s in prepared.samples if s.key not in answers]:
+            if missing := [s.key for s in plan.samples if s.key not in answers]:
                 raise UserError(
                     f"the answers to {len(missing)} samples are in none of the folders, the first "
                     f"to {sample_name(missing[0])}: bring the folder of the process that made "
@@ -60,7 +60,7 @@ def finish(
                 )
             if request.augmentations > 1:
                 answers = scoring.vote(answers)
-            targets = {t.task_id: [pair.output for pair in t.test] for t in prepared.tasks}
+            targets = {t.task_id: [pair.output for pair in t.test] for t in plan.tasks}
             predictions = scoring.predictions(targets, answers, generated=request.generates)
             if request.generates:
                 extra["scores"] = scoring.accuracy(predictions)
@@ -111,20 +111,18 @@ def _useful(usages: list[dict[str, int]]) -> dict[str, float | None]:
     return {"prefill": share("prefill"), "decode": share("decode")}
 
 
-def last_files(
-    prepared: Prepared, writer: ShardWriter, peers: Peers
-) -> tuple[list[Path], list[Path]]:
+def last_files(plan: Plan, writer: ShardWriter, peers: Peers) -> tuple[list[Path], list[Path]]:
     """What goes to the bucket once the shards are there: of this process, and then of all; the
     manifest by which a reader knows that the run is complete comes last."""
-    extracts, several = prepared.request.activations_dir is not None, peers.count > 1
+    extracts, several = plan.request.activations_dir is not None, peers.count > 1
     own = [*writer.other_journals(), writer.journal_path] if extracts else []
     own += [writer.manifest_path] * (extracts and several)
-    output = Path(prepared.request.output_path)
+    output = Path(plan.request.output_path)
     return own, [] if peers.index else [output, writer.folder / "metadata.json"]
 
 
 def send_the_rest(
-    prepared: Prepared,
+    plan: Plan,
     writer: ShardWriter,
     uploads: Uploads,
     manifest: Manifest,
@@ -144,7 +142,7 @@ def send_the_rest(
         if peers.count > 1 and peers.index == 0:
             with signals.shielded():
                 write_json_atomic(writer.folder / "metadata.json", manifest)
-    own, joint = last_files(prepared, writer, peers)
+    own, joint = last_files(plan, writer, peers)
     with peers.together("uploading manifests"):
         uploads.finish(peers.check, *own)
     with peers.together("uploading the last"):

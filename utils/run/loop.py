@@ -22,8 +22,8 @@ from utils.arc.tasks import SampleKey
 from utils.cli import Signals
 from utils.errors import UserError
 from utils.plan.batching import Batch
-from utils.plan.plan import Prepared, settings, train_pairs
-from utils.run.compute import Computation, Row, Usage, to_item
+from utils.plan.plan import Plan
+from utils.run.compute import Computation, Result, Usage, to_item
 from utils.run.dry_run import DiskOutlook, check_disk
 from utils.run.finish import finish, last_files, send_the_rest
 from utils.run.peers import Peers, Sharing, weights_hash
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 STOP_SECONDS = 12  # for the sample that is being stored when a run is stopped
 
 
-def open_writer(prepared: Prepared, peers: Peers) -> ShardWriter:
+def open_writer(plan: Plan, peers: Peers) -> ShardWriter:
     """The run's folder, checked against what is there already; nothing is changed yet."""
-    request, mesh = prepared.request, prepared.layout.mesh
+    request, mesh = plan.request, plan.layout.mesh
     output = Path(request.output_path)
     if output.exists() and not (request.resume or request.overwrite):
         raise UserError(
@@ -52,25 +52,25 @@ def open_writer(prepared: Prepared, peers: Peers) -> ShardWriter:
         "arguments": request.arguments,
         "versions": _versions(),
         "devices": [str(device) for device in mesh.devices.flat],
-        "mesh_shape": [prepared.layout.data, prepared.layout.model],
+        "mesh_shape": [plan.layout.data, plan.layout.model],
         "processes": peers.count,
-        "train_pairs": train_pairs(prepared),
-        "special_ids": sorted(prepared.tokenizer.all_special_ids),
+        "train_pairs": plan.train_pairs,
+        "special_ids": sorted(plan.codec.tokenizer.all_special_ids),
     }
-    deciding = settings(prepared, weights_hash(prepared.checkpoint, peers))
+    deciding = plan.settings(weights_hash(plan.checkpoint, peers))
     elsewhere = None
-    if prepared.bucket is not None:
+    if plan.bucket is not None:
         elsewhere = look_for_run(
-            prepared.bucket,
-            prepared.listing,
-            prepared.run_folder,
+            plan.bucket,
+            plan.listing,
+            plan.run_folder,
             output.name,
             deciding,
             request.resume,
             peers,
         )
     writer = ShardWriter(
-        prepared.run_folder,
+        plan.run_folder,
         deciding,
         facts,
         elsewhere=elsewhere,
@@ -84,25 +84,25 @@ def open_writer(prepared: Prepared, peers: Peers) -> ShardWriter:
     )
     if output.exists() and request.resume and not writer.continues and peers.index == 0:
         raise UserError(
-            f"{output} exists, but there is no run to resume in {prepared.run_folder}: choose "
+            f"{output} exists, but there is no run to resume in {plan.run_folder}: choose "
             f"another {request.output_flag}, or replace it with --overwrite"
         )
     return writer
 
 
-def open_uploads(prepared: Prepared, writer: ShardWriter, peers: Peers) -> Uploads:
+def open_uploads(plan: Plan, writer: ShardWriter, peers: Peers) -> Uploads:
     """Of this process; checked against what the bucket holds already, nothing is sent yet."""
-    request, bucket = prepared.request, prepared.bucket
+    request, bucket = plan.request, plan.bucket
     extracts = request.activations_dir is not None
     if bucket is None or (not extracts and peers.index):
         return Uploads()
     first_of_several = extracts and peers.count > 1 and peers.index == 0
     if extracts:
-        uploaded_before(bucket, prepared.listing, writer.folder, writer.here)
+        uploaded_before(bucket, plan.listing, writer.folder, writer.here)
     return BucketUploads(
         bucket,
         writer,
-        prepared.listing,
+        plan.listing,
         max_pending_bytes=request.max_pending_gb * 1e9,
         timeout=request.upload_timeout,
         delete_after_upload=request.delete_after_upload,
@@ -112,7 +112,7 @@ def open_uploads(prepared: Prepared, writer: ShardWriter, peers: Peers) -> Uploa
     )
 
 
-def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dict[str, Any]:
+def run(plan: Plan, signals: Signals, peers: Peers | None = None) -> dict[str, Any]:
     """Computes and stores what is not there yet, then writes `output_path`.
 
     Returns the finished manifest; of several processes, all call this, and the first gets that of
@@ -120,13 +120,13 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
     was committed stays, and `--resume` does the rest.
     """
     peers = peers or Peers()
-    request = prepared.request
-    output, folder = Path(request.output_path), prepared.run_folder
+    request = plan.request
+    output, folder = Path(request.output_path), plan.run_folder
     with peers.together("checking"):
-        writer = open_writer(prepared, peers)
-        uploads = open_uploads(prepared, writer, peers)
+        writer = open_writer(plan, peers)
+        uploads = open_uploads(plan, writer, peers)
     complete = writer.complete and (folder / "metadata.json").exists() and output.exists()
-    own, joint = last_files(prepared, writer, peers)
+    own, joint = last_files(plan, writer, peers)
     said = peers.exchange("complete", [complete, uploads.holds(writer.here, *own, *joint)])
     if said[0][0] and all(sent for _, sent in said):
         log.info("the run in %s is complete; there is nothing to do", folder)
@@ -134,19 +134,19 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
     shared = peers.sharing(folder)
     done = _done_by_all(writer, shared, peers)
     with peers.together("checking the disk"):
-        check_disk(prepared, done, shared.members / peers.count)
-    todo = _without_done(prepared, done)
+        check_disk(plan, done, shared.members / peers.count)
+    todo = plan.without(done)
     started = False
     try:
         with peers.together("loading the model"):
-            computation = _load(prepared, todo) if todo else None
+            computation = _load(plan, todo) if todo else None
         with locked(folder) if shared.leader else contextlib.nullcontext():
             # In a shared folder the leader clears away what is not part of the run, then the others
             # begin.
             for turn in (True, False):
                 with peers.together("starting"), signals.shielded():
                     if shared.leader is turn:
-                        writer.set_skipped(prepared.skipped)
+                        writer.set_skipped(list(plan.skipped))
                         writer.start(leads=turn)
                         started = True
                         if request.overwrite and peers.index == 0:
@@ -155,10 +155,10 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
                 with peers.together("taking the bucket"):
                     if (peers.index == 0) is turn:
                         uploads.start()
-            usage = _run_batches(prepared, todo, done, computation, writer, uploads, signals, peers)
+            usage = _run_batches(plan, todo, done, computation, writer, uploads, signals, peers)
             with peers.together("finishing"):
-                manifest = finish(prepared, writer, usage, signals, peers, shared.leader)
-            return send_the_rest(prepared, writer, uploads, manifest, signals, peers)
+                manifest = finish(plan, writer, usage, signals, peers, shared.leader)
+            return send_the_rest(plan, writer, uploads, manifest, signals, peers)
     except BaseException as error:
         if started:
             with contextlib.suppress(UserError), signals.shielded():
@@ -177,6 +177,15 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
         raise
     finally:
         uploads.close()
+
+
+def stored_already(plan: Plan, peers: Peers) -> tuple[set[SampleKey], float]:
+    """The samples of a run that are stored, by whatever process, and the share of the others that
+    goes to this process's disk; for a dry run, of which all processes call this."""
+    with peers.together("checking"):
+        writer = open_writer(plan, peers)
+    shared = peers.sharing(plan.run_folder)
+    return _done_by_all(writer, shared, peers), shared.members / peers.count
 
 
 def _done_by_all(writer: ShardWriter, shared: Sharing, peers: Peers) -> set[SampleKey]:
@@ -209,11 +218,11 @@ def _done_by_all(writer: ShardWriter, shared: Sharing, peers: Peers) -> set[Samp
     return set(owners)
 
 
-def _load(prepared: Prepared, todo: Sequence[Batch]) -> Computation:
+def _load(plan: Plan, todo: Sequence[Batch]) -> Computation:
     """The model, and every program that is needed. In a thread, so that a signal is answered."""
 
     def load() -> Computation:
-        computation = Computation(prepared)
+        computation = Computation(plan)
         computation.compile(todo)
         return computation
 
@@ -224,20 +233,8 @@ def _load(prepared: Prepared, todo: Sequence[Batch]) -> Computation:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _without_done(prepared: Prepared, done: set[SampleKey]) -> list[Batch]:
-    """The batches with a row still to do; the shapes stay, rows that are done become padding."""
-    todo = []
-    for batch in prepared.batches:
-        rows = tuple(
-            i if i >= 0 and prepared.samples[i].key not in done else -1 for i in batch.rows
-        )
-        if max(rows) >= 0:
-            todo.append(Batch(batch.shape, rows))
-    return todo
-
-
 def _run_batches(
-    prepared: Prepared,
+    plan: Plan,
     todo: Sequence[Batch],
     done: set[SampleKey],
     computation: Computation | None,
@@ -249,7 +246,7 @@ def _run_batches(
     """Stores this process's share of every batch in `todo`."""
     if computation is None:
         return Usage()
-    request = prepared.request
+    request = plan.request
     begin = time.perf_counter()
     tokens, stored_batches, told = 0, 0, False
     had, outlook = len(writer.done), DiskOutlook(writer.folder)
@@ -263,13 +260,13 @@ def _run_batches(
         disable=peers.index > 0,
     )
 
-    def store(rows: list[Row]) -> None:
+    def store(rows: list[Result]) -> None:
         nonlocal tokens, stored_batches, told
         tokens += sum(row.num_tokens for row in rows)
         seconds = time.perf_counter() - begin
         writer.update_timing(seconds, computation.compile_seconds, tokens)
         for row in rows:
-            writer.add(*to_item(row, prepared))
+            writer.add(*to_item(row, plan))
             uploads.make_room()
         stored_batches += 1
         if request.save_every_n_batches and stored_batches % request.save_every_n_batches == 0:

@@ -26,7 +26,7 @@ import jax
 from utils.cli import Interrupted
 from utils.errors import UserError, some
 from utils.model.weights import Checkpoint, fingerprint
-from utils.plan.plan import Prepared
+from utils.plan.plan import Plan
 from utils.plan.samples import tasks_hash
 from utils.run.parent import ALONE, CONNECTED, tell_parent, unreachable
 from utils.shards.manifest import differences
@@ -319,10 +319,10 @@ def _surrounded() -> bool:
     return False
 
 
-def agree(prepared: Prepared, peers: Peers) -> None:
+def agree(plan: Plan, peers: Peers) -> None:
     """Raises UserError where the processes of a run were not asked for the same, or do not read
     the same. The paths of model, tasks and results may differ."""
-    request = prepared.request
+    request = plan.request
     own = {"process_id", "coordinator_address", "coordinator_timeout", "peer_timeout", "verbose"}
     said = {
         "arguments": {
@@ -330,11 +330,11 @@ def agree(prepared: Prepared, peers: Peers) -> None:
             for name, value in request.arguments.items()
             if name not in own and not name.endswith(("_path", "_dir"))
         },
-        "tasks": tasks_hash(prepared.tasks),
-        "prompt": prepared.fmt.template_hash,
-        "tokens": [sum(sample.length.total for sample in prepared.samples), prepared.stop_ids],
-        "config": asdict(prepared.config),
-        "batches": hashlib.sha256(repr(prepared.batches).encode()).hexdigest(),
+        "tasks": tasks_hash(plan.tasks),
+        "prompt": plan.codec.fingerprint,
+        "tokens": sum(sample.length.total for sample in plan.samples),
+        "config": asdict(plan.config),
+        "batches": hashlib.sha256(repr(plan.batches).encode()).hexdigest(),
     }
     everyone = peers.exchange("request", json.loads(json.dumps(said)))
     for index, theirs in enumerate(everyone):

@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,10 @@ from flax.traverse_util import unflatten_dict
 from utils.errors import UserError
 from utils.model.engine import for_every_shape
 from utils.model.generate import Shape
-from utils.model.layout import check_shape
 from utils.model.weights import abstract_params, placement
 from utils.plan.batching import padding_share
 from utils.plan.memory import device_bytes
-from utils.plan.plan import Prepared, on_mesh, prepare
+from utils.plan.plan import Plan, plan_meshes
 from utils.plan.request import Request
 from utils.run.compute import Computation
 from utils.run.dry_run import plan_storage
@@ -115,15 +114,11 @@ def main(
             raise UserError(f"{plan_json} is a folder: give --plan_json the path of a file")
         check_writable(Path(plan_json).parent)
     devices = slice_devices(name)
-    for shape in filter(None, shapes):
-        check_shape(*shape, devices)
-    first = replace(request, mesh_shape=shapes[0])
-    prepared = prepare(first, devices, writes=False)
     plans = []
-    for shape in shapes:
+    for shape, plan in zip(shapes, plan_meshes(request, shapes, devices, False), strict=True):
         if len(shapes) > 1:
             log.info("mesh %s", "x".join(map(str, shape)))
-        plans.append(plan(on_mesh(prepared, shape, devices), name))
+        plans.append(estimate(plan, name))
     if len(plans) > 1:
         print_table(plans)
     best = max(plans, key=lambda p: (p["fits"], p["estimated_tokens_per_second"] or 0))
@@ -134,26 +129,26 @@ def main(
     return 0
 
 
-def plan(prepared: Prepared, name: str) -> dict[str, Any]:
+def estimate(plan: Plan, name: str) -> dict[str, Any]:
     """The plan of a run on a slice; keys as the README of distributed inference explains them."""
-    layout, request = prepared.layout, prepared.request
+    layout, request = plan.layout, plan.request
     chip = CHIPS[name.partition("-")[0]]
     mesh = layout.mesh
-    computation = Computation(prepared, params=_abstract(prepared))
+    computation = Computation(plan, params=_abstract(plan))
     by_shape = for_every_shape(
-        ((batch.shape, len(batch.rows)) for batch in prepared.batches),
-        partial(_bucket, prepared, computation, chip),
+        ((batch.shape, len(batch.rows)) for batch in plan.batches),
+        partial(_bucket, plan, computation, chip),
         f"compiling for {name}",
     )
     buckets = list(by_shape.values())
     for bucket in buckets:
         bucket["batches"] = 0
     seconds = 0.0
-    for batch in prepared.batches:
+    for batch in plan.batches:
         bucket = by_shape[batch.shape, len(batch.rows)]
         bucket["batches"] += 1
         seconds += bucket["seconds"]
-    tokens, shards = plan_storage(prepared)
+    tokens, shards = plan_storage(plan)
     limit = device_bytes(mesh.devices.flat[0])
     worst = max(buckets, key=lambda b: b["hbm_bytes"] if b["hbm_bytes"] else float("inf"))
     need = worst["hbm_bytes"]
@@ -171,23 +166,23 @@ def plan(prepared: Prepared, name: str) -> dict[str, Any]:
         "prefill": worst["prefill"],
         "decode": worst["decode"],
         "buckets": buckets,
-        "padding": padding_share([s.length for s in prepared.samples], prepared.batches),
+        "padding": padding_share([s.length for s in plan.samples], plan.batches),
         "estimated_tokens_per_second": tokens / seconds if fits else None,
-        "estimated_prefill_tokens_per_second": _prefill_rate(prepared, by_shape) if fits else None,
+        "estimated_prefill_tokens_per_second": _prefill_rate(plan, by_shape) if fits else None,
         "estimated_hours": seconds / 3600 if fits else None,
-        "num_samples": len(prepared.samples),
+        "num_samples": len(plan.samples),
         "num_tokens_total": tokens,
         "activation_bytes_total": sum(size for _, size in shards) if stored else 0,
         "shards": len(shards) if stored else 0,
-        "advice": [] if fits else _advice(prepared, worst, limit),
+        "advice": [] if fits else _advice(plan, worst, limit),
     }
 
 
-def _abstract(prepared: Prepared) -> Any:
+def _abstract(plan: Plan) -> Any:
     """The parameters as the run would hold them, without their values."""
-    layout, dtype = prepared.layout, np.dtype(prepared.dtype)
+    layout, dtype = plan.layout, np.dtype(plan.dtype)
     leaves = {}
-    for path, shape in abstract_params(prepared.config).items():
+    for path, shape in abstract_params(plan.config).items():
         place = placement(path, shape, layout)
         sharding = layout.sharding(*place.spec)
         leaves[path] = jax.ShapeDtypeStruct(place.shape, dtype, sharding=sharding)
@@ -195,10 +190,10 @@ def _abstract(prepared: Prepared) -> Any:
 
 
 def _bucket(
-    prepared: Prepared, computation: Computation, chip: Chip, shape: Shape, rows: int
+    plan: Plan, computation: Computation, chip: Chip, shape: Shape, rows: int
 ) -> dict[str, Any]:
     """One compiled shape: its programs' figures, and the seconds that a batch takes at least."""
-    layout, work = prepared.layout, prepared.workload
+    layout, work = plan.layout, plan.workload
     found: dict[str, Any] = {"rows": rows, "length": shape.length, "answer": shape.answer}
     try:
         programs = computation.programs(shape, rows)
@@ -216,7 +211,7 @@ def _bucket(
     # The parameters are there once, whichever program runs; a prefill's cache outlives it.
     memory = max(figures["hbm_bytes"] for figures in (prefill, *decodes)) + waiting
     seconds = _seconds(prefill, chip)
-    steps = prepared.request.max_output_tokens if decodes else 0
+    steps = plan.request.max_output_tokens if decodes else 0
     seconds += sum(_seconds(figures, chip) * steps for figures in decodes)
     return {
         **found,
@@ -279,17 +274,17 @@ def _seconds(figures: dict[str, Any], chip: Chip) -> float:
     )
 
 
-def _prefill_rate(prepared: Prepared, by_shape: dict[Any, dict[str, Any]]) -> float:
+def _prefill_rate(plan: Plan, by_shape: dict[Any, dict[str, Any]]) -> float:
     """Tokens a second of the samples' prompts, and forced answers, alone."""
-    tokens = sum(sample.length.total for sample in prepared.samples)
+    tokens = sum(sample.length.total for sample in plan.samples)
     return tokens / sum(
-        by_shape[batch.shape, len(batch.rows)]["prefill_seconds"] for batch in prepared.batches
+        by_shape[batch.shape, len(batch.rows)]["prefill_seconds"] for batch in plan.batches
     )
 
 
-def _advice(prepared: Prepared, worst: dict[str, Any], limit: int) -> list[str]:
-    layout, request = prepared.layout, prepared.request
-    share = prepared.workload.parameter_bytes(layout) / limit
+def _advice(plan: Plan, worst: dict[str, Any], limit: int) -> list[str]:
+    layout, request = plan.layout, plan.request
+    share = plan.workload.parameter_bytes(layout) / limit
     devices = layout.mesh.size
     advice = []
     if layout.model < devices:

@@ -23,6 +23,8 @@ MANIFEST = re.compile(r"metadata(_host\d{3,})?\.json")
 JOURNAL = re.compile(r"answers(_host\d{3,})?\.jsonl")
 
 _TIMINGS = ("seconds", "compile_seconds", "tokens_per_second")
+_EMPTY = (None, [], {})
+_LATER = {"prompt.tokenizer_hash", "prompt.stop_ids"}  # which the first manifests do not say
 _ENTRY = {"samples", "size_bytes", "crc32c", "uploaded"}
 
 Manifest = dict[str, Any]
@@ -174,9 +176,16 @@ def timing(manifest: Manifest) -> tuple[float, float, float]:
 
 
 def differences(was: Any, now: Any, name: str = "") -> list[str]:
-    """`model.hash was 'a', is 'b'` for each entry that differs; keys named `path` do not count."""
+    """`model.hash was 'a', is 'b'` for each entry that differs; keys named `path` do not count.
+
+    An entry that is not there is one that is empty. Those of _LATER are compared where both sides
+    have them: manifests of earlier versions do not say what they were.
+    """
     if not isinstance(was, dict) or not isinstance(now, dict):
-        return [] if was == now else [f"{name} was {was!r:.80}, is {now!r:.80}"]
+        empty = was in _EMPTY and now in _EMPTY
+        unknown = name in _LATER and None in (was, now)
+        same = was == now or empty or unknown
+        return [] if same else [f"{name} was {was!r:.80}, is {now!r:.80}"]
     return [
         change
         for key in {**was, **now}

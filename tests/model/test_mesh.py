@@ -1,4 +1,4 @@
-"""The same states and answers on every mesh: eight virtual devices against one."""
+"""The same states and answers on every mesh, eight virtual devices against one; and its cache."""
 
 import os
 
