@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import write_random_checkpoint
@@ -187,3 +188,18 @@ def test_a_nan_among_the_weights_gives_no_id_outside_the_vocabulary(tmp_path, na
         assert tokens.min() >= 0 and tokens.max() < 299
         for row, count in enumerate(counts):
             assert np.isnan(decoded.logprobs[row, :count]).all()
+
+
+def test_64_bits_in_jax_change_nothing(batch):
+    """JAX_ENABLE_X64=1, which another program on the machine may need."""
+    sampled = generate(load_engine(CHECKPOINT), PROMPTS, 80, 10, temperature=1.5)
+    with jax.enable_x64(True):
+        assert jnp.arange(1).dtype == jnp.int64
+        engine = load_engine(CHECKPOINT)
+        wide = [generate(engine, PROMPTS, 80, 10, temperature=t) for t in (0.0, 1.5)]
+        for one, other in zip(
+            jax.tree.leaves([batch, sampled]), jax.tree.leaves(wide), strict=True
+        ):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+        prefill(engine, PROMPTS[:2], 80, [[3, 4], [5]])

@@ -1,13 +1,15 @@
 """The same states and answers on every mesh, eight virtual devices against one; and its cache."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import write_random_checkpoint
-from conftest import TINY
+from conftest import ROOT, TINY
 from parity import TOLERANCE, generate, load_engine, prefill, worst_error
 
 from utils.model.layout import Layout, make_mesh, use_compilation_cache
@@ -136,3 +138,24 @@ def test_without_a_home_no_program_is_kept(monkeypatch, cache_settings):
     jax.config.update("jax_compilation_cache_dir", None)
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+def test_a_device_that_is_not_to_be_had_is_one_line(platforms):
+    code = """
+from utils.errors import UserError
+from utils.model.layout import find_devices
+try:
+    find_devices(everywhere=False)
+except UserError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+    )
+    assert f"JAX finds no device of JAX_PLATFORMS={platforms}" in result.stdout, result.stderr
+    assert result.stdout.count("\n") == 1

@@ -198,6 +198,20 @@ class Layout:
         return begin_of_block + prompt // blocks + step // blocks
 
 
+def find_devices(everywhere: bool) -> Sequence[jax.Device]:
+    """The devices of all processes, or the first one of this process. Raises UserError where the
+    platform that the environment names is not to be had."""
+    try:
+        return jax.devices() if everywhere else jax.local_devices()[:1]
+    except (RuntimeError, AssertionError) as error:  # a platform that JAX was built without asserts
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        raise UserError(
+            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms or ''}"
+            f"{f' ({reason})' if reason else ''}: name one that this machine has and no other "
+            "process holds, such as cpu, or none"
+        ) from error
+
+
 def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The devices (default: all of every process), ordered by their physical topology."""
     ordered = mesh_utils.create_device_mesh((data, model), devices, allow_split_physical_axes=True)

@@ -20,7 +20,7 @@ from utils.arc.tasks import SampleKey
 from utils.errors import UserError
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
-from utils.model.layout import Layout, check_shape, default_dtype, make_mesh
+from utils.model.layout import Layout, check_shape, default_dtype, find_devices, make_mesh
 from utils.model.weights import Checkpoint
 from utils.plan.batching import Batch, Length, Limits, aligned, plan_batches
 from utils.plan.inputs import localized, speaking_of
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def workload(self) -> Workload:
-        return _workload(self.request, self.config, self.capture, self.dtype)
+        return _workload(self.request, self.config, self.capture, self.dtype, self.samples)
 
     @property
     def run_folder(self) -> Path:
@@ -176,7 +176,7 @@ def plan_meshes(
     """
     request.check()
     if devices is None:
-        devices = jax.devices() if request.distributed else jax.local_devices()[:1]
+        devices = find_devices(everywhere=request.distributed)
     for shape in filter(None, shapes):
         check_shape(*shape, devices)
     bucket, listing = None, {}
@@ -199,7 +199,7 @@ def plan_meshes(
         if not samples:
             raise UserError(_nothing_to_run(skipped))
     dtype = request.dtype or default_dtype(devices)
-    work = _workload(request, config, capture, dtype)
+    work = _workload(request, config, capture, dtype, samples)
     lengths = [sample.length for sample in samples]
     for shape in shapes:
         layout = _choose_layout(work, lengths, shape, devices)
@@ -255,9 +255,16 @@ def _nothing_to_run(skipped: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _workload(request: Request, config: ModelConfig, capture: CaptureSpec, dtype: str) -> Workload:
+def _workload(
+    request: Request,
+    config: ModelConfig,
+    capture: CaptureSpec,
+    dtype: str,
+    samples: Sequence[Sample],
+) -> Workload:
     answer = request.max_output_tokens if request.generates else 0
-    return Workload(config, capture, answer, np.dtype(dtype).itemsize)
+    forced = max(sample.length.answer for sample in samples)
+    return Workload(config, capture, answer, np.dtype(dtype).itemsize, forced)
 
 
 def _choose_layout(
