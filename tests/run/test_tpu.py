@@ -2,13 +2,19 @@
 
 import importlib.util
 import json
+import os
 import random
+import subprocess
+import sys
+from subprocess import DEVNULL, PIPE
 
 import pytest
-from conftest import TINY, random_task, run_script
+from conftest import ROOT, TINY, random_task, run_script
 
+from utils.run import tpu
 from utils.run.tpu import SLICES, collectives_of
 
+MULTIPLE = "ALLOW_MULTIPLE_LIBTPU_LOAD"
 SCRIPT = "distributed_inference_with_activations.py"
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -104,6 +110,29 @@ def test_a_slice_of_chips_with_two_cores(inputs):
     assert result.returncode == 2
     error = result.stderr.strip().splitlines()[-1]
     assert "takes 64 devices, and JAX sees 32" in error and "two" in error and "8 4" in error
+
+
+@needs_compiler
+def test_planning_while_another_process_holds_the_tpu_library():
+    """The library locks a file of the machine, which a training on its TPU would hold too."""
+    hold = """
+from jax.experimental import topologies
+topologies.get_topology_desc("v5e:2x2", "tpu")
+print("held", flush=True)
+input()
+"""
+    ask = "from utils.run.tpu import slice_devices; print(len(slice_devices('v5e-4')))"
+    lone = {**os.environ, **tpu._COMPILER_ALONE}
+    lone.pop(MULTIPLE, None)
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], env=lone, text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+    ) as holder:
+        holder.stdout.readline()  # empty where one outside of this test holds it already
+        found = subprocess.run(
+            [sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True
+        )
+        holder.communicate("\n")
+    assert found.stdout == "4\n", found.stderr
 
 
 def test_names_of_slices():
