@@ -132,10 +132,10 @@ def test_the_tree_names_what_there_is():
     (tree,) = re.findall(r"^## The files\n.*?^```\n(.*?)^```", README, re.S | re.M)
     lines = [line.split()[0] for line in tree.splitlines() if not line.startswith(" " * 4)]
     rooms = [line.split()[0] for line in tree.splitlines() if re.match("  [a-z]", line)]
-    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
-    tops = {path.partition("/")[0] + "/" * ("/" in path) for path in tracked}
-    shown = {top for top in tops if top.endswith((".py", "/")) and not top.startswith(".")}
-    assert shown <= set(lines)
+    folders = {
+        path.parent.name + "/" for kind in ("py", "md") for path in ROOT.glob(f"[!.]*/*.{kind}")
+    }
+    assert folders | {path.name for path in ROOT.glob("*.py")} <= set(lines)
     assert [room.removesuffix(".py").rstrip("/") for room in rooms] == named_rooms()
     for line in set(lines) - set(rooms):
         assert (ROOT / line).exists(), line
@@ -209,6 +209,8 @@ def test_the_keys_of_the_manifest():
         row = next(line for line in rows.splitlines() if line.startswith(f"| `{name}`"))
         words = set(re.findall(r"\w+", row)) - {name}
         assert manifest[name].keys() <= words, name
+    for key in ("non_finite", "interventions", "adapter", "tokenizer_hash", "stop_ids"):
+        assert f"`{key}`" in rows  # which runs of format 1 were without, as this one is
     row = next(line for line in rows.splitlines() if line.startswith("| `files`"))
     assert manifest["files"][0].keys() <= set(re.findall(r"\w+", row))
 
