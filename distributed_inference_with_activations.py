@@ -19,7 +19,6 @@ from utils import cli
 from utils.errors import UserError
 from utils.plan import flags
 from utils.plan.request import Request, mesh_shapes
-from utils.run import parent as supervise
 
 
 def build_parser() -> cli.Parser:
@@ -57,27 +56,21 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     if len(shapes) > 1:
         words = " ".join(args.mesh_shape)
         raise UserError(f"--mesh_shape {words} is several shapes, which --plan alone compares")
-    here = (args.coordinator_address, args.num_processes, args.process_id)
-    supervise.check_flags(*here)
-    if supervise.several_possible(*here):
-        words = supervise.unreachable(
-            args.coordinator_address, args.process_id, args.coordinator_timeout
-        )
-        supervise.fork(words)
     from utils.plan.plan import prepare
-    from utils.run import peers as processes
     from utils.run import summary as report
+    from utils.run.connect import connect
     from utils.run.loop import run
-    from utils.run.peers import agree
+    from utils.run.peers import agree, parting
 
-    peers = processes.connect(
+    peers = connect(
         args.coordinator_address,
         args.num_processes,
         args.process_id,
-        args.coordinator_timeout,
-        args.peer_timeout,
+        timeout=args.coordinator_timeout,
+        silence=args.peer_timeout,
+        signals=signals,
     )
-    with processes.parting(peers):
+    with parting(peers):
         with peers.together("checking the request"):
             prepared = prepare(request)
         agree(prepared, peers)

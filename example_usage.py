@@ -18,6 +18,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from utils.cli import Interrupted, Parser, Signals, run
+from utils.cli import Parser, Signals, run
 from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.items import CELL_COLUMNS
@@ -122,28 +123,32 @@ def show_command(
 
 
 def script(
-    name: str, *flags: Sequence[str | int | Path], env: Mapping[str, str] | None = None
+    signals: Signals,
+    name: str,
+    *flags: Sequence[str | int | Path],
+    env: Mapping[str, str] | None = None,
 ) -> None:
     """Print a command and run it; its output and its progress bar go where ours go."""
     show_command(name, *flags, env=env)
     print(flush=True)
     command = [sys.executable, SCRIPTS / name, *(str(word) for flag in flags for word in flag)]
     with subprocess.Popen(command, env={**os.environ, **(env or {})}) as child:
-        try:
-            code = child.wait()
-        except Interrupted as stop:
-            if stop.signum == signal.SIGTERM:  # Ctrl-C reaches the child by itself
-                child.terminate()
-            child.wait()
-            raise
+        while (code := child.poll()) is None:
+            if signals.signum is not None:
+                if signals.signum != signal.SIGINT:  # Ctrl-C reaches the child by itself
+                    child.send_signal(signals.signum)
+                child.wait()
+                signals.check()
+            time.sleep(0.1)
     if code == 141:  # the reader of our output has left
         raise BrokenPipeError
     if code:
         raise UserError(f"{name} ended with exit code {code}, see above", exit_code=1)
 
 
-def infer(folder: Path) -> None:
+def infer(signals: Signals, folder: Path) -> None:
     script(
+        signals,
         "simple_extraction_inference.py",
         ("--model_path", shown(MODEL)),
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
@@ -302,9 +307,10 @@ def show_run(place: str) -> None:
     show_item(first)
 
 
-def infer_on_mesh(folder: Path) -> None:
+def infer_on_mesh(signals: Signals, folder: Path) -> None:
     """Some of the tasks on four virtual devices, and how far their states are from step 4's."""
     script(
+        signals,
         "distributed_inference_with_activations.py",
         ("--model_path", shown(MODEL)),
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
@@ -352,30 +358,35 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     if args.activations_dir is not None:
         show_run(args.activations_dir)
         return
+    signals.hold()  # what was made is noted for --overwrite
     try:
         clear(folder, args.overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         with recorded(folder):
             heading("1. Inspect the rows of a dataset")
-            script("test_transformation.py", ("--dataset", shown(ROWS)))
+            script(signals, "test_transformation.py", ("--dataset", shown(ROWS)))
             heading("2. Rows -> ARC tasks")
             script(
+                signals,
                 "transform_hf_to_arc.py",
                 ("--dataset", shown(ROWS)),
                 ("--output_dir", folder / "arc_data"),
             )
             heading("3. Predictions and activations, with the model that ships")
-            infer(folder)
+            infer(signals, folder)
             heading("4. What was stored")
             show_results(folder / "results" / "activations")
+            signals.check()
             heading("5. Load it as training data")
             show_loaders(folder / "results" / "activations")
+            signals.check()
             heading("6. Train a sparse autoencoder")
             found = train_sae(folder)
+            signals.check()
             heading("7. A page of pictures")
             report(folder, *found)
             heading("8. On a mesh of devices, here four virtual ones")
-            infer_on_mesh(folder)
+            infer_on_mesh(signals, folder)
             heading("9. With a model of your own")
             show_next()
             print(f"\nThe pictures: {folder / 'report.html'}")

@@ -105,7 +105,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
 
     from utils.arc import rows
     from utils.arc import tasks as arc
-    from utils.store.local import JsonFile
+    from utils.store.local import JsonFile, check_writable
 
     paths = [
         args.output_dir / f"arc_format_{split_name(args.split)}.json",
@@ -116,16 +116,19 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
         if path.exists() and not args.overwrite:
             advice = "add --overwrite to replace it, or choose another --output_dir"
             raise UserError(f"{path} exists: {advice}")
+    check_writable(args.output_dir)
+    source = rows.open_rows(args.dataset, args.split, args.column, args.streaming)
     summary, seen = Summary(), set()
+    signals.hold()  # what is not finished is cleared away
     with (
         JsonFile(paths[0]) as tasks,
         JsonFile(paths[1]) as solutions,
         JsonFile(paths[2], b"[]") as errors,
     ):
-        source = rows.open_rows(args.dataset, args.split, args.column, args.streaming)
         wanted = islice(source.rows, args.max_samples)
         started = time.monotonic()  # importing and opening left out, as in the bar
         for i, row in enumerate(tqdm(wanted, unit=" rows", total=args.max_samples)):
+            signals.check()
             task, problems = rows.to_task(row, source.column, args.max_train_pairs)
             for pair, reason in problems:
                 errors.write(rows.error_item(i, pair, reason))
@@ -145,9 +148,8 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
         whole = [solutions, errors, tasks] if seen else [errors]
         for file in whole:
             file.finish()
-        with signals.shielded():
-            for file in whole:
-                file.commit()
+        for file in whole:
+            file.commit()
     if not seen:
         common = ", ".join(f"{reason} ({n})" for reason, n in summary.reasons.most_common(3))
         message = f"none of {summary.rows} rows gives a task: {common}; see {errors.path}"

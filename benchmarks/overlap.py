@@ -38,7 +38,7 @@ def main() -> None:
 
     class NoSignals(Signals):
         def __init__(self) -> None:
-            self._depth, self._pending, self._raised = 0, None, False
+            self.signum = None
 
     def seconds(scratch: Path, extracts: bool) -> float:
         shutil.rmtree(scratch, ignore_errors=True)

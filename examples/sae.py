@@ -219,7 +219,8 @@ def train(
         params, state, silent, unexplained = step(params, state, silent, rows)
         if number % 50 == 0:
             dead = int((silent >= config.dead_steps).sum())
-            bar.set_postfix_str(f"unexplained {float(unexplained):.3f}, dead {dead}")
+            said = f"unexplained {float(unexplained):.3f}, dead {dead}"
+            bar.set_postfix_str(said, refresh=False)
         bar.update()
     bar.close()
     trained = {name: np.asarray(value) for name, value in params.items()}

@@ -286,7 +286,7 @@ def check_settings(args: argparse.Namespace) -> None:
         )
 
 
-def train(args: argparse.Namespace, signals: cli.Signals) -> None:
+def train(args: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
     from flax.serialization import from_bytes
@@ -328,7 +328,7 @@ def train(args: argparse.Namespace, signals: cli.Signals) -> None:
     done = int(state["step"])
     begin = tuple(int(i) for i in state["next"])
 
-    bar = tqdm(total=args.steps, initial=done, unit="step", desc="training", mininterval=2)
+    bar = tqdm(total=args.steps, initial=done, unit="step", desc="training")
     losses = []
     for place, *batch in rows.stream(args.seed, begin, args.batch_tokens, layout.data):
         if done >= args.steps:
@@ -346,9 +346,8 @@ def train(args: argparse.Namespace, signals: cli.Signals) -> None:
             losses.clear()
             worst = sorted(families, key=families.get)[:4]
             bar.write(f"{entry}, worst " + ", ".join(f"{f} {families[f]:.2f}" for f in worst))
-            with signals.shielded():
-                state = {"params": params, "optimizer": opt_state, "step": done, "next": place}
-                save_state(path, state)
+            state = {"params": params, "optimizer": opt_state, "step": done, "next": place}
+            save_state(path, state)
     bar.close()
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     write_checkpoint(partial, fields, params)
@@ -384,13 +383,13 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def main(args: argparse.Namespace, signals: cli.Signals) -> None:
+def main(args: argparse.Namespace, _: cli.Signals) -> None:
     if args.output_dir.exists():
         raise UserError(f"{args.output_dir} exists: give another --output_dir")
     check_writable(args.work_dir)
     check_writable(args.output_dir.absolute().parent)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    train(args, signals)
+    train(args)
 
 
 def keep_memory() -> None:

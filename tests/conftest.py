@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -108,10 +107,10 @@ class NoSignals(cli.Signals):
     """For a run in the test's own process: leaves the test runner's signal handlers alone."""
 
     def __init__(self):
-        self._depth, self._pending, self._raised = 0, None, False
+        self.signum = None
 
-    def ignore(self):
-        pass
+    def note(self, signum):
+        self.signum = signum
 
 
 @pytest.fixture
@@ -128,11 +127,10 @@ def in_shell(monkeypatch, capfd):
             cli.run(script.main, script.build_parser(), list(map(str, flags)))
         return stop.value.code, *capfd.readouterr()
 
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(os, "_exit", leave)
-    yield call
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    monkeypatch.setattr(cli, "Signals", NoSignals)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # which `cli.run` wraps
+    return call
 
 
 def words(flags: dict) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, NoSignals, run_script
 
 import example_usage
 from utils.errors import UserError
@@ -236,7 +236,7 @@ def test_a_script_that_fails_ends_the_example(tmp_path, monkeypatch, capfd):
     (tmp_path / "fails.py").write_text("raise SystemExit(3)")
     monkeypatch.setattr(example_usage, "SCRIPTS", tmp_path)
     with pytest.raises(UserError, match=r"fails.py ended with exit code 3") as caught:
-        example_usage.script("fails.py", ("--flag", "two words"))
+        example_usage.script(NoSignals(), "fails.py", ("--flag", "two words"))
     assert caught.value.exit_code == 1
     assert "fails.py \\\n      --flag 'two words'" in capfd.readouterr().out
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.arc import scores as scoring
-from utils.cli import Signals
 from utils.errors import UserError
 from utils.plan.plan import Prepared
 from utils.run.compute import Usage
+from utils.run.ending import Ending
 from utils.run.peers import Peers
 from utils.shards.items import sample_key, sample_name
 from utils.shards.manifest import (
@@ -31,17 +31,11 @@ log = logging.getLogger(__name__)
 
 
 def finish(
-    prepared: Prepared,
-    writer: ShardWriter,
-    usage: Usage,
-    signals: Signals,
-    peers: Peers,
-    leads: bool,
+    prepared: Prepared, writer: ShardWriter, usage: Usage, peers: Peers, leads: bool
 ) -> dict[str, Any]:
     """Closes the last shard; the first process writes the output and the manifest of all."""
     request, folder = prepared.request, prepared.run_folder
-    with signals.shielded():
-        writer.close_shard()
+    writer.close_shard()
     usages = peers.exchange("usage", asdict(usage))
     stored: dict[str, Any] = {"manifests": {}, "answers": []}
     if leads:  # for all that write to this folder
@@ -49,32 +43,30 @@ def finish(
         stored["answers"] = list(read_answers(folder, all_here=peers.count == 1).values())
     parts = [json.loads(part) for part in peers.gather(json.dumps(stored).encode())]
     extra: dict[str, Any] = {"useful_slots": _useful(usages)}
-    with signals.shielded():
-        if peers.index == 0:
-            answers = {sample_key(a): a for part in parts for a in part["answers"]}
-            if missing := [s.key for s in prepared.samples if s.key not in answers]:
-                raise UserError(
-                    f"the answers to {len(missing)} samples are in none of the folders, the first "
-                    f"to {sample_name(missing[0])}: bring the folder of the process that made "
-                    "them, or --overwrite"
-                )
-            if request.augmentations > 1:
-                answers = scoring.vote(answers)
-            targets = {t.task_id: [pair.output for pair in t.test] for t in prepared.tasks}
-            predictions = scoring.predictions(targets, answers, generated=request.generates)
-            if request.generates:
-                extra["scores"] = scoring.accuracy(predictions)
-            submission = scoring.submission(targets, answers)
-            output = submission if request.distributed else predictions
-            write_json_atomic(request.output_path, output)
-        manifest = writer.finish(extra)
-        if peers.count > 1 and peers.index == 0:
-            manifest = _merge(parts, stored["manifests"], manifest)
-            write_json_atomic(folder / "metadata.json", manifest)
+    if peers.index == 0:
+        answers = {sample_key(a): a for part in parts for a in part["answers"]}
+        if missing := [s.key for s in prepared.samples if s.key not in answers]:
+            raise UserError(
+                f"the answers to {len(missing)} samples are in none of the folders, the first "
+                f"to {sample_name(missing[0])}: bring the folder of the process that made "
+                "them, or --overwrite"
+            )
+        if request.augmentations > 1:
+            answers = scoring.vote(answers)
+        targets = {t.task_id: [pair.output for pair in t.test] for t in prepared.tasks}
+        predictions = scoring.predictions(targets, answers, generated=request.generates)
+        if request.generates:
+            extra["scores"] = scoring.accuracy(predictions)
+        submission = scoring.submission(targets, answers)
+        output = submission if request.distributed else predictions
+        write_json_atomic(request.output_path, output)
+    manifest = writer.finish(extra)
+    if peers.count > 1 and peers.index == 0:
+        manifest = _merge(parts, stored["manifests"], manifest)
+        write_json_atomic(folder / "metadata.json", manifest)
     peers.exchange("finished", None)
     if request.activations_dir is None and leads:
-        with signals.shielded():
-            _keep_manifest_alone(folder, manifest if peers.index == 0 else None)
+        _keep_manifest_alone(folder, manifest if peers.index == 0 else None)
     return manifest
 
 
@@ -128,12 +120,12 @@ def send_the_rest(
     writer: ShardWriter,
     uploads: Uploads,
     manifest: Manifest,
-    signals: Signals,
-    peers: Peers,
+    ending: Ending,
 ) -> Manifest:
     """Returns the manifest once the bucket, where there is one, holds all. Raises UserError."""
+    peers = ending.peers
     with peers.together("uploading"):
-        uploads.drain(peers.check)
+        uploads.drain(ending.check)
     said = map(json.loads, peers.gather(json.dumps(uploads.receipts).encode()))
     if receipts := {name: receipt for part in said for name, receipt in part.items()}:
         files = [
@@ -142,13 +134,12 @@ def send_the_rest(
         ]
         manifest = {**manifest, "files": files}
         if peers.count > 1 and peers.index == 0:
-            with signals.shielded():
-                write_json_atomic(writer.folder / "metadata.json", manifest)
+            write_json_atomic(writer.folder / "metadata.json", manifest)
     own, joint = last_files(prepared, writer, peers)
     with peers.together("uploading manifests"):
-        uploads.finish(peers.check, *own)
+        uploads.finish(ending.check, *own)
     with peers.together("uploading the last"):
-        uploads.finish(peers.check, *joint)
+        uploads.finish(ending.check, *joint)
     if uploads.waited > 1:
         log.info("computing waited %.0f s for the network", uploads.waited)
     return manifest

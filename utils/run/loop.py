@@ -25,8 +25,9 @@ from utils.plan.batching import Batch
 from utils.plan.plan import Prepared, settings, train_pairs
 from utils.run.compute import Computation, Row, Usage, to_item
 from utils.run.dry_run import DiskOutlook, check_disk
+from utils.run.ending import Ending
 from utils.run.finish import finish, last_files, send_the_rest
-from utils.run.peers import Peers, Sharing, weights_hash
+from utils.run.peers import LeftBehind, Peers, Sharing, weights_hash
 from utils.run.pipeline import Pipeline
 from utils.run.resume import look_for_run, uploaded_before
 from utils.shards.items import sample_name
@@ -119,7 +120,8 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
     all. Raises UserError (exit code 1 from the first write on) and Interrupted; in both cases what
     was committed stays, and `--resume` does the rest.
     """
-    peers = peers or Peers()
+    ending = Ending(signals, peers)
+    peers = ending.peers
     request = prepared.request
     output, folder = Path(request.output_path), prepared.run_folder
     with peers.together("checking"):
@@ -139,12 +141,13 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
     started = False
     try:
         with peers.together("loading the model"):
-            computation = _load(prepared, todo) if todo else None
+            computation = _load(prepared, todo, ending) if todo else None
+        ending.hold()
         with locked(folder) if shared.leader else contextlib.nullcontext():
             # In a shared folder the leader clears away what is not part of the run, then the others
             # begin.
             for turn in (True, False):
-                with peers.together("starting"), signals.shielded():
+                with peers.together("starting"):
                     if shared.leader is turn:
                         writer.set_skipped(prepared.skipped)
                         writer.start(leads=turn)
@@ -155,13 +158,13 @@ def run(prepared: Prepared, signals: Signals, peers: Peers | None = None) -> dic
                 with peers.together("taking the bucket"):
                     if (peers.index == 0) is turn:
                         uploads.start()
-            usage = _run_batches(prepared, todo, done, computation, writer, uploads, signals, peers)
+            usage = _run_batches(prepared, todo, done, computation, writer, uploads, ending)
             with peers.together("finishing"):
-                manifest = finish(prepared, writer, usage, signals, peers, shared.leader)
-            return send_the_rest(prepared, writer, uploads, manifest, signals, peers)
+                manifest = finish(prepared, writer, usage, peers, shared.leader)
+            return send_the_rest(prepared, writer, uploads, manifest, ending)
     except BaseException as error:
-        if started:
-            with contextlib.suppress(UserError), signals.shielded():
+        if started and not isinstance(error, LeftBehind):
+            with contextlib.suppress(UserError):
                 writer.close_shard()  # a disk that failed says so again
             uploads.stop()
             log.info("%d samples are stored; --resume does the rest", len(writer.done))
@@ -209,7 +212,7 @@ def _done_by_all(writer: ShardWriter, shared: Sharing, peers: Peers) -> set[Samp
     return set(owners)
 
 
-def _load(prepared: Prepared, todo: Sequence[Batch]) -> Computation:
+def _load(prepared: Prepared, todo: Sequence[Batch], ending: Ending) -> Computation:
     """The model, and every program that is needed. In a thread, so that a signal is answered."""
 
     def load() -> Computation:
@@ -219,7 +222,7 @@ def _load(prepared: Prepared, todo: Sequence[Batch]) -> Computation:
 
     pool = ThreadPoolExecutor(1, "load")
     try:
-        return pool.submit(load).result()
+        return ending.wait(pool.submit(load))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -243,13 +246,12 @@ def _run_batches(
     computation: Computation | None,
     writer: ShardWriter,
     uploads: Uploads,
-    signals: Signals,
-    peers: Peers,
+    ending: Ending,
 ) -> Usage:
     """Stores this process's share of every batch in `todo`."""
     if computation is None:
         return Usage()
-    request = prepared.request
+    request, peers = prepared.request, ending.peers
     begin = time.perf_counter()
     tokens, stored_batches, told = 0, 0, False
     had, outlook = len(writer.done), DiskOutlook(writer.folder)
@@ -269,13 +271,14 @@ def _run_batches(
         seconds = time.perf_counter() - begin
         writer.update_timing(seconds, computation.compile_seconds, tokens)
         for row in rows:
+            ending.check()  # also: whether the others have given this process up
             writer.add(*to_item(row, prepared))
             uploads.make_room()
         stored_batches += 1
         if request.save_every_n_batches and stored_batches % request.save_every_n_batches == 0:
             writer.close_shard()
+        bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s", refresh=False)
         bar.update(len(rows))
-        bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
         if not told and seconds > 10 and pipeline.disk_wait > 0.1 * seconds:
             told = True
             log.warning("the disk is the bottleneck: %s", _disk_words(pipeline.disk_wait, seconds))
@@ -286,13 +289,11 @@ def _run_batches(
     try:
         with bar:
             while not pipeline.wait(0.2):
-                peers.check()
+                ending.check()
                 uploads.check()
     except BaseException as error:
-        signals.ignore()
         uploads.release()
-        cause = peers.explain(error)
-        peers.leaving(cause)
+        cause = ending.leaving(error)
         if not pipeline.stop(STOP_SECONDS):
             writer.abandon()
             log.warning(
