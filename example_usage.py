@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.cli import Parser, Signals, run
 from utils.errors import UserError
@@ -258,6 +257,8 @@ def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
 
 
 def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[str, Any]) -> None:
+    from tqdm import tqdm
+
     from examples.report import Findings, write_report
     from utils.arc.rows import to_task
     from utils.dataset.contrast import contrast
@@ -285,6 +286,8 @@ def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[
 
 def show_run(place: str) -> None:
     """What a run stored in a folder or a bucket; one shard in memory at a time."""
+    from tqdm import tqdm
+
     manifest = read_manifest(place)
     size = sum(entry["size_bytes"] for entry in manifest["files"])
     print(f"run                {place}: {manifest['status']}")
