@@ -17,30 +17,77 @@ import argparse
 
 from utils import cli
 from utils.errors import UserError
-from utils.plan import flags
-from utils.plan.request import Request, mesh_shapes
-from utils.run import parent as supervise
+from utils.plan.request import DRY_RUN, Request, mesh_shapes
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    flags.add_input_flags(parser)
-    parser.add_argument(
-        "--output_filepath",
-        dest="output_path",
-        default="results/submission.json",
-        help="Kaggle submission, a JSON file",
+    cli.add_flags(parser.add_argument_group("input"), Request, "input")
+    submission = {
+        "flag": "--output_filepath",
+        "default": "results/submission.json",
+        "help": "Kaggle submission, a JSON file",
+    }
+    cli.add_flags(parser, Request, "output", {"output_path": submission})
+
+    devices = parser.add_argument_group("devices and processes")
+    cli.add_flags(devices, Request, "mesh")
+    cli.add_flags(devices, Request, "batches", {"batch_size": {"default": 8}}, " and device")
+    devices.add_argument(
+        "--coordinator_address",
+        metavar="HOST:PORT",
+        help="where process 0 listens; with --num_processes and --process_id, where the "
+        "surroundings do not tell (default: what a TPU pod, Slurm or GKE says)",
     )
-    flags.add_mesh_flags(parser)
-    flags.add_model_flags(parser)
-    flags.add_generation_flags(parser)
-    flags.add_capture_flags(parser).add_argument(
+    devices.add_argument(
+        "--num_processes",
+        type=cli.int_at_least(1),
+        help="processes of the run (default: see --coordinator_address)",
+    )
+    devices.add_argument(
+        "--process_id",
+        type=cli.int_at_least(0),
+        help="this one's number, from 0 (default: see --coordinator_address)",
+    )
+    devices.add_argument(
+        "--coordinator_timeout",
+        type=cli.int_at_least(1),
+        default=300,
+        help="seconds to wait for all processes to come together",
+    )
+    devices.add_argument(
+        "--peer_timeout",
+        type=cli.int_at_least(6),
+        default=45,
+        help="seconds of silence after which a process counts as dead, and the others stop",
+    )
+    cli.add_flags(devices, Request, "parts")
+
+    cli.add_flags(parser.add_argument_group("model and prompt"), Request, "model and prompt")
+    cli.add_flags(parser.add_argument_group("answers"), Request, "answers")
+    capture = parser.add_argument_group("what is extracted")
+    cli.add_flags(capture, Request, "what is extracted")
+    capture.add_argument(
         "--extract_activations",
         action="store_true",
         help="keep activations; without it the run makes the submission alone",
     )
-    flags.add_storage_flags(parser, save_every_n_samples=None)
-    flags.add_plan_flags(parser)
+    storage = parser.add_argument_group("storage")
+    cli.add_flags(storage, Request, "storage", {"save_every_n_samples": {"default": None}})
+    storage.add_argument("--dry_run", action="store_true", help=DRY_RUN)
+    cli.add_flags(parser.add_argument_group("cloud storage"), Request, "cloud storage")
+
+    slices = parser.add_argument_group("plan")
+    slices.add_argument(
+        "--plan",
+        metavar="SLICE",
+        help="compile the run for a TPU slice (v4-8 .. v4-64, v5e-8 .. v5e-256, v5p-8 .., v6e-8 ..)"
+        ", print memory, FLOPs, time and storage, and stop; needs jax[tpu], but no TPU (default: "
+        "run)",
+    )
+    slices.add_argument(
+        "--plan_json", metavar="FILE", help="write the plan there too (default: nowhere)"
+    )
     parser.set_defaults(distributed=True)
     return parser
 
@@ -49,47 +96,44 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     request = Request.from_flags(args)
     shapes = mesh_shapes(args.mesh_shape)
     if args.plan is not None:
-        from utils.run import tpu as plan
+        from utils.run import tpu
 
-        return plan.main(request, args.plan, shapes, args.plan_json)
+        return tpu.main(request, args.plan, shapes, args.plan_json)
     if args.plan_json is not None:
         raise UserError("--plan_json needs --plan SLICE")
     if len(shapes) > 1:
         words = " ".join(args.mesh_shape)
         raise UserError(f"--mesh_shape {words} is several shapes, which --plan alone compares")
-    here = (args.coordinator_address, args.num_processes, args.process_id)
-    supervise.check_flags(*here)
-    if supervise.several_possible(*here):
-        words = supervise.unreachable(
-            args.coordinator_address, args.process_id, args.coordinator_timeout
-        )
-        supervise.fork(words)
-    from utils.plan.plan import prepare
-    from utils.run import peers as processes
-    from utils.run import summary as report
+    from utils.plan.plan import plan_run
+    from utils.run.connect import connect
+    from utils.run.dry_run import print_placements, print_plan
     from utils.run.loop import run
-    from utils.run.peers import agree
+    from utils.run.opening import stored_already
+    from utils.run.peers import agree, parting
+    from utils.run.summary import print_summary
 
-    peers = processes.connect(
+    peers = connect(
         args.coordinator_address,
         args.num_processes,
         args.process_id,
-        args.coordinator_timeout,
-        args.peer_timeout,
+        timeout=args.coordinator_timeout,
+        silence=args.peer_timeout,
+        signals=signals,
     )
-    with processes.parting(peers):
+    with parting(peers):
         with peers.together("checking the request"):
-            prepared = prepare(request)
-        agree(prepared, peers)
+            plan = plan_run(request)
+        agree(plan, peers)
         if args.verbose and peers.index == 0:
-            report.print_placements(prepared)
+            print_placements(plan)
         if args.dry_run:
+            stored = stored_already(plan, peers)
             if peers.index == 0:
-                report.print_plan(prepared)
+                print_plan(plan, *stored)
             return 0
-        manifest = run(prepared, signals, peers)
+        manifest = run(plan, signals, peers)
         if peers.index == 0:
-            report.print_summary(prepared, manifest)
+            print_summary(plan, manifest)
     return 0
 
 

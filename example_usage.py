@@ -18,28 +18,40 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from hashlib import sha256
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
-from utils.cli import Interrupted, Parser, Signals, run
+from utils.cli import Parser, Signals, run
 from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.items import CELL_COLUMNS
-from utils.shards.manifest import read_manifest
-from utils.store.local import write_json
+from utils.shards.manifest import read_manifest, stem
+from utils.store.local import whole_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SCRIPTS = Path(__file__).parent
-RECORD = ".example_usage.json"  # path -> sha256 of each file that the example made
-MADE = ("arc_data", "results", "sae", "mesh", "report.html")
+RUNS = ("results/activations", "mesh/activations")
+# Folder -> what the example makes there, besides the files of a run; the inner folders first.
+NAMES = {
+    "arc_data": {
+        "arc_format_train.json",
+        "test_outputs_train.json",
+        "transformation_errors.json",
+    },
+    "results/activations": {"activation_stats.json"},
+    "results": {"predictions.json"},
+    "mesh/activations": set(),
+    "mesh": {"submission.json"},
+    "sae": {"config.json", "sae.safetensors"},
+    "": {"report.html"},
+}
 EXAMPLES = SCRIPTS / "examples"
 MODEL, ROWS = EXAMPLES / "arc_tiny", EXAMPLES / "tasks.jsonl"
 LAYER = 3  # the middle one of six
@@ -55,7 +67,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an earlier run of this example; other files in the folder stay",
+        help="replace the files of an earlier run of this example; other files in the folder stay",
     )
     parser.add_argument(
         "--activations_dir",
@@ -66,46 +78,25 @@ def build_parser() -> Parser:
     return parser
 
 
-def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Path below `folder` -> sha256 of every file that is one of `names` or lies below one."""
-    files = [p for n in names for p in (folder / n, *(folder / n).rglob("*")) if p.is_file()]
-    return {p.relative_to(folder).as_posix(): sha256(p.read_bytes()).hexdigest() for p in files}
-
-
 def clear(folder: Path, overwrite: bool) -> None:
-    """Delete an earlier run of the example; refuse, before that, what it has not made."""
+    """Deletes the files that the example names, also what is left of them after a kill, and the
+    folders that are empty then. Raises UserError for a folder that holds something, unless it is to
+    be overwritten."""
     if not folder.exists() or not any(folder.iterdir()):
         return
-    other = "or choose another --output_dir"
-    record = folder / RECORD
-    if not record.exists():
-        raise UserError(f"{folder} holds no run of this example: choose another --output_dir")
     if not overwrite:
-        raise UserError(f"{folder} exists: add --overwrite to replace the example in it, {other}")
-    made = json.loads(record.read_text())
-    found = digests(folder, made)
-    if foreign := [path for path in found if found[path] != made.get(path)]:
         raise UserError(
-            f"{folder / foreign[0]} is not as this example leaves it: move it away, {other}"
+            f"{folder} exists: add --overwrite to replace the example in it, or choose another "
+            "--output_dir"
         )
-    for path in found:
-        (folder / path).unlink()
-        for parent in (folder / path).parents:
-            if parent == folder or any(parent.iterdir()):
-                break
-            parent.rmdir()
-    record.unlink(missing_ok=True)
-
-
-@contextmanager
-def recorded(folder: Path) -> Iterator[None]:
-    """Note what is made in `folder` meanwhile, also when that ends early, for --overwrite."""
-    foreign = digests(folder, MADE)
-    try:
-        yield
-    finally:
-        made = {path: d for path, d in digests(folder, MADE).items() if path not in foreign}
-        write_json(folder / RECORD, made)
+    for place, names in NAMES.items():
+        for path in (folder / place).glob("*"):
+            of_run = place in RUNS and stem(path.name) is not None
+            if path.is_file() and (of_run or whole_name(path.name) in names):
+                path.unlink()
+    for place in NAMES:
+        with suppress(OSError):  # it is not there, or holds something else
+            (folder / place).rmdir()
 
 
 def shown(path: Path) -> Path:
@@ -122,28 +113,32 @@ def show_command(
 
 
 def script(
-    name: str, *flags: Sequence[str | int | Path], env: Mapping[str, str] | None = None
+    signals: Signals,
+    name: str,
+    *flags: Sequence[str | int | Path],
+    env: Mapping[str, str] | None = None,
 ) -> None:
     """Print a command and run it; its output and its progress bar go where ours go."""
     show_command(name, *flags, env=env)
     print(flush=True)
     command = [sys.executable, SCRIPTS / name, *(str(word) for flag in flags for word in flag)]
     with subprocess.Popen(command, env={**os.environ, **(env or {})}) as child:
-        try:
-            code = child.wait()
-        except Interrupted as stop:
-            if stop.signum == signal.SIGTERM:  # Ctrl-C reaches the child by itself
-                child.terminate()
-            child.wait()
-            raise
+        while (code := child.poll()) is None:
+            if signals.signum is not None:
+                if signals.signum != signal.SIGINT:  # Ctrl-C reaches the child by itself
+                    child.send_signal(signals.signum)
+                child.wait()
+                signals.check()
+            time.sleep(0.1)
     if code == 141:  # the reader of our output has left
         raise BrokenPipeError
     if code:
         raise UserError(f"{name} ended with exit code {code}, see above", exit_code=1)
 
 
-def infer(folder: Path) -> None:
+def infer(signals: Signals, folder: Path) -> None:
     script(
+        signals,
         "simple_extraction_inference.py",
         ("--model_path", shown(MODEL)),
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
@@ -253,6 +248,8 @@ def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
 
 
 def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[str, Any]) -> None:
+    from tqdm import tqdm
+
     from examples.report import Findings, write_report
     from utils.arc.rows import to_task
     from utils.dataset.contrast import contrast
@@ -280,6 +277,8 @@ def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[
 
 def show_run(place: str) -> None:
     """What a run stored in a folder or a bucket; one shard in memory at a time."""
+    from tqdm import tqdm
+
     manifest = read_manifest(place)
     size = sum(entry["size_bytes"] for entry in manifest["files"])
     print(f"run                {place}: {manifest['status']}")
@@ -302,9 +301,10 @@ def show_run(place: str) -> None:
     show_item(first)
 
 
-def infer_on_mesh(folder: Path) -> None:
+def infer_on_mesh(signals: Signals, folder: Path) -> None:
     """Some of the tasks on four virtual devices, and how far their states are from step 4's."""
     script(
+        signals,
         "distributed_inference_with_activations.py",
         ("--model_path", shown(MODEL)),
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
@@ -352,33 +352,37 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     if args.activations_dir is not None:
         show_run(args.activations_dir)
         return
+    signals.hold()  # what was made is noted for --overwrite
     try:
         clear(folder, args.overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        with recorded(folder):
-            heading("1. Inspect the rows of a dataset")
-            script("test_transformation.py", ("--dataset", shown(ROWS)))
-            heading("2. Rows -> ARC tasks")
-            script(
-                "transform_hf_to_arc.py",
-                ("--dataset", shown(ROWS)),
-                ("--output_dir", folder / "arc_data"),
-            )
-            heading("3. Predictions and activations, with the model that ships")
-            infer(folder)
-            heading("4. What was stored")
-            show_results(folder / "results" / "activations")
-            heading("5. Load it as training data")
-            show_loaders(folder / "results" / "activations")
-            heading("6. Train a sparse autoencoder")
-            found = train_sae(folder)
-            heading("7. A page of pictures")
-            report(folder, *found)
-            heading("8. On a mesh of devices, here four virtual ones")
-            infer_on_mesh(folder)
-            heading("9. With a model of your own")
-            show_next()
-            print(f"\nThe pictures: {folder / 'report.html'}")
+        heading("1. Inspect the rows of a dataset")
+        script(signals, "test_transformation.py", ("--dataset", shown(ROWS)))
+        heading("2. Rows -> ARC tasks")
+        script(
+            signals,
+            "transform_hf_to_arc.py",
+            ("--dataset", shown(ROWS)),
+            ("--output_dir", folder / "arc_data"),
+        )
+        heading("3. Predictions and activations, with the model that ships")
+        infer(signals, folder)
+        heading("4. What was stored")
+        show_results(folder / "results" / "activations")
+        signals.check()
+        heading("5. Load it as training data")
+        show_loaders(folder / "results" / "activations")
+        signals.check()
+        heading("6. Train a sparse autoencoder")
+        found = train_sae(folder)
+        signals.check()
+        heading("7. A page of pictures")
+        report(folder, *found)
+        heading("8. On a mesh of devices, here four virtual ones")
+        infer_on_mesh(signals, folder)
+        heading("9. With a model of your own")
+        show_next()
+        print(f"\nThe pictures: {folder / 'report.html'}")
     except BrokenPipeError:
         raise
     except OSError as error:

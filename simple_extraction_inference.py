@@ -11,40 +11,42 @@ seconds with all that was stored intact; the same command with --resume does the
 import argparse
 
 from utils import cli
-from utils.plan import flags
-from utils.plan.request import Request
+from utils.plan.request import DRY_RUN, Request
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    flags.add_input_flags(parser)
-    parser.add_argument(
-        "--output_path", default=Request.output_path, help="predictions, a JSON file"
-    )
-    flags.add_batch_flags(parser, Request.batch_size, "")
+    cli.add_flags(parser.add_argument_group("input"), Request, "input")
+    cli.add_flags(parser, Request, "output")
+    cli.add_flags(parser, Request, "batches")
     parser.add_argument(
         "--no_extraction",
         action="store_true",
         help="predictions only; --activations_dir is not touched, and OUTPUT_PATH.run keeps what "
         "--resume needs",
     )
-    flags.add_model_flags(parser)
-    flags.add_generation_flags(parser)
-    flags.add_capture_flags(parser)
-    flags.add_storage_flags(parser)
+    for title in ("model and prompt", "answers", "what is extracted"):
+        cli.add_flags(parser.add_argument_group(title), Request, title)
+    storage = parser.add_argument_group("storage")
+    cli.add_flags(storage, Request, "storage")
+    storage.add_argument("--dry_run", action="store_true", help=DRY_RUN)
+    cli.add_flags(parser.add_argument_group("cloud storage"), Request, "cloud storage")
     return parser
 
 
 def main(args: argparse.Namespace, signals: cli.Signals) -> int:
-    from utils.plan.plan import prepare
-    from utils.run import summary as report
+    from utils.plan.plan import plan_run
+    from utils.run.dry_run import print_plan
     from utils.run.loop import run
+    from utils.run.opening import stored_already
+    from utils.run.peers import Peers
+    from utils.run.summary import print_summary
 
-    prepared = prepare(Request.from_flags(args))
+    plan = plan_run(Request.from_flags(args))
     if args.dry_run:
-        report.print_plan(prepared)
+        print_plan(plan, *stored_already(plan, Peers()))
         return 0
-    report.print_summary(prepared, run(prepared, signals))
+    print_summary(plan, run(plan, signals))
     return 0
 
 

@@ -12,23 +12,17 @@ import shutil
 import sys
 from itertools import islice, zip_longest
 
-from utils.arc.rows import DEFAULT_DATASET, open_rows, to_task
+from utils.arc.rows import DEFAULT_DATASET, add_flags, open_rows, to_task
 from utils.cli import Parser, Signals, int_at_least, run
 from utils.prompt.encodings import PALETTE
 
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.split("\n")[0])
-    add = parser.add_argument
-    add(
-        "--dataset",
-        default=DEFAULT_DATASET,
-        help="name on the Hugging Face hub, or a local .json, .jsonl or .parquet file or a folder",
+    add_flags(parser, DEFAULT_DATASET)
+    parser.add_argument(
+        "--num_rows", type=int_at_least(1), default=5, help="rows to look at, from the first on"
     )
-    add("--split", default="train", help="split, or a slice such as train[:100]")
-    add("--num_rows", type=int_at_least(1), default=5, help="rows to look at, from the first on")
-    add("--column", help="column that holds the pairs (default: examples, else train and test)")
-    add("--streaming", action="store_true", help="read from the hub without downloading it first")
     return parser
 
 

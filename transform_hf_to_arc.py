@@ -13,26 +13,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from utils.arc import rows
+from utils.arc import tasks as arc
 from utils.cli import Parser, Signals, int_at_least, run
 from utils.errors import UserError
-
-if TYPE_CHECKING:
-    from utils.arc.tasks import Task
+from utils.store.local import JsonFile, remove_partial
+from utils.store.locks import locked
 
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.split("\n")[0])
+    rows.add_flags(parser)
     add = parser.add_argument
-    add(
-        "--dataset",
-        required=True,
-        default=argparse.SUPPRESS,
-        help="name on the Hugging Face hub, or a local .json, .jsonl or .parquet file or a folder",
-    )
     add("--output_dir", type=Path, default=Path("arc_data"), help="folder for the three files")
-    add("--split", default="train", help="split, or a slice such as train[:100]")
     add(
         "--max_samples",
         type=int_at_least(1),
@@ -44,8 +38,6 @@ def build_parser() -> Parser:
         help="keep the first so many train pairs of a task (default: all); the test pair is the"
         " last valid pair of the row all the same",
     )
-    add("--column", help="column that holds the pairs (default: examples, else train and test)")
-    add("--streaming", action="store_true", help="read from the hub without downloading it first")
     add("--overwrite", action="store_true", help="replace the files of an earlier transformation")
     return parser
 
@@ -68,6 +60,7 @@ class Spread(Counter):
 
 @dataclass
 class Summary:
+    seconds: float = 0.0  # of reading and writing; importing and opening are left out
     rows: int = 0
     tasks: int = 0
     duplicates: int = 0
@@ -78,7 +71,7 @@ class Summary:
     heights: Spread = field(default_factory=Spread)
     widths: Spread = field(default_factory=Spread)
 
-    def count(self, task: "Task", has_truth: bool) -> None:
+    def count(self, task: arc.Task, has_truth: bool) -> None:
         self.tasks += 1
         self.with_truth += has_truth
         self.pairs[len(task.train) + len(task.test)] += 1
@@ -87,8 +80,8 @@ class Summary:
                 self.heights[len(grid)] += 1
                 self.widths[len(grid[0])] += 1
 
-    def show(self, seconds: float, tasks: Path, solutions: Path, errors: Path) -> None:
-        print(f"rows read        {self.rows}, {self.rows / max(seconds, 1e-9):.0f} rows/s")
+    def show(self, tasks: Path, solutions: Path, errors: Path) -> None:
+        print(f"rows read        {self.rows}, {self.rows / max(self.seconds, 1e-9):.0f} rows/s")
         print(f"tasks written    {self.tasks} to {tasks}")
         print(f"ground truth     {self.with_truth} to {solutions}")
         print(f"duplicates       {self.duplicates}")
@@ -101,31 +94,52 @@ class Summary:
 
 
 def main(args: argparse.Namespace, signals: Signals) -> int:
-    from tqdm import tqdm
-
-    from utils.arc import rows
-    from utils.arc import tasks as arc
-    from utils.store.local import JsonFile
-
     paths = [
         args.output_dir / f"arc_format_{split_name(args.split)}.json",
         args.output_dir / f"test_outputs_{split_name(args.split)}.json",
         args.output_dir / "transformation_errors.json",
     ]
-    for path in paths[:2]:
-        if path.exists() and not args.overwrite:
-            advice = "add --overwrite to replace it, or choose another --output_dir"
-            raise UserError(f"{path} exists: {advice}")
-    summary, seen = Summary(), set()
-    with (
-        JsonFile(paths[0]) as tasks,
-        JsonFile(paths[1]) as solutions,
-        JsonFile(paths[2], b"[]") as errors,
-    ):
+    with locked(args.output_dir):
+        for path in paths:
+            remove_partial(path)
+        for path in paths[:2]:
+            if path.exists() and not args.overwrite:
+                advice = "add --overwrite to replace it, or choose another --output_dir"
+                raise UserError(f"{path} exists: {advice}")
         source = rows.open_rows(args.dataset, args.split, args.column, args.streaming)
+        summary = transform(source, args, signals, *paths)
+    summary.show(*paths)
+    print(
+        f"next: python simple_extraction_inference.py --model_path YOUR_MODEL_PATH"
+        f" --dataset_path {shlex.quote(str(paths[0]))} --output_path results/predictions.json"
+        f" --activations_dir results/activations"
+    )
+    return 0
+
+
+def transform(
+    source: rows.Source,
+    args: argparse.Namespace,
+    signals: Signals,
+    tasks_path: Path,
+    solutions_path: Path,
+    errors_path: Path,
+) -> Summary:
+    """Writes the three files, each whole. Raises UserError where no row gives a task: the file of
+    errors is then the only one."""
+    from tqdm import tqdm
+
+    summary, seen = Summary(), set()
+    signals.hold()  # what is not finished is cleared away
+    with (
+        JsonFile(tasks_path) as tasks,
+        JsonFile(solutions_path) as solutions,
+        JsonFile(errors_path, b"[]") as errors,
+    ):
         wanted = islice(source.rows, args.max_samples)
-        started = time.monotonic()  # importing and opening left out, as in the bar
+        started = time.monotonic()
         for i, row in enumerate(tqdm(wanted, unit=" rows", total=args.max_samples)):
+            signals.check()
             task, problems = rows.to_task(row, source.column, args.max_train_pairs)
             for pair, reason in problems:
                 errors.write(rows.error_item(i, pair, reason))
@@ -145,20 +159,14 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
         whole = [solutions, errors, tasks] if seen else [errors]
         for file in whole:
             file.finish()
-        with signals.shielded():
-            for file in whole:
-                file.commit()
+        for file in whole:
+            file.commit()
+        summary.seconds = time.monotonic() - started
     if not seen:
         common = ", ".join(f"{reason} ({n})" for reason, n in summary.reasons.most_common(3))
-        message = f"none of {summary.rows} rows gives a task: {common}; see {errors.path}"
+        message = f"none of {summary.rows} rows gives a task: {common}; see {errors_path}"
         raise UserError(message, exit_code=1)
-    summary.show(time.monotonic() - started, *paths)
-    print(
-        f"next: python simple_extraction_inference.py --model_path YOUR_MODEL_PATH"
-        f" --dataset_path {shlex.quote(str(paths[0]))} --output_path results/predictions.json"
-        f" --activations_dir results/activations"
-    )
-    return 0
+    return summary
 
 
 if __name__ == "__main__":

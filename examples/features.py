@@ -14,7 +14,7 @@ import numpy as np
 
 from examples.sae import Sae
 from utils.dataset.contrast import CELL_ROLES, roles_of_cells
-from utils.dataset.shuffle import Rows
+from utils.dataset.shuffle import ActivationRows
 from utils.errors import UserError
 from utils.prompt.encodings import COLORS
 
@@ -71,7 +71,8 @@ class Feature:
 
 
 def attributes(cells: np.ndarray, shapes: np.ndarray) -> list[Attribute]:
-    """What can be said of a cell. cells: int [N, 5] of `Rows`; shapes: int [N, 2], of its grid."""
+    """What can be said of a cell. cells: int [N, 5], as of `ActivationRows`; shapes: int [N, 2], of
+    its grid."""
     row, col, color = cells[:, 2], cells[:, 3], cells[:, 4]
     roles = roles_of_cells(cells)
     found = [Attribute("color", name.lower(), color == i) for i, name in enumerate(COLORS)]
@@ -87,7 +88,7 @@ def attributes(cells: np.ndarray, shapes: np.ndarray) -> list[Attribute]:
     return [attribute for attribute in found if attribute.mask.any()]
 
 
-def shapes_of(rows: Rows) -> np.ndarray:
+def shapes_of(rows: ActivationRows) -> np.ndarray:
     """int [N, 2]: rows and columns of the grid of each cell."""
     grid = np.stack([rows.samples, rows.cells[:, 0], rows.cells[:, 1]], axis=1)
     _, which = np.unique(grid, axis=0, return_inverse=True)
@@ -97,7 +98,7 @@ def shapes_of(rows: Rows) -> np.ndarray:
     return sizes[which]
 
 
-def find_features(sae: Sae, rows: Rows, most: int = 8) -> list[Feature]:
+def find_features(sae: Sae, rows: ActivationRows, most: int = 8) -> list[Feature]:
     """The purest features, those whose attribute is rarest among all cells first, each attribute
     once, kinds in turn.
 

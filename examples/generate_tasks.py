@@ -458,7 +458,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
         raise UserError(f"{path} exists: give another --output_path")
     check_writable(path.absolute().parent)
     try:
-        with replacing(path) as sink:
+        with replacing(path, exclusive=True) as sink:
             rows = draw_rows(args.num_tasks, args.seed)
             for row in itertools.chain(rows, draw_composed(args.num_composed, args.seed)):
                 sink.write(orjson.dumps(row) + b"\n")

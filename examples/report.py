@@ -18,7 +18,7 @@ import numpy as np
 from examples.features import TOP, Feature
 from utils.arc.tasks import Grid
 from utils.dataset.contrast import CELL_ROLES, ROLES, Contrast, roles_of_cells
-from utils.dataset.shuffle import Rows
+from utils.dataset.shuffle import ActivationRows
 from utils.errors import UserError
 from utils.prompt.encodings import COLORS, PALETTE
 from utils.store.local import replacing
@@ -84,7 +84,7 @@ class Findings:
     name: str
     sae: dict[str, float]
     features: Sequence[Feature]
-    rows: Rows
+    rows: ActivationRows
     samples: Sequence[tuple[Any, ...]]
     contrast: Contrast | None
 

@@ -29,13 +29,13 @@ from utils import cli
 from utils.errors import UserError
 from utils.model.capture import HOOK_POINTS
 from utils.shards.items import to_float32
-from utils.store.local import check_writable, replacing
+from utils.store.local import check_writable, new_folder, write_json
 
 if TYPE_CHECKING:
     import jax
 
     from utils.dataset import ActivationDataset
-    from utils.dataset.shuffle import Rows
+    from utils.dataset.shuffle import ActivationRows
 
 HELD_OUT = 10  # one task in so many
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
@@ -91,10 +91,10 @@ class Sae:
         check_new(folder)
         tensors = {**self._params(), "center": self.center, "scale": np.float32([self.scale])}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG).write_text(json.dumps({"k": self.k, **about}, indent=2) + "\n")
-            with replacing(folder / WEIGHTS) as sink:  # whole, or not there
-                sink.write(save({n: np.ascontiguousarray(t) for n, t in tensors.items()}))
+            with new_folder(folder) as made:
+                write_json(made / CONFIG, {"k": self.k, **about})
+                content = save({n: np.ascontiguousarray(t) for n, t in tensors.items()})
+                (made / WEIGHTS).write_bytes(content)
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror}") from error
 
@@ -219,7 +219,8 @@ def train(
         params, state, silent, unexplained = step(params, state, silent, rows)
         if number % 50 == 0:
             dead = int((silent >= config.dead_steps).sum())
-            bar.set_postfix_str(f"unexplained {float(unexplained):.3f}, dead {dead}")
+            said = f"unexplained {float(unexplained):.3f}, dead {dead}"
+            bar.set_postfix_str(said, refresh=False)
         bar.update()
     bar.close()
     trained = {name: np.asarray(value) for name, value in params.items()}
@@ -249,7 +250,7 @@ def measure(sae: Sae, rows: np.ndarray) -> dict[str, float]:
     }
 
 
-def split(rows: "Rows", task_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def split(rows: "ActivationRows", task_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Activations to train on, and those of a tenth of the tasks, at least one, as stored.
 
     task_ids: of `rows.samples`. A task is held out with all its test inputs and views, by its id

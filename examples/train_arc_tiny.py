@@ -35,7 +35,7 @@ from examples.generate_tasks import FAMILIES, draw_row, draw_rows, family_of
 from utils import cli
 from utils.errors import UserError, some
 from utils.shards.manifest import differences
-from utils.store.local import check_writable, write_json_atomic
+from utils.store.local import check_writable, new_folder, replacing, to_json, write_json_atomic
 
 if TYPE_CHECKING:
     import jax
@@ -263,12 +263,35 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Whole or not at all."""
     from flax.serialization import to_bytes
 
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(to_bytes(state))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as sink:
+        sink.write(to_bytes(state))
+
+
+def write_checkpoint(folder: Path, fields: dict[str, Any], params: dict[str, Any]) -> None:
+    """Writes `config.json` with `fields` and a parameter tree as bfloat16 in one safetensors file.
+
+    params: as `Checkpoint.load` gives it, on one device. Raises UserError where it cannot.
+    """
+    import jax.numpy as jnp
+    from flax.traverse_util import flatten_dict
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    from utils.model.weights import hf_name, row_at
+
+    tensors = {
+        hf_name(path): np.ascontiguousarray(
+            row_at(path).stored(np.asarray(leaf).astype(jnp.bfloat16))
+        )
+        for path, leaf in flatten_dict(params, sep="/").items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # safetensors keeps it to its owner
+    except (SafetensorError, OSError) as error:  # a full disk is either
+        raise UserError(f"cannot write the weights to {folder}: {error}") from error
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -286,7 +309,7 @@ def check_settings(args: argparse.Namespace) -> None:
         )
 
 
-def train(args: argparse.Namespace, signals: cli.Signals) -> None:
+def train(args: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
     from flax.serialization import from_bytes
@@ -294,9 +317,7 @@ def train(args: argparse.Namespace, signals: cli.Signals) -> None:
 
     from utils.model.config import ModelConfig
     from utils.model.decoder import Decoder
-    from utils.model.layout import Layout
-    from utils.model.mesh import make_mesh, use_compilation_cache
-    from utils.model.weights import write_checkpoint
+    from utils.model.layout import Layout, make_mesh, use_compilation_cache
     from utils.prompt.formats import load_format
 
     # A device a core: XLA spreads matrix products alone over the cores of one device.
@@ -328,7 +349,7 @@ def train(args: argparse.Namespace, signals: cli.Signals) -> None:
     done = int(state["step"])
     begin = tuple(int(i) for i in state["next"])
 
-    bar = tqdm(total=args.steps, initial=done, unit="step", desc="training", mininterval=2)
+    bar = tqdm(total=args.steps, initial=done, unit="step", desc="training")
     losses = []
     for place, *batch in rows.stream(args.seed, begin, args.batch_tokens, layout.data):
         if done >= args.steps:
@@ -341,19 +362,17 @@ def train(args: argparse.Namespace, signals: cli.Signals) -> None:
         if done % args.check_every == 0 or done == args.steps:
             total, families = accuracy(rows, solved, params, layout.put)
             entry = {"step": done, "loss": round(float(np.mean(losses)), 4), "accuracy": total}
-            log.write(json.dumps({**entry, **families}) + "\n")
+            log.write(to_json({**entry, **families}) + "\n")
             log.flush()
             losses.clear()
             worst = sorted(families, key=families.get)[:4]
             bar.write(f"{entry}, worst " + ", ".join(f"{f} {families[f]:.2f}" for f in worst))
-            with signals.shielded():
-                state = {"params": params, "optimizer": opt_state, "step": done, "next": place}
-                save_state(path, state)
+            state = {"params": params, "optimizer": opt_state, "step": done, "next": place}
+            save_state(path, state)
     bar.close()
-    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
-    write_checkpoint(partial, fields, params)
-    tokenizer.save_pretrained(partial)
-    partial.replace(args.output_dir)
+    with new_folder(args.output_dir) as folder:
+        write_checkpoint(folder, fields, params)
+        tokenizer.save_pretrained(folder)
     size = sum(file.stat().st_size for file in args.output_dir.iterdir())
     print(f"{args.output_dir}: {size / 1e6:.1f} MB")
 
@@ -384,13 +403,13 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def main(args: argparse.Namespace, signals: cli.Signals) -> None:
+def main(args: argparse.Namespace, _: cli.Signals) -> None:
     if args.output_dir.exists():
         raise UserError(f"{args.output_dir} exists: give another --output_dir")
     check_writable(args.work_dir)
     check_writable(args.output_dir.absolute().parent)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    train(args, signals)
+    train(args)
 
 
 def keep_memory() -> None:

@@ -1,15 +1,15 @@
 """Fixtures shared by the tests: a tiny random model with a tokenizer, and a few tasks."""
 
 import gc
-import json
 import os
-import random
-import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from tiny import TINY, random_task, write_model, write_tasks  # noqa: F401 (others import them here)
 
 from utils import cli
 
@@ -18,42 +18,17 @@ from utils import cli
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
+# One cache for a run of the tests: a program is compiled once, whichever process asks for it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="programs-of-tests-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-
-TINY = {
-    "model_type": "qwen2",
-    "vocab_size": 288,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
-
-
-def random_task(rng: random.Random, pairs: int, tests: int = 1) -> tuple[dict, list]:
-    """A task that mirrors grids left to right, and its solutions."""
-
-    def grid():
-        rows, cols = rng.randint(1, 5), rng.randint(1, 5)
-        return [[rng.randint(0, 9) for _ in range(cols)] for _ in range(rows)]
-
-    def mirrored(g):
-        return [row[::-1] for row in g]
-
-    train = [grid() for _ in range(pairs)]
-    test = [grid() for _ in range(tests)]
-    task = {
-        "train": [{"input": g, "output": mirrored(g)} for g in train],
-        "test": [{"input": g} for g in test],
-    }
-    return task, [mirrored(g) for g in test]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,31 +41,39 @@ def forget_programs():
         gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def stay(monkeypatch):
+    """A run that fails in the test's own process does not end that process a little later."""
+    monkeypatch.setattr("utils.run.ending.leave_later", lambda error: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a random Qwen2 of four layers, one token a character."""
-    from tokenizers_for_tests import character_tokenizer
-
-    from utils.model.weights import write_random_checkpoint
-
-    folder = tmp_path_factory.mktemp("tiny_model")
-    tokenizer = character_tokenizer()
-    write_random_checkpoint(folder, {**TINY, "vocab_size": len(tokenizer) + 3})
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("tiny_model"))
 
 
 @pytest.fixture(scope="session")
 def tasks_file(tmp_path_factory) -> Path:
     """Seven tasks, eight test inputs, with their solutions beside them."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rng = random.Random(0)
-    made = {f"task{i}": random_task(rng, 1 + i % 3, 2 if i == 3 else 1) for i in range(7)}
-    path = folder / "arc_format_train.json"
-    path.write_text(json.dumps({name: task for name, (task, _) in made.items()}))
-    solutions = {name: grids for name, (_, grids) in made.items()}
-    (folder / "test_outputs_train.json").write_text(json.dumps(solutions))
-    return path
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_model, tasks_file) -> Path:
+    """The shards of a pretended run of seven tasks with generated answers, for reading."""
+    from runs import extracted
+
+    return extracted(tmp_path_factory.mktemp("run"), tiny_model, tasks_file)
+
+
+@pytest.fixture
+def fake_model():
+    """Runs of this process are computed by `runs.FakeComputation`, and so in milliseconds."""
+    from runs import pretending
+
+    with pretending():
+        yield
 
 
 @pytest.fixture
@@ -108,10 +91,10 @@ class NoSignals(cli.Signals):
     """For a run in the test's own process: leaves the test runner's signal handlers alone."""
 
     def __init__(self):
-        self._depth, self._pending, self._raised = 0, None, False
+        self.signum = None
 
-    def ignore(self):
-        pass
+    def note(self, signum):
+        self.signum = signum
 
 
 @pytest.fixture
@@ -128,11 +111,10 @@ def in_shell(monkeypatch, capfd):
             cli.run(script.main, script.build_parser(), list(map(str, flags)))
         return stop.value.code, *capfd.readouterr()
 
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(os, "_exit", leave)
-    yield call
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    monkeypatch.setattr(cli, "Signals", NoSignals)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # which `cli.run` wraps
+    return call
 
 
 def words(flags: dict) -> list[str]:

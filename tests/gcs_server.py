@@ -43,12 +43,13 @@ class Request:
 class Fault:
     """What happens to the next `times` requests that `when` holds for.
 
-    action: an HTTP status; `reset` before the request is read, `midway` through its body; `stall`
-    until the server closes; `lost`: done, but the connection breaks before the reply; `short`: part
-    of a chunk is kept; `vanish`: the upload session is gone, 410.
+    action: an HTTP status, or one with the message and the reason of the reply; `reset` before the
+    request is read, `midway` through its body; `stall` until the server closes; `lost`: done, but
+    the connection breaks before the reply; `short`: part of a chunk is kept; `vanish`: the upload
+    session is gone, 410.
     """
 
-    action: int | str
+    action: int | str | tuple[int, str, str]
     when: Callable[[Request], bool] = lambda request: True
     times: float = 1
     seen: list[Request] = field(default_factory=list)
@@ -66,18 +67,18 @@ class RecordingStorage(Storage):
         self.expected: int | None = None  # of the request at hand
         self.history: dict[str, list[dict]] = {}
 
-    def _check(self, bucket, name):
+    def check(self, bucket, name):
         there = self.objects.get(bucket, {}).get(name)
         if self.expected is not None and self.expected != int((there or {}).get("generation", 0)):
             raise PreconditionFailed
 
     def create_file(self, bucket_name, file_name, content, file_obj, file_id=None):
-        self._check(bucket_name, file_name)
+        self.check(bucket_name, file_name)
         super().create_file(bucket_name, file_name, content, file_obj, file_id)
         self.history.setdefault(file_name, []).append(dict(file_obj))
 
     def create_resumable_upload(self, bucket_name, file_name, file_obj):
-        self._check(bucket_name, file_name)
+        self.check(bucket_name, file_name)
         return super().create_resumable_upload(bucket_name, file_name, file_obj)
 
     def _write_config_to_file(self):
@@ -126,7 +127,12 @@ class Handler(RequestHandler):
             fault = self.gcs.take(request)
         action = fault.action if fault else None
         if isinstance(action, int):
-            return self._reply(action, {"error": {"code": action, "message": "a fault to order"}})
+            action = (action, "a fault to order", "")
+        if isinstance(action, tuple):
+            code, message, reason = action
+            errors = [{"message": message, "domain": "global", "reason": reason}]
+            error = {"code": code, "message": message, "errors": errors}
+            return self._reply(code, {"error": error})
         if action == "stall":
             self.gcs.closing.wait()
             return self._break()
@@ -148,6 +154,8 @@ class Handler(RequestHandler):
             expected = query.get("ifGenerationMatch")
             self.storage.expected = int(expected[0]) if expected else None
             try:
+                if request.kind == "read":
+                    self.storage.check(self.gcs.bucket, request.name)
                 Router(self).handle(method)
             except PreconditionFailed:
                 self.wfile = io.BytesIO()

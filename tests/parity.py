@@ -5,9 +5,9 @@ import numpy as np
 from utils.model.capture import HOOK_POINTS, CaptureSpec
 from utils.model.config import ModelConfig
 from utils.model.decoder import Decoder
-from utils.model.generate import Engine, Sampling, Shape
-from utils.model.layout import Layout
-from utils.model.mesh import single_device_mesh
+from utils.model.engine import Engine
+from utils.model.generate import Outputs, Sampling, Shape
+from utils.model.layout import Layout, single_device_mesh
 from utils.model.weights import Checkpoint
 from utils.plan.batching import pad_rows
 
@@ -25,7 +25,7 @@ def load_engine(folder, names=None, positions="all", dtype=np.float32, mesh=None
     return Engine(Decoder(config, layout, spec), params)
 
 
-def prefill(engine, rows, length, answers=None, answer_slots=0, **kwargs):
+def prefill(engine, rows, length, answers=None, cache_room=0):
     """Prefill of `rows` (lists of ids, None for a padding row), padded to `length`."""
     answers = answers or [[]] * len(rows)
     joined = [
@@ -38,27 +38,23 @@ def prefill(engine, rows, length, answers=None, answer_slots=0, **kwargs):
         pad_rows(joined, length),
         lengths,
         np.array([len(answer) for answer in answers], np.int32),
-        shape=shape,
-        answer_slots=answer_slots,
-        with_logits=True,
-        **kwargs,
+        shape,
+        Outputs(logits=True, cache_room=cache_room),
     )
 
 
-def generate(engine, rows, length, max_tokens, stops=(), temperature=0.0, keys=None, model=None):
+def generate(engine, rows, length, max_tokens, stops=(), temperature=0.0, keys=None, captures=True):
     """Prefill and decode; (prefilled, decoded)."""
     lengths = np.array([1 if row is None else len(row) for row in rows], np.int32)
-    first = prefill(engine, rows, length, answer_slots=max_tokens)
+    first = prefill(engine, rows, length, cache_room=max_tokens)
     if keys is None:
         keys = [0 if row is None else i + 1 for i, row in enumerate(rows)]
     decoded = engine.decode(
-        model or engine.model,
         first,
         lengths,
         np.array(keys, np.uint32),
-        prompt_slots=length,
-        sampling=Sampling(max_tokens, tuple(stops), temperature),
-        keep_cache=True,
+        Shape(length, length, 0),
+        Sampling(max_tokens, tuple(stops), temperature, captures, keep_cache=True),
     )
     return first, decoded
 

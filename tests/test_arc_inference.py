@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, TINY, NoSignals, run_script
 from parity import TOLERANCE, log_softmax, worst_error
+from runs import planned
 
-import simple_extraction_inference as script
-from utils.plan.plan import prepare
-from utils.plan.request import Request
 from utils.run.dry_run import plan_storage
 from utils.run.loop import run
 from utils.shards import iter_items
@@ -36,17 +34,9 @@ PARITY_FAMILIES = {
 }
 
 
-def prepared(model, tasks, folder, *flags):
-    argv = ["--model_path", model, "--dataset_path", tasks, "--dtype", "float32"]
-    argv += ["--output_path", folder / "predictions.json", "--activations_dir", folder / "acts"]
-    return prepare(
-        Request.from_flags(script.build_parser().parse_args([*map(str, argv), *map(str, flags)]))
-    )
-
-
 def items_of(model, tasks, folder, *flags):
     """Runs, and returns what the shards hold by sample."""
-    run(prepared(model, tasks, folder, *flags), NoSignals())
+    run(planned(model, tasks, folder, *flags), NoSignals())
     return {(item["task_id"], item["sample_idx"]): item for item in iter_items(folder / "acts")}
 
 
@@ -109,7 +99,7 @@ def test_generation_against_torch(family, tasks_file, tmp_path):
     flags = ["--max_output_tokens", 24, "--batch_size", 3, *EVERYTHING]
     items = items_of(folder, tasks_file, tmp_path, *flags)
     assert len(items) == 8
-    stops = prepared(folder, tasks_file, tmp_path, "--max_output_tokens", 1).stop_ids
+    stops = planned(folder, tasks_file, tmp_path, "--max_output_tokens", 1).codec.stop_ids
     for item in items.values():
         P = item["prompt_length"]
         with torch.no_grad():
@@ -226,9 +216,9 @@ def test_several_predictions(tiny_model, tasks_file, tmp_path):
 def test_dry_run_is_exact(tiny_model, tasks_file, tmp_path):
     """Tokens, samples, shards and bytes before the run are those after it."""
     flags = ["--teacher_forcing", "--save_every_n_samples", 3]
-    tokens, shards = plan_storage(prepared(tiny_model, tasks_file, tmp_path, *flags))
+    tokens, shards = plan_storage(planned(tiny_model, tasks_file, tmp_path, *flags))
     assert not (tmp_path / "acts").exists()
-    run(prepared(tiny_model, tasks_file, tmp_path, *flags), NoSignals())
+    run(planned(tiny_model, tasks_file, tmp_path, *flags), NoSignals())
     manifest = json.loads((tmp_path / "acts" / "metadata.json").read_text())
     assert tokens == manifest["total_tokens"]
     written = [(entry["num_samples"], entry["size_bytes"]) for entry in manifest["files"]]
@@ -239,18 +229,18 @@ def test_dry_run_is_exact(tiny_model, tasks_file, tmp_path):
 
 def test_long_prompts_lose_whole_train_pairs(tiny_model, tasks_file, tmp_path):
     """No more than needed, from the front; what does not fit with one pair is skipped."""
-    full = prepared(tiny_model, tasks_file, tmp_path, "--max_output_tokens", 10)
+    full = planned(tiny_model, tasks_file, tmp_path, "--max_output_tokens", 10)
     longest = max(full.samples, key=lambda sample: sample.length.prompt)
     assert longest.num_train_pairs == len(longest.task.train) > 1
     limit = longest.length.prompt + 10 - 1
-    cut = prepared(
+    cut = planned(
         *(tiny_model, tasks_file, tmp_path),
         *("--max_output_tokens", 10, "--max_model_len", limit),
     )
     sample = next(sample for sample in cut.samples if sample.key == longest.key)
     assert sample.num_train_pairs == longest.num_train_pairs - 1
     smallest = min(sample.length.prompt for sample in full.samples)
-    least = prepared(
+    least = planned(
         *(tiny_model, tasks_file, tmp_path / "least"),
         *("--max_output_tokens", 10, "--max_model_len", smallest + 10),
     )
@@ -258,7 +248,7 @@ def test_long_prompts_lose_whole_train_pairs(tiny_model, tasks_file, tmp_path):
     assert len(least.samples) + len(least.skipped) == 8
     assert "does not fit" in least.skipped[0]["reason"]
     manifest = run(least, NoSignals())
-    assert manifest["skipped"] == least.skipped
+    assert manifest["skipped"] == list(least.skipped)
     predictions = json.loads((tmp_path / "least" / "predictions.json").read_text())
     skipped = least.skipped[0]
     entry = predictions[skipped["task_id"]][skipped["sample_idx"]]

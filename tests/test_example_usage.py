@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, NoSignals, run_script
 
 import example_usage
 from utils.errors import UserError
@@ -57,11 +57,8 @@ def copy(ran, tmp_path) -> Path:
     return shutil.copytree(ran[0], tmp_path / "example_run")
 
 
-def test_it_writes_every_file_and_records_it(ran):
-    folder, _ = ran
-    made = contents(folder)
-    assert set(FILES) <= made.keys()
-    assert json.loads(made.pop(example_usage.RECORD)).keys() == made.keys()
+def test_it_writes_every_file(ran):
+    assert set(FILES) <= contents(ran[0]).keys()
 
 
 def test_it_prints_commands_shapes_and_cells(ran):
@@ -208,21 +205,24 @@ def test_a_second_run_is_refused_and_changes_nothing(copy):
 def test_overwrite_deletes_what_the_example_made_and_nothing_else(copy):
     (copy / "notes.txt").write_text("mine")
     (copy / "results" / "mine.json").write_text("{}")
+    (copy / "results" / "activations" / "notes.txt").write_text("mine")
+    for left in ("sae/config.json", "results/activations/activations_batch_000009.pkl"):
+        (copy / f"{left}.{'0' * 16}.partial").write_text("of a kill")
     example_usage.clear(copy, overwrite=True)
-    assert contents(copy) == {"notes.txt": b"mine", "results/mine.json": b"{}"}
+    mine = {"notes.txt": b"mine", "results/mine.json": b"{}"}
+    assert contents(copy) == {**mine, "results/activations/notes.txt": b"mine"}
     assert not (copy / "sae").exists() and not (copy / "mesh").exists()
 
 
-def test_overwrite_refuses_what_was_changed_since_or_made_by_others(copy, tmp_path):
-    (copy / "sae" / "config.json").write_text("{}")
-    (tmp_path / "other" / "results").mkdir(parents=True)
-    (tmp_path / "other" / "results" / "predictions.json").write_text("{}")
-    for folder, name in ((copy, "config.json"), (tmp_path / "other", "predictions.json")):
-        before = contents(folder)
-        why = rf"{name} is not as" if folder == copy else "holds no run of this example"
-        with pytest.raises(UserError, match=rf"{why}.* another --output_dir"):
-            example_usage.clear(folder, overwrite=True)
-        assert contents(folder) == before
+def test_overwrite_leaves_a_folder_of_others_as_it_is(tmp_path):
+    (tmp_path / "arc_data").mkdir()
+    (tmp_path / "arc_data" / "arc_format_evaluation.json").write_text("{}")
+    (tmp_path / "thesis.tex").write_text("x")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"exists: add --overwrite"):
+        example_usage.clear(tmp_path, overwrite=False)
+    example_usage.clear(tmp_path, overwrite=True)
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -236,7 +236,7 @@ def test_a_script_that_fails_ends_the_example(tmp_path, monkeypatch, capfd):
     (tmp_path / "fails.py").write_text("raise SystemExit(3)")
     monkeypatch.setattr(example_usage, "SCRIPTS", tmp_path)
     with pytest.raises(UserError, match=r"fails.py ended with exit code 3") as caught:
-        example_usage.script("fails.py", ("--flag", "two words"))
+        example_usage.script(NoSignals(), "fails.py", ("--flag", "two words"))
     assert caught.value.exit_code == 1
     assert "fails.py \\\n      --flag 'two words'" in capfd.readouterr().out
 
@@ -252,7 +252,7 @@ def test_stopped_by_sigterm_what_it_made_can_be_overwritten(tmp_path):
         _, errors = child.communicate(timeout=60)
     assert child.returncode == 143 and b"Traceback" not in errors
     example_usage.clear(folder, overwrite=True)
-    assert not {*contents(folder)} - {"arc_data/arc_format_train.json.tmp"}
+    assert contents(folder) == {}
 
 
 def test_nothing_heavy_is_imported_before_parsing():
@@ -270,5 +270,5 @@ def test_overwrite_runs_again_to_the_same_bytes(copy):
     after = contents(copy)
     assert after.pop("notes.txt") == b"mine"
     assert after.keys() == before.keys()
-    timed = {example_usage.RECORD, *(name for name in after if name.endswith("metadata.json"))}
+    timed = {name for name in after if name.endswith("metadata.json")}
     assert {name for name in after if after[name] != before[name]} <= timed

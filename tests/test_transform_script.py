@@ -198,14 +198,34 @@ def test_interrupted_it_leaves_the_earlier_files(tmp_path):
     command += ["--output_dir", str(out), "--overwrite"]
     for stop, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         child = subprocess.Popen(command, stderr=subprocess.PIPE, env=OFFLINE, cwd=ROOT)
-        while not any(file.suffix == ".tmp" for file in out.iterdir()):
+        while not any(file.suffix == ".partial" for file in out.iterdir()):
             time.sleep(0.005)
         child.send_signal(stop)
         child.communicate(timeout=60)
         assert child.returncode == code
-        assert {f.name: f.read_bytes() for f in out.iterdir() if f.suffix != ".tmp"} == before
+        assert {f.name: f.read_bytes() for f in out.iterdir() if f.suffix != ".partial"} == before
     assert transform(*command[2:]).returncode == 0
-    assert not [file for file in out.iterdir() if file.suffix == ".tmp"]
+    assert not [file for file in out.iterdir() if file.suffix == ".partial"]
+
+
+def test_two_at_once_into_one_folder(tmp_path):
+    """One owner from the check to the end: the other is refused, and the files are one's."""
+    path, out = tmp_path / "r.jsonl", tmp_path / "o"
+    rows = (json.dumps({"examples": [A, B, [[[i % 10] * 20] * 20, [[1]]]]}) for i in range(20_000))
+    path.write_text("\n".join(rows))
+    command = [sys.executable, str(ROOT / "transform_hf_to_arc.py"), "--dataset", str(path)]
+    command += ["--output_dir", str(out), "--overwrite"]
+    children = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=OFFLINE)
+        for _ in range(2)
+    ]
+    ends = [(child.communicate(timeout=120)[1].decode(), child.returncode) for child in children]
+    assert sorted(code for _, code in ends) == [0, 2], ends
+    refusal = next(words for words, code in ends if code == 2)
+    assert refusal.startswith(f"error: another process is writing to {out}: wait")
+    assert len(json.loads((out / "arc_format_train.json").read_text())) == 10
+    names = ["arc_format_train.json", "test_outputs_train.json", "transformation_errors.json"]
+    assert sorted(file.name for file in out.iterdir()) == names
 
 
 @pytest.mark.parametrize("script", ["transform_hf_to_arc.py", "test_transformation.py"])

@@ -8,14 +8,21 @@ import argparse
 import contextlib
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, field, fields
+from typing import Any, NoReturn, TextIO
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
+
+GRACE_SECONDS = 18.0  # from a signal to the end of the process, at most; 20 are promised
+BAR_SECONDS = 30  # between two lines of a progress bar in a log file
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -45,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -79,6 +86,57 @@ def float_at_least(lowest: float) -> Callable[[str], float]:
     return number
 
 
+def option(
+    group: str,
+    help: str,
+    *,
+    default: Any = None,
+    unset: str | None = None,
+    required: bool = False,
+    flag_default: Any = None,
+    **words: Any,
+) -> Any:
+    """A field of a dataclass of options, from which `add_flags` makes the flag of its name.
+
+    help may hold `{unit}`. unset: what the default None means, for the help. flag_default: of the
+    flag, in its words, where the field's default is of another type. words: what else argparse is
+    told, such as `type`, `choices` and `metavar`; a field whose default is False is a switch.
+    """
+    metadata = {"group": group, "help": help, "unset": unset, "words": words}
+    if flag_default is not None:
+        metadata["default"] = flag_default
+    return field(default=MISSING if required else default, metadata=metadata)
+
+
+def add_flags(
+    parser: argparse._ActionsContainer,
+    options: type,
+    group: str,
+    changes: Mapping[str, Mapping[str, Any]] = {},
+    unit: str = "",
+) -> None:
+    """The flags of one group of a dataclass whose fields are `option`s, in their order.
+
+    changes: field -> what is different in this script: `flag` (its name), `default`, `help`.
+    """
+    for entry in fields(options):
+        if entry.metadata.get("group") != group:
+            continue
+        told = {"default": entry.default, **entry.metadata, **changes.get(entry.name, {})}
+        words = {**told["words"], "help": told["help"].replace("{unit}", unit)}
+        if told["default"] is False:
+            words["action"] = "store_true"
+        elif told["default"] is MISSING:
+            words["required"] = True
+        else:
+            words["default"] = told["default"]
+        if told["default"] is None and told["unset"]:
+            words["help"] += f" (default: {told['unset']})"
+        if "flag" in told:
+            words["dest"] = entry.name
+        parser.add_argument(told.get("flag", f"--{entry.name}"), **words)
+
+
 def command_to_resume() -> str:
     """The command of this process, to be pasted into a shell, that goes on with its run."""
     words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
@@ -86,7 +144,7 @@ def command_to_resume() -> str:
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM reached the main thread; exit code 128 + signum."""
+    """A signal has asked for the end of this process; exit code 128 + signum."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -94,41 +152,168 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into `Interrupted`, held back while `shielded`.
+    """Turns SIGINT, SIGTERM and SIGHUP into an orderly end, and never into an exception of its own.
 
-    The exception is raised in the main thread, which must therefore wait in Python (a future, a
-    queue) and leave blocking device calls to other threads.
+    At first a signal ends the process at once. After `hold` it is noted, and `check` raises
+    `Interrupted` at the next place that asks; whoever does not ask within GRACE_SECONDS is ended
+    all the same, which is safe since what is on the disk is whole at every moment. Only the first
+    signal counts.
+
+    A thread does this, fed by a pipe that the interpreter's own C handler writes to. A handler in
+    Python would wait for the main thread to return from whatever C code it is in, and an exception
+    raised there is lost where the main thread happens to be in a destructor or a callback of the
+    garbage collector.
     """
 
     def __init__(self) -> None:
-        self._depth = 0
-        self._pending: int | None = None
-        self._raised = False
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._receive)
+        self.signum: int | None = None  # the signal that was noted
+        self._held = False
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_forget_signals)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+                signal.signal(signum, lambda *_: None)
+        threading.Thread(target=self._wait, args=(reader,), name="signals", daemon=True).start()
 
-    def _receive(self, signum: int, frame: object) -> None:
-        self._pending = signum
-        if self._depth == 0 and not self._raised:
-            self._raised = True  # what follows is the end; a second Ctrl-C does not cut it short
-            raise Interrupted(signum)
+    def hold(self) -> None:
+        """From here on there is something to end in order: signals are noted for `check`."""
+        self._held = True
 
-    def ignore(self) -> None:
-        """From here on: the process is about to end, and nobody's patience can cut that short."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
+    def check(self) -> None:
+        """Raises Interrupted once a signal was noted."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
 
-    @contextlib.contextmanager
-    def shielded(self) -> Iterator[None]:
-        """A section that a signal must not cut in half; the exception comes at its end."""
-        self._depth += 1
+    def note(self, signum: int) -> None:
+        """As if `signum` had been sent to this process, for what another one of the run was told.
+        May be called in any thread, and returns before the signal is noted."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._writer, bytes([signum]))
+
+    def _wait(self, reader: int) -> None:
+        signum = os.read(reader, 1)[0]
+        if self._held:
+            self.signum = signum
+            time.sleep(GRACE_SECONDS)
+        leave(*last_words(Interrupted(signum)))
+
+
+def _forget_signals() -> None:
+    """In a forked child, whose signals would otherwise end its parent through the pipe."""
+    if signal.set_wakeup_fd(-1) >= 0:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_DFL)
+
+
+class LogStream:
+    """A stream for log lines and progress bars whose writes never raise.
+
+    What cannot be written, because the reader has left or the disk is full, is dropped: no run is
+    worth less than its log. A line that follows a bar begins a line of its own, and in a file,
+    where nothing returns to the start of a line, every state of a bar does.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.in_bar = False  # whether the cursor stands behind a bar
+
+    def write(self, text: str) -> int:
+        shown = text
+        if self.in_bar and not text.startswith(("\r", "\n", "\x1b")):
+            shown = "\n" + text
+        if text.startswith("\r") and not self.isatty():
+            shown = "\n" * self.in_bar + text.strip("\r ")
+        self.in_bar = text.startswith("\r") and not text.endswith(("\r", "\n"))
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class LogFormatter(logging.Formatter):
+    """The message alone; where it is ours, what it quotes cannot steer the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        ours = record.name.partition(".")[0] in ("utils", "__main__")
+        return one_line(record.message) if ours else record.message
+
+
+def last_words(error: BaseException) -> tuple[str, int]:
+    """The last line on stderr of a process that `error` ends, and its exit code.
+
+    The line is empty where nothing needs to be said, and where only a traceback says what happened.
+    """
+    if isinstance(error, UserError):
+        return f"error: {one_line(str(error))}", error.exit_code
+    if isinstance(error, Interrupted):
+        name = signal.Signals(error.signum).name
+        return f"stopped by {name}; what was written is intact", 128 + error.signum
+    if isinstance(error, BrokenPipeError):  # the reader of our output, `head` for one, has left
+        return "", 141
+    if isinstance(error, OSError):
+        cause = error.strerror or str(error) or type(error).__name__
+        where = "" if error.filename is None else f": {error.filename!s}"
+        return f"error: {one_line(cause + where)}; what was written is intact", 1
+    if isinstance(error, MemoryError):
+        return "error: this machine has not enough memory; what was written is intact", 1
+    if isinstance(error, RecursionError):
+        return "error: something that was read is nested too deeply (--verbose says where)", 1
+    if isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] in _JAX:
+        return f"error: JAX failed: {one_line(str(error))}; what was written is intact", 1
+    return "", 1
+
+
+_JAX = ("jax", "jaxlib")
+
+
+def leave(line: str, code: int) -> NoReturn:
+    """Ends the process at once, from whatever thread, with `line` on stderr.
+
+    Through `os._exit`, so that a device computation nobody waits for any more cannot hold the
+    process; and past `sys.stderr`, which another thread may be writing to.
+    """
+    if line:
+        start = "\n" if getattr(sys.stderr, "in_bar", False) else ""
+        with contextlib.suppress(OSError):
+            if select.select([], [2], [], 1.0)[1]:  # else its reader stands still
+                os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))
+    os._exit(code)
+
+
+def leave_later(error: BaseException) -> None:
+    """Ends the process as `error` ends it, unless it has ended by itself in GRACE_SECONDS."""
+
+    def wait() -> None:
+        time.sleep(GRACE_SECONDS)
+        leave(*last_words(error))
+
+    threading.Thread(target=wait, name="deadline", daemon=True).start()
+
+
+def _prepare_streams() -> None:
+    """Nothing that this process opens may take the numbers of the standard streams, and what it
+    says on stderr cannot end it."""
+    for number in range(3):
         try:
-            yield
-        finally:
-            self._depth -= 1
-        if self._depth == 0 and self._pending is not None and not self._raised:
-            self._raised = True
-            raise Interrupted(self._pending)
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if not isinstance(sys.stderr, LogStream):
+        sys.stderr = LogStream(sys.stderr)
+    if not sys.stderr.isatty():  # read by tqdm when it is imported
+        os.environ.setdefault("TQDM_MININTERVAL", str(BAR_SECONDS))
+        os.environ.setdefault("TQDM_MAXINTERVAL", str(BAR_SECONDS))
 
 
 def run(
@@ -138,13 +323,14 @@ def run(
 ) -> NoReturn:
     """Parse `argv`, call `main(args, signals)`, and leave the process with its exit code.
 
-    A `UserError` is one line on stderr; `--verbose` adds the traceback. Leaves through `os._exit`
-    so that a device computation nobody waits for any more cannot hold the process.
+    What ends `main` is one line on stderr; `--verbose` adds the traceback, and an error that has no
+    line of its own is a traceback.
     """
+    _prepare_streams()
     args = parser.parse_args(argv)
-    logging.basicConfig(
-        format="%(message)s", stream=sys.stderr, level="DEBUG" if args.verbose else "INFO"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(handlers=[handler], level="DEBUG" if args.verbose else "INFO")
     # Without torch, which nothing here needs, transformers would say so at every start.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not args.verbose:
@@ -159,26 +345,20 @@ def run(
             "urllib3",
         ):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-    signals = Signals()
+    signals, line = Signals(), ""
     try:
         code = main(args, signals) or 0
-        signals.ignore()
-    except UserError as error:
-        if args.verbose:
+        signals.check()
+    except BaseException as error:
+        line, code = last_words(error)
+        if args.verbose or not (line or isinstance(error, BrokenPipeError)):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    except Interrupted as stop:
-        signals.ignore()  # a second Ctrl-C
-        name = signal.Signals(stop.signum).name
-        print(f"stopped by {name}; what was written is intact", file=sys.stderr)
-        code = 128 + stop.signum
-    except BrokenPipeError:  # the reader of our output, `head` for one, has left
-        code = 141
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    with contextlib.suppress(BrokenPipeError):
+    try:
         sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        if not code:
+            line, code = last_words(error)
     sys.stderr.flush()
-    os._exit(code)
+    leave(line, code)

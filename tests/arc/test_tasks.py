@@ -302,6 +302,7 @@ def test_written_tasks_are_read_back(tmp_path):
         tmp_path / "new" / "arc_format_x.json",
         tmp_path / "new" / "test_outputs_x.json",
     )
+    path.parent.mkdir()
     with JsonFile(path) as file, JsonFile(solutions) as outputs:
         for task in tasks:
             file.write(arc.task_item(task))
@@ -339,7 +340,6 @@ def test_full_disk_is_one_line_and_keeps_the_earlier_file(tmp_path, monkeypatch)
         pytest.skip("no /dev/full")
     path = write(tmp_path / "x.json", "earlier")
     with pytest.raises(UserError, match="No space left") as caught, JsonFile(path) as file:
-        file._file.close()
         file._file = open("/dev/full", "wb")  # noqa: SIM115
         file.write(b"1")
         file.commit()

@@ -13,9 +13,8 @@ from conftest import NoSignals, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import TOLERANCE, worst_error
-from test_arc_inference import prepared
-from test_codec import format_named, tokenizer_named
-from test_formats import grids, tasks
+from runs import planned
+from strategies import format_named, grids, tasks, tokenizer_named
 
 import distributed_inference_with_activations as distributed_script
 import simple_extraction_inference as script
@@ -23,9 +22,9 @@ from utils.arc.scores import submission, vote
 from utils.arc.tasks import Pair, Task
 from utils.arc.views import View, original_cells, views
 from utils.cli import Interrupted
-from utils.plan.plan import prepare
+from utils.plan.plan import plan_run
 from utils.plan.request import Request
-from utils.prompt.codec import GeneratedAnswer, encode, encode_answer
+from utils.prompt.codec import Codec, Said, encode_answer, encode_prompt
 from utils.prompt.encodings import COLORS
 from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS
 from utils.run import compute
@@ -154,7 +153,7 @@ def test_cells_speak_of_the_original_task(name, encoding, tokenizer_name):
     fmt = format_named(name, encoding, tokenizer_name)
     glyphs = COLORS if encoding == "words" else "0123456789"
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     @given(st.data())
     def check(data):
         task, target = data.draw(tasks()), data.draw(grids(st.integers(1, 6)))
@@ -163,7 +162,7 @@ def test_cells_speak_of_the_original_task(name, encoding, tokenizer_name):
         dropped = data.draw(st.integers(0, len(task.train) - 1))
         kept = view.pair_order[dropped:]
         prompt = fmt.render(view.show_task(task), 0, len(kept))
-        ids, cells = encode(prompt, tokenizer)
+        ids, cells = encode_prompt(prompt, tokenizer)
         answer, answer_cells = encode_answer(fmt, view.show(target), tokenizer, len(ids))
         ids, cells = np.concatenate([ids, answer]), np.concatenate([cells, answer_cells])
         original = original_cells(cells, view, dropped)
@@ -206,20 +205,20 @@ FLAGS += ["--activation_dtype", "float32"]
 ORDER = [f"task{i}" for i in range(7)]
 
 
-def parsed(ids, tokenizer, fmt, prompt_length=0, stops=()):
+def parsed(codec, ids, prompt_length=0):
     """Takes an answer of the random model for a grid of two cells, so that there is a vote."""
     grid = [[int(ids[0]) % 3, int(ids[-1]) % 2]]
-    return GeneratedAnswer(grid, None, np.zeros((0, 7), np.int32), f"{len(ids)} tokens")
+    return Said(grid, None, np.zeros((0, 7), np.int32), f"{len(ids)} tokens")
 
 
 @pytest.fixture
 def parses(monkeypatch):
-    monkeypatch.setattr(compute.tokens, "answer_cells", parsed)
+    monkeypatch.setattr(Codec, "read", parsed)
 
 
 def go(model, tasks_file, folder, *flags):
     """Runs; the items by sample."""
-    extract.run(prepared(model, tasks_file, folder, *flags), NoSignals())
+    extract.run(planned(model, tasks_file, folder, *flags), NoSignals())
     return {sample_key(item): item for item in iter_items(folder / "acts")}
 
 
@@ -248,7 +247,7 @@ def run(tiny_model, tasks_file, tmp_path_factory):
     """A folder with an augmented run of 24 samples in 5 shards; and its items."""
     folder = tmp_path_factory.mktemp("augmented")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compute.tokens, "answer_cells", parsed)
+        patch.setattr(Codec, "read", parsed)
         return folder, go(tiny_model, tasks_file, folder, *FLAGS)
 
 
@@ -302,15 +301,15 @@ def test_answers_are_mapped_back_and_voted(run, tasks_file):
 
 def test_an_answer_that_is_right_in_its_view_is_right(tiny_model, tasks_file, tmp_path):
     """Each sample's target, as the model would have to say it in that view."""
-    plan = prepared(tiny_model, tasks_file, tmp_path, "--augmentations", 8, *SHORT)
+    plan = planned(tiny_model, tasks_file, tmp_path, "--augmentations", 8, *SHORT)
     assert len(plan.samples) == 64
     for sample in plan.samples:
         task = tasks_of(tasks_file)[sample.original.task_id]
-        row = compute.encode_row(plan, sample)
         shown = sample.view.show(task.test[sample.sample_idx].output)
-        answer, _ = encode_answer(plan.fmt, shown, plan.tokenizer)
-        row.answers, row.logprobs = [answer], [np.zeros(len(answer), np.float32)]
-        item, found = compute.to_item(row, plan)
+        answer, _ = encode_answer(plan.codec.fmt, shown, plan.codec.tokenizer)
+        logprobs = [np.zeros(len(answer), np.float32)]
+        result = compute.Result(sample, plan.encode(sample), [answer], logprobs, {}, None)
+        item, found = compute.to_item(result, plan)
         assert item["prediction"] == item["target"] == shown and item["correct"] is True
         assert (
             found["attempts"][0]["grid"] == found["target"] == task.test[sample.sample_idx].output
@@ -327,7 +326,7 @@ def test_an_answer_that_is_right_in_its_view_is_right(tiny_model, tasks_file, tm
 def test_forced_answers(tiny_model, tasks_file, tmp_path):
     """The dry run's count is the run's; cells of the answer are those of the ground truth."""
     flags = ["--augmentations", 3, "--teacher_forcing", "--save_every_n_samples", 10]
-    tokens, shards = plan_storage(prepared(tiny_model, tasks_file, tmp_path, *flags))
+    tokens, shards = plan_storage(planned(tiny_model, tasks_file, tmp_path, *flags))
     items = go(tiny_model, tasks_file, tmp_path, *flags)
     manifest = read_manifest(tmp_path / "acts")
     assert set(items) == TRIPLES and tokens == manifest["total_tokens"]
@@ -382,7 +381,7 @@ def test_views_do_not_depend_on_the_place_in_the_dataset(tiny_model, tasks_file,
     one, two = (
         {
             s.key: s.view
-            for s in prepared(tiny_model, p, tmp_path, "--augmentations", 5, *SHORT).samples
+            for s in planned(tiny_model, p, tmp_path, "--augmentations", 5, *SHORT).samples
         }
         for p in (tasks_file, other)
     )
@@ -431,10 +430,10 @@ def test_resuming(tiny_model, tasks_file, run, parses, in_shell, tmp_path):
 def stopping_after(count, original):
     made = itertools.count()
 
-    def to_item(row, prepared):
+    def to_item(result, plan):
         if next(made) == count:
             raise Interrupted(signal.SIGTERM)
-        return original(row, prepared)
+        return original(result, plan)
 
     return to_item
 
@@ -497,7 +496,7 @@ def test_parts_on_a_mesh_merged(tiny_model, tasks_file, run, parses, tmp_path):
         }
         argv = [*words(flags), *map(str, FLAGS)]
         request = Request.from_flags(distributed_script.build_parser().parse_args(argv))
-        extract.run(prepare(request), NoSignals())
+        extract.run(plan_run(request), NoSignals())
     argv = ["merge", *parts, "--into", tmp_path / "merged"]
     argv += ["--output_filepath", tmp_path / "submission.json"]
     merge.main(merge.build_parser().parse_args(list(map(str, argv))), NoSignals())
@@ -542,7 +541,7 @@ def test_views_that_do_not_fit_are_skipped(tiny_model, tasks_file, parses, tmp_p
     """A transposed grid has other lines, and so other tokens; the views that fit vote."""
     flags = ["--augmentations", 8, "--max_output_tokens", 4, "--max_train_pairs", 1]
     lengths = {}
-    for sample in prepared(tiny_model, tasks_file, tmp_path, *flags).samples:
+    for sample in planned(tiny_model, tasks_file, tmp_path, *flags).samples:
         lengths.setdefault(sample.key[:2], []).append(sample.length.prompt)
     assert set(lengths) == SAMPLES
     limit = max(max(found) for found in lengths.values() if len(set(found)) > 1) - 1

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from test_select import run_folder, sorted_rows  # noqa: F401 (a fixture)
+from runs import sorted_rows
 
 from utils.dataset import ActivationDataset, Selection
 from utils.dataset.bridges import DictionaryLearningBuffer, TorchRows, export_for_saelens, hook_name
@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: requirement
 
 
 @pytest.fixture
-def dataset(run_folder):  # noqa: F811
+def dataset(run_folder):
     return ActivationDataset(run_folder, Selection(layer=2, part="prompt"))
 
 

@@ -5,55 +5,21 @@ import logging
 
 import numpy as np
 import pytest
-from conftest import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import extracted, sorted_rows
 
-import simple_extraction_inference
-from utils.dataset import ActivationDataset, Selection
-from utils.dataset.shuffle import NO_CELL, Rows, mixed
+from utils.dataset import ActivationDataset, Selection, stats
+from utils.dataset.shuffle import NO_CELL, ActivationRows, mixed
 from utils.dataset.stats import STATS_FILE, _Running, activation_stats
 from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.items import to_float32
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, tiny_model, tasks_file):
-    """A run of seven tasks in shards of two samples, three layers, generated answers."""
-    return extracted(tmp_path_factory.mktemp("run"), tiny_model, tasks_file)
-
-
-def extracted(folder, model, tasks, **more):
-    from conftest import NoSignals
-
-    from utils.plan.plan import prepare
-    from utils.plan.request import Request
-    from utils.run.loop import run
-
-    flags = {
-        "model_path": model,
-        "dataset_path": tasks,
-        "output_path": folder / "predictions.json",
-        "activations_dir": folder / "activations",
-        "max_output_tokens": 6,
-        "save_every_n_samples": 2,
-        "layers_to_extract": [0, 2, 3],
-        **more,
-    }
-    parser = simple_extraction_inference.build_parser()
-    run(prepare(Request.from_flags(parser.parse_args(words(flags)))), NoSignals())
-    return folder / "activations"
-
-
 def stored(folder, name="resid_post.2"):
     """Every row of a run, read without the code under test."""
     return np.concatenate([item["activations"][name] for item in iter_items(folder)])
-
-
-def sorted_rows(rows):
-    rows = np.asarray(rows, np.float32)
-    return rows[np.lexsort(rows.T)]
 
 
 def test_all_rows_come_once_in_order_and_shuffled(run_folder):
@@ -162,18 +128,18 @@ def test_a_run_that_kept_some_positions_is_read_too(tmp_path, tiny_model, tasks_
 
 
 def test_statistics_are_those_of_numpy_and_are_kept(run_folder):
-    stats = activation_stats(run_folder)["resid_post.2"]
+    found = activation_stats(run_folder)["resid_post.2"]
     rows = stored(run_folder).astype(np.float64)
     norms = np.linalg.norm(rows, axis=1)
-    assert stats.count == len(rows)
-    np.testing.assert_allclose(stats.mean, rows.mean(axis=0), atol=1e-5)
-    np.testing.assert_allclose(stats.std, rows.std(axis=0), rtol=1e-4)
+    assert found.count == len(rows)
+    np.testing.assert_allclose(found.mean, rows.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(found.std, rows.std(axis=0), rtol=1e-4)
     np.testing.assert_allclose(
-        [stats.norm_mean, stats.norm_std, stats.norm_max],
+        [found.norm_mean, found.norm_std, found.norm_max],
         [norms.mean(), norms.std(), norms.max()],
         rtol=1e-4,
     )
-    assert abs(stats.norm_median / np.median(norms) - 1) < 0.01
+    assert abs(found.norm_median / np.median(norms) - 1) < 0.01
 
     path = run_folder / STATS_FILE
     kept = path.read_bytes()
@@ -183,6 +149,13 @@ def test_statistics_are_those_of_numpy_and_are_kept(run_folder):
     assert activation_stats(run_folder)["resid_post.2"].count == 1  # read, not computed
     path.write_text(json.dumps({**marked, "files_hash": "of other shards"}))
     assert activation_stats(run_folder)["resid_post.2"].count == len(rows)
+
+
+def test_statistics_name_a_model_that_made_no_finite_row(monkeypatch):
+    item = {"activations": {"resid_post.0": np.full((3, 4), np.nan, np.float32)}}
+    monkeypatch.setattr(stats, "iter_items", lambda folder: iter([item]))
+    with pytest.raises(UserError, match=r"all 3 rows of resid_post\.0 in run hold a NaN"):
+        stats._computed("run", {"activations": {"resid_post.0": {}}, "total_samples": 1})
 
 
 def test_a_bucket_is_read_like_a_folder(run_folder, gcs, tmp_path):
@@ -294,7 +267,7 @@ def test_two_passes_at_once_do_not_mix_their_counts(run_folder):
 
 def rows_of(states, start):
     numbers = np.arange(start, start + len(states), dtype=np.int32)
-    return Rows(states, numbers, numbers, numbers, np.repeat(numbers[:, None], 5, axis=1))
+    return ActivationRows(states, numbers, numbers, numbers, np.repeat(numbers[:, None], 5, axis=1))
 
 
 @given(
@@ -303,7 +276,7 @@ def rows_of(states, start):
     st.integers(1, 20),
     st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_buffer_gives_every_row_once_with_what_belongs_to_it(sizes, size, batch, drop_last):
     size, start, blocks = max(size, batch), 0, []
     for count, is_wide in sizes:
@@ -316,13 +289,13 @@ def test_the_buffer_gives_every_row_once_with_what_belongs_to_it(sizes, size, ba
     if not batches:
         assert (start < batch and drop_last) or not start
         return
-    found = Rows.joined(batches)
+    found = ActivationRows.joined(batches)
     order = np.argsort(found.samples)
     if drop_last:
         assert start - batch < len(found) <= start and len(set(found.samples)) == len(found)
     else:
         assert np.array_equal(found.samples[order], np.arange(start))
-        whole = Rows.joined(blocks)
+        whole = ActivationRows.joined(blocks)
         assert np.array_equal(found.activations[order], whole.activations)
     for column in (found.tokens, found.token_ids, found.cells[:, 3], found.activations[:, 0] // 1):
         assert np.array_equal(column, found.samples)
@@ -345,7 +318,7 @@ def test_half_precision_is_widened_exactly(monkeypatch):
 def test_what_float16_cannot_hold_is_not_made_an_infinity(run_folder, monkeypatch):
     dataset = ActivationDataset(run_folder, Selection(0))
     large = rows_of(np.full((4, 2), 1e6, np.float32), 0)
-    monkeypatch.setattr(dataset, "parts", lambda *_: iter([({}, large)]))
+    monkeypatch.setattr(dataset, "parts", lambda *_: iter([large]))
     with pytest.raises(UserError, match="too large for float16"):
         list(dataset.batches(4, dtype=np.float16))
 

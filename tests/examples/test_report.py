@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from test_select import extracted
+from runs import extracted
 
 from examples.report import Findings, as_grid, shade, write_report
 from utils.dataset import ActivationDataset, Selection

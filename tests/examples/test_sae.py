@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 from conftest import run_script
-from test_select import run_folder  # noqa: F401 (a fixture)
 
 from examples import sae as sae_module
 from examples.features import TOP, find_features
 from examples.sae import Sae, SaeConfig, fit, load_sae, measure, split, train
 from utils.dataset import ActivationDataset, Selection
 from utils.dataset.contrast import contrast, pair_up, roles_of_tokens
-from utils.dataset.shuffle import Rows
+from utils.dataset.shuffle import ActivationRows
 from utils.errors import UserError
 
 D, F = 16, 24
@@ -112,7 +111,7 @@ def test_it_is_saved_as_safetensors_and_comes_back(trained, tmp_path, planted):
         load_sae(tmp_path)
 
 
-def test_an_sae_that_cannot_be_trained_is_refused(run_folder):  # noqa: F811
+def test_an_sae_that_cannot_be_trained_is_refused(run_folder):
     dataset = ActivationDataset(run_folder, Selection(0))
     with pytest.raises(UserError, match="of 31 latents is narrower than its input of 32"):
         fit(dataset, SaeConfig(width=31))
@@ -122,7 +121,7 @@ def test_an_sae_that_cannot_be_trained_is_refused(run_folder):  # noqa: F811
         fit(dataset, SaeConfig(width=64, k=4, batch_size=10**6))
 
 
-def test_the_script_trains_on_a_run(run_folder, tmp_path):  # noqa: F811
+def test_the_script_trains_on_a_run(run_folder, tmp_path):
     flags = ["--activations_dir", run_folder, "--layer", 2, "--output_dir", tmp_path / "sae"]
     small = ["--width", 64, "--k", 8, "--steps", 30, "--batch_size", 64]
     result = run_script("examples/sae.py", *flags, *small)
@@ -167,7 +166,7 @@ def test_the_rule_names_colors_roles_and_positions():
     zeros = np.zeros(D, np.float32)
     sae = Sae(identity, zeros, identity, zeros, zeros, 1.0, k=D)
     numbers = np.arange(N, dtype=np.int32)
-    rows = Rows(states, numbers, numbers, numbers, cells)
+    rows = ActivationRows(states, numbers, numbers, numbers, cells)
     found = find_features(sae, rows)
     assert {f.latent: f.attribute.label for f in found} == {
         0: "red",
@@ -250,7 +249,9 @@ def test_chance_stays_below_its_bound_nineteen_times_in_twenty(monkeypatch):
 def test_a_task_is_held_out_with_all_its_samples():
     count = 1000
     samples = np.arange(count) % 40
-    rows = Rows(np.arange(count, dtype=np.float32)[:, None], samples, samples, samples, samples)
+    rows = ActivationRows(
+        np.arange(count, dtype=np.float32)[:, None], samples, samples, samples, samples
+    )
     task_ids = [f"task{i % 20}" for i in samples]  # two samples a task
     trained, held_out = split(rows, task_ids)
     assert len(trained) + len(held_out) == count and len(held_out) == count // 10
@@ -278,8 +279,8 @@ def test_one_grid_is_not_enough_for_a_feature():
     one = np.ones((1, 1), np.float32)
     sae = Sae(one, one[0] * 0, one, one[0] * 0, one[0] * 0, 1.0, k=1)
     numbers = np.arange(len(cells))
-    assert not find_features(sae, Rows(states, numbers * 0, numbers, numbers, cells))
-    assert find_features(sae, Rows(states, numbers % 7, numbers, numbers, cells))
-    twice = Rows(states, numbers * 0, numbers, numbers, np.concatenate([cells[:400]] * 2))
+    assert not find_features(sae, ActivationRows(states, numbers * 0, numbers, numbers, cells))
+    assert find_features(sae, ActivationRows(states, numbers % 7, numbers, numbers, cells))
+    twice = ActivationRows(states, numbers * 0, numbers, numbers, np.concatenate([cells[:400]] * 2))
     with pytest.raises(UserError, match="several tokens hold one cell"):
         find_features(sae, twice)

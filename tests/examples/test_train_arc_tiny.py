@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from checkpoints import write_random_checkpoint
+from conftest import ROOT, TINY, run_script
 
 FLAGS = ("--batch_tokens", 512, "--check_every", 2)
 
@@ -49,3 +51,20 @@ def test_a_training_that_is_stopped_and_continued_gives_the_same_bytes(tmp_path)
     (tmp_path / "b" / "state.msgpack").write_bytes(b"torn")
     torn = run_script(*command(tmp_path, "b"))
     assert torn.returncode == 2 and "state.msgpack is damaged" in torn.stderr
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_written_is_what_was_loaded(tmp_path, tied):
+    from examples.train_arc_tiny import write_checkpoint
+    from utils.model.config import ModelConfig
+    from utils.model.layout import Layout, single_device_mesh
+    from utils.model.weights import Checkpoint
+
+    fields = {**TINY, "tie_word_embeddings": tied, "head_dim": 8}
+    write_random_checkpoint(tmp_path / "a", fields)
+    config = ModelConfig.from_hf(tmp_path / "a")
+    layout = Layout.of(config, single_device_mesh())
+    params = Checkpoint(tmp_path / "a", config).load(layout, np.float32)
+    write_checkpoint(tmp_path / "b", fields, params)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -1,12 +1,17 @@
 """Which layers and hook points a run captures."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import TINY
 
+import simple_extraction_inference as script
 from utils.errors import UserError
 from utils.model.capture import CaptureSpec, resolve_layers
 from utils.model.config import ModelConfig
-from utils.plan.flags import add_capture_flags
+from utils.model.decoder import Decoder, captured
+from utils.model.layout import Layout, single_device_mesh
 
 CONFIG = ModelConfig.from_dict(TINY)
 
@@ -57,14 +62,37 @@ def test_where_positions_are_captured(positions, prefill, decode):
     assert not CaptureSpec((), positions).in_prefill
 
 
-def test_flags_offer_what_there_is():
-    """The names are declared in two places, so that `--help` imports nothing heavy."""
-    import argparse
+@pytest.mark.parametrize(
+    ("tokens", "alone", "with_answer"),
+    [
+        ("all", range(0, 5), range(0, 8)),
+        ("prompt", range(0, 5), range(0, 5)),
+        ("answer", range(5, 5), range(5, 8)),
+        ("last", range(4, 5), range(4, 5)),
+    ],
+)
+def test_which_tokens_are_kept(tokens, alone, with_answer):
+    """Of a prompt of five tokens, and of one with an answer of three."""
+    spec = CaptureSpec(("resid_post.0",), tokens)
+    assert (spec.rows(5, 0), spec.rows(5, 3)) == (alone, with_answer)
+    lengths = np.array([5, 9], np.int32)
+    starts = np.broadcast_to(spec.start(lengths), (2,))
+    assert starts.tolist() == [spec.rows(n, 3).start for n in lengths.tolist()]
 
-    from utils.model.capture import HOOK_POINTS, TOKEN_POSITIONS
 
-    parser = argparse.ArgumentParser()
-    add_capture_flags(parser)
+def test_flags_offer_what_a_model_captures():
+    """Each choice of --hook_points and --token_positions is one that the decoder gives."""
+    parser = script.build_parser()
     choices = {action.dest: action.choices for action in parser._actions}
-    assert tuple(choices["hook_points"]) == HOOK_POINTS
-    assert tuple(choices["token_positions"]) == TOKEN_POSITIONS
+    layout = Layout.of(CONFIG, single_device_mesh())
+    for tokens in choices["token_positions"]:
+        spec = CaptureSpec.from_flags(CONFIG, ["1"], choices["hook_points"], tokens)
+        model = Decoder(CONFIG, layout, spec)
+        ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+
+        def pass_over(ids, model=model):
+            return model.init_with_output(jax.random.key(0), ids, ids, mutable=True)[1]
+
+        state = jax.eval_shape(pass_over, ids)
+        assert set(captured(state["intermediates"])) == set(spec.names)
+        assert spec.in_prefill or spec.in_decode

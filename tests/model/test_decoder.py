@@ -9,8 +9,7 @@ from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst
 
 from utils.model import attention
 from utils.model.attention import attend, attend_prompt, rope_frequencies
-from utils.model.layout import Layout
-from utils.model.mesh import single_device_mesh
+from utils.model.layout import Layout, single_device_mesh
 from utils.model.rope import Rope
 
 GOLDEN = Path(__file__).parents[1] / "golden"

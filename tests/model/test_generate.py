@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import write_random_checkpoint
+from conftest import TINY
 from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst_error
+from safetensors.numpy import load_file, save_file
 
-from utils.model.capture import CaptureSpec
-from utils.model.decoder import Decoder
+from utils.model import generate as generation
+from utils.model.generate import Outputs, Shape
+from utils.model.layout import make_mesh
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "qwen2"
 PROMPTS = [[5, 6, 7], list(range(10, 40)), [9], list(range(50, 120))]
@@ -74,12 +79,11 @@ def test_the_loop_ends_with_the_last_row(engine, batch):
 
 
 def test_without_capture_the_last_token_is_not_run(engine, batch):
-    plain = Decoder(engine.model.config, engine.model.layout)
-    _, decoded = generate(engine, PROMPTS, 80, 10, model=plain)
+    _, decoded = generate(engine, PROMPTS, 80, 10, captures=False)
     assert decoded.tokens.tolist() == batch[1].tokens.tolist()
     assert (int(decoded.steps), int(batch[1].steps)) == (9, 10)
     stop = batch[1].tokens.tolist()[0][0]
-    _, decoded = generate(engine, PROMPTS[:1], 80, 10, stops=[stop], model=plain)
+    _, decoded = generate(engine, PROMPTS[:1], 80, 10, stops=[stop], captures=False)
     assert (int(decoded.steps), int(decoded.counts[0])) == (0, 1)
 
 
@@ -139,27 +143,63 @@ def test_layers_after_the_last_captured_are_not_run(engine):
     """Fewer layers, the same states, a cheaper program."""
     names = ("resid_post.0", "mlp_out.1")
     short = load_engine(CHECKPOINT, names)
-    short.model = Decoder(
-        short.model.config, short.model.layout, CaptureSpec(names), num_layers_run=2
-    )
+    short.model = short.model.clone(num_layers_run=2)
     ids = PROMPTS[1]
     tokens, lengths = np.array([ids], np.int32), np.array([len(ids)], np.int32)
-    bucket_args = {"answer_slots": 0, "with_logits": False}
-    from utils.model.generate import Shape
-
-    shape = Shape(len(ids), len(ids), 0)
     none = np.zeros(1, np.int32)
-    found = short.prefill(tokens, lengths, none, shape=shape, **bucket_args)
+    static = (Shape(len(ids), len(ids), 0), Outputs(logits=False))
+    found = short.prefill(tokens, lengths, none, *static)
     full = prefill(engine, [ids], len(ids))
     assert found.logits is None
     for name in names:
         np.testing.assert_array_equal(found.captures[name], full.captures[name])
-    engine.prefill(tokens, lengths, none, shape=shape, **bucket_args)
 
     def flops(e):
-        program = next(
-            p for key, p in e._programs.items() if dict(key[3]).get("with_logits") is False
-        )
-        return program.cost_analysis()["flops"]
+        return e.prefill_program(1, *static).cost_analysis()["flops"]
 
     assert flops(short) < 0.75 * flops(engine)  # two layers of three
+
+
+def test_the_highest_logit_of_each_row():
+    """The first of equals; a NaN counts as infinity, so that what is chosen is always an id."""
+    nan, inf = np.nan, np.inf
+    rows = np.array(
+        [[1, 3, 3], [-inf, -inf, 0], [0, nan, 9], [nan, nan, nan], [-inf, -inf, -inf]], np.float32
+    )
+    assert generation._argmax(rows).tolist() == [1, 2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_nan_among_the_weights_gives_no_id_outside_the_vocabulary(tmp_path, name, temperature):
+    """On a mesh that pads the vocabulary too; the log-probabilities say that something is wrong."""
+    fields = {**TINY, "vocab_size": 299}  # no multiple of 4
+    write_random_checkpoint(tmp_path, fields)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name] = tensors[name].copy()
+    tensors[name].reshape(-1)[7] = np.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    for mesh in (None, make_mesh(2, 4)):
+        broken = load_engine(tmp_path, mesh=mesh)
+        _, decoded = generate(broken, PROMPTS, 80, 10, temperature=temperature)
+        tokens, counts = np.asarray(decoded.tokens), np.asarray(decoded.counts)
+        assert tokens.min() >= 0 and tokens.max() < 299
+        for row, count in enumerate(counts):
+            assert np.isnan(decoded.logprobs[row, :count]).all()
+
+
+def test_64_bits_in_jax_change_nothing(batch):
+    """JAX_ENABLE_X64=1, which another program on the machine may need."""
+    sampled = generate(load_engine(CHECKPOINT), PROMPTS, 80, 10, temperature=1.5)
+    with jax.enable_x64(True):
+        assert jnp.arange(1).dtype == jnp.int64
+        engine = load_engine(CHECKPOINT)
+        wide = [generate(engine, PROMPTS, 80, 10, temperature=t) for t in (0.0, 1.5)]
+        for one, other in zip(
+            jax.tree.leaves([batch, sampled]), jax.tree.leaves(wide), strict=True
+        ):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+        prefill(engine, PROMPTS[:2], 80, [[3, 4], [5]])

@@ -1,12 +1,18 @@
-"""The same states and answers on every mesh: eight virtual devices against one."""
+"""The same states and answers on every mesh, eight virtual devices against one; and its cache."""
 
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from checkpoints import write_random_checkpoint
+from conftest import ROOT, TINY
 from parity import TOLERANCE, generate, load_engine, prefill, worst_error
 
-from utils.model.mesh import make_mesh
-from utils.model.weights import write_random_checkpoint
+from utils.model.layout import Layout, make_mesh, use_compilation_cache
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 HEADS = {
@@ -53,7 +59,10 @@ def alone(checkpoint, prompts):
 def test_a_mesh_changes_nothing(checkpoint, prompts, alone, shape):
     """Every hook point of every token, generated ones too; tokens; log-probabilities."""
     engine = load_engine(checkpoint, mesh=make_mesh(*shape))
-    assert engine.model.layout.by_heads == (shape[1] < 4 or "llama" in str(engine.model))
+    config, model_axis = engine.model.config, shape[1]
+    divide = config.num_heads % model_axis == 0 and config.num_kv_heads % model_axis == 0
+    assert divide == (model_axis <= 2 or config.model_type == "llama")
+    assert engine.model.layout.by_heads == divide
     (first, decoded), forced = alone
     first_m, decoded_m = generate(engine, prompts, 96, 13, stops=[7])
     assert np.asarray(decoded_m.tokens).tolist() == np.asarray(decoded.tokens).tolist()
@@ -86,3 +95,67 @@ def test_states_leave_a_mesh_with_each_row_on_one_device(checkpoint, prompts):
     for value in half.captures.values():
         firsts = [shard for shard in value.addressable_shards if shard.replica_id == 0]
         assert len(firsts) == 2 and {shard.data.shape[0] for shard in firsts} == {2}
+
+
+def test_a_cache_fills_block_by_block():
+    """`by_heads` false: each of two devices holds its part of the prompt, and half of the room."""
+    split = Layout(make_mesh(1, 2, jax.devices()[:2]), by_heads=False)
+    slots = split.into_slots(jnp.array([[1, 2, 3, 4]]), 8, axis=1, fill=9)
+    assert slots.tolist() == [[1, 2, 9, 9, 3, 4, 9, 9]]
+    assert [int(split.slot(step, 4, 8)) for step in range(4)] == [2, 6, 3, 7]
+    whole = Layout(split.mesh, by_heads=True)
+    assert whole.into_slots(jnp.array([[1, 2, 3, 4]]), 6, axis=1).tolist() == [[1, 2, 3, 4, 0, 0]]
+    assert [int(whole.slot(step, 4, 6)) for step in range(2)] == [4, 5]
+
+
+COMPILE_TIME = "jax_persistent_cache_min_compile_time_secs"
+
+
+@pytest.fixture
+def cache_settings():
+    """JAX's settings of the compilation cache, as they were again after the test."""
+    names = (COMPILE_TIME, "jax_compilation_cache_dir")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.parametrize(("said", "kept"), [(None, 0.5), ("3", 7.0)])
+def test_the_user_says_which_programs_are_kept(monkeypatch, cache_settings, said, kept):
+    jax.config.update(COMPILE_TIME, 7.0)  # what JAX read from the user's environment when it began
+    if said is None:
+        monkeypatch.delenv(COMPILE_TIME.upper(), raising=False)
+    else:
+        monkeypatch.setenv(COMPILE_TIME.upper(), said)
+    use_compilation_cache()
+    assert getattr(jax.config, COMPILE_TIME) == kept
+
+
+def test_without_a_home_no_program_is_kept(monkeypatch, cache_settings):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    jax.config.update("jax_compilation_cache_dir", None)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+def test_a_device_that_is_not_to_be_had_is_one_line(platforms):
+    code = """
+from utils.errors import UserError
+from utils.model.layout import find_devices
+try:
+    find_devices(everywhere=False)
+except UserError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+    )
+    assert f"JAX finds no device of JAX_PLATFORMS={platforms}" in result.stdout, result.stderr
+    assert result.stdout.count("\n") == 1

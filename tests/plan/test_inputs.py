@@ -1,7 +1,9 @@
 """Models and datasets that lie in a bucket."""
 
 import json
+import logging
 import shutil
+from multiprocessing.pool import ThreadPool
 
 import pytest
 from conftest import NoSignals
@@ -10,9 +12,11 @@ import simple_extraction_inference as script
 from utils.arc.tasks import read_tasks, solutions_beside
 from utils.errors import UserError
 from utils.plan.inputs import model, tasks
-from utils.plan.plan import prepare
+from utils.plan.plan import plan_run
 from utils.plan.request import Request
 from utils.run.loop import run
+from utils.store.bucket import BucketFolder
+from utils.store.copies import copied
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def test_a_run_with_everything_in_buckets(filled, cache, tiny_model, tasks_file,
             activations_dir=str(tmp_path / name),
             max_output_tokens=4,
         )
-        manifest = run(prepare(request), NoSignals())
+        manifest = run(plan_run(request), NoSignals())
         return manifest, (tmp_path / f"{name}.json").read_bytes()
 
     here, expected = results("here", tiny_model, tasks_file)
@@ -50,27 +54,48 @@ def test_a_run_with_everything_in_buckets(filled, cache, tiny_model, tasks_file,
     assert found == expected and '"target": [[' in found.decode()  # solutions beside, too
     assert (there["model"]["path"], there["dataset"]["path"]) == remote
     assert there["model"]["hash"] == here["model"]["hash"]
-    names = {path.name for path in (cache / "models/bucket/models/tiny").iterdir()} - {".lock"}
+    (copy,) = (cache / "bucket/models/tiny").iterdir()
+    names = {path.name for path in copy.iterdir()}
     assert names == {path.name for path in tiny_model.iterdir()}
 
 
-def test_what_is_there_is_not_fetched_again_unless_it_changed(filled, cache, tiny_model):
+def test_what_is_there_is_not_fetched_again_and_never_changed(filled, cache, tiny_model):
     folder = model("gs://bucket/models/tiny")
     reads = lambda: [r.name.rpartition("/")[2] for r in filled.requests if r.kind == "read"]  # noqa: E731
     assert sorted(reads()) == sorted(path.name for path in tiny_model.iterdir())
     filled.requests.clear()
     assert model("gs://bucket/models/tiny") == folder and reads() == []
-    weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1  # by a bad disk: size and time tell nothing
-    weights.write_bytes(content)
-    model("gs://bucket/models/tiny")
-    assert reads() == ["model.safetensors"]
-    assert weights.read_bytes() == (tiny_model / "model.safetensors").read_bytes()
-    filled.requests.clear()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     filled.store("models/tiny/config.json", b"{}")
-    model("gs://bucket/models/tiny")
-    assert reads() == ["config.json"] and (folder / "config.json").read_bytes() == b"{}"
+    changed = model("gs://bucket/models/tiny")
+    assert changed != folder and (changed / "config.json").read_bytes() == b"{}"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_copy_that_a_bad_disk_changed_is_refused(filled, cache):
+    weights = model("gs://bucket/models/tiny") / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # size and time tell nothing
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{weights} is damaged: delete {weights.parent}, and try"):
+        model("gs://bucket/models/tiny")
+
+
+def test_two_at_once_fetch_one_copy(filled, cache, tiny_model):
+    with ThreadPool(4) as pool:
+        (folder,) = set(pool.map(model, ["gs://bucket/models/tiny"] * 4))
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    for path in tiny_model.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+def test_an_object_that_is_replaced_meanwhile_is_not_taken(filled, cache):
+    bucket = BucketFolder("gs://bucket/models/tiny")
+    listing = bucket.listing()
+    filled.store("models/tiny/config.json", b"{}")
+    with pytest.raises(UserError, match=r"cannot read gs://bucket/models/tiny/config\.json: 412"):
+        copied(bucket, listing)
+    assert not any(cache.rglob("*.*"))
 
 
 def test_tasks_and_their_solutions(filled, cache, tasks_file):
@@ -125,22 +150,23 @@ def test_a_damaged_object_is_refused(filled, cache):
     filled.corrupt("models/tiny/model.safetensors")
     with pytest.raises(UserError, match=r"tiny/model\.safetensors is refused: its bytes"):
         model("gs://bucket/models/tiny")
-    assert not (cache / "models/bucket/models/tiny/model.safetensors").exists()
+    assert not any(cache.rglob("*.*"))
 
 
 def test_a_disk_that_is_too_small(filled, cache, monkeypatch):
-    monkeypatch.setattr("utils.plan.inputs.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("utils.store.copies.free_bytes", lambda folder: 1000)
     with pytest.raises(UserError, match=r"takes 0\.00 GB .* set XDG_CACHE_HOME to another disk"):
         model("gs://bucket/models/tiny")
 
 
-def test_errors_speak_of_the_uri(filled, cache, in_shell, tmp_path):
+def test_errors_speak_of_the_copy_and_the_log_of_its_uri(filled, cache, in_shell, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     filled.storage.objects["bucket"].pop("models/tiny/model.safetensors")
     shutil.rmtree(cache, ignore_errors=True)
     flags = ["--model_path", "gs://bucket/models/tiny", "--output_path", tmp_path / "p.json"]
     flags += ["--dataset_path", "gs://bucket/data/arc_format_train.json", "--dry_run"]
     code, _, err = in_shell(script, [*flags, "--activations_dir", tmp_path / "acts"])
     assert code == 2
-    assert err.splitlines()[-1].startswith("error: gs://bucket/models/tiny holds only .bin") or (
-        "error: gs://bucket/models/tiny has no .safetensors weights" in err
-    )
+    (copy,) = (cache / "bucket/models/tiny").iterdir()
+    assert f"gs://bucket/models/tiny is read from its copy {copy}" in caplog.text
+    assert err.splitlines()[-1].startswith(f"error: {copy} ") and ".safetensors" in err

@@ -7,16 +7,15 @@ from benchmarks.shapes import LLAMA_3_1_8B, QWEN2_0_5B, QWEN2_5_7B
 from utils.errors import UserError
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
-from utils.model.layout import Layout
-from utils.model.mesh import make_mesh
+from utils.model.layout import Layout, make_mesh
 from utils.plan.memory import Workload, choose_model_axis, rows_that_fit
 
 GB = 10**9
+NAMES = ("resid_post.0", "resid_post.11", "resid_post.23")
 
 
 def workload(fields, answer=400):
-    names = ("resid_post.0", "resid_post.11", "resid_post.23")
-    return Workload(ModelConfig.from_dict(fields), CaptureSpec(names), answer, 2)
+    return Workload(ModelConfig.from_dict(fields), CaptureSpec(NAMES), answer, 2)
 
 
 def layout(work, data, model):
@@ -39,6 +38,27 @@ def test_cache_and_captures():
     assert work.cache_bytes(layout(work, 1, 8), 64, 1600) == 64 * 2000 * 12288 // 8
     assert work.capture_bytes(layout(work, 8, 1), 64, 1600) == 8 * 2000 * 896 * 3 * 2
     assert work.capture_bytes(layout(work, 2, 4), 4, 1600) == 2 * 2000 * 896 * 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "generated", "forced"),
+    [("all", 1600 + 400, 1600), ("prompt", 1600, 1600), ("answer", 400, 90), ("last", 1, 1)],
+)
+def test_captures_are_those_of_the_tokens_that_are_kept(tokens, generated, forced):
+    """8 rows of 1,600 slots on 8 devices, one row each, and answers that are generated in 400 slots
+    more, or of which the longest that is forced takes 90 of the 1,600."""
+    config, capture = ModelConfig.from_dict(QWEN2_0_5B), CaptureSpec(("resid_post.0",), tokens)
+    for answer, forced_answer, slots in ((400, 0, generated), (0, 90, forced)):
+        work = Workload(config, capture, answer, 2, forced_answer)
+        assert work.capture_bytes(layout(work, 8, 1), 8, 1600) == slots * 896 * 2
+
+
+def test_a_run_that_keeps_one_token_has_larger_batches():
+    def rows(tokens):
+        work = Workload(ModelConfig.from_dict(QWEN2_5_7B), CaptureSpec(NAMES, tokens), 400, 2)
+        return rows_that_fit(work, layout(work, 4, 2), 16 * 2**30, 512)(2048)
+
+    assert rows("last") > rows("all") > 0
 
 
 def test_the_smallest_model_axis_that_fits():

@@ -1,6 +1,6 @@
 """The cell table, exact for every format, encoding and kind of tokenizer."""
 
-import functools
+import itertools
 import json
 import random
 import subprocess
@@ -12,41 +12,31 @@ import pytest
 import tokenizers_for_tests as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_formats import SMALL_TASK, check_spans, grids, tasks
+from strategies import (
+    ALL_TOKENIZERS,
+    BUILDERS,
+    SMALL_TASK,
+    check_spans,
+    format_named,
+    grids,
+    tasks,
+    tokenizer_named,
+)
 
 from utils.errors import UserError
 from utils.prompt.codec import (
-    answer_cells,
+    Codec,
     check_vocabulary,
-    encode,
     encode_answer,
+    encode_prompt,
     load_tokenizer,
     stop_ids,
 )
 from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS, load_format
 
-QWEN2 = Path(__file__).parents[3] / "shared" / "tokenizers" / "qwen2"
-BUILDERS = {
-    "character": small.character_tokenizer,
-    "merging": small.merging_tokenizer,
-    "word": small.word_tokenizer,
-    "sentencepiece": small.sentencepiece_tokenizer,
-    "metaspace": functools.partial(small.sentencepiece_tokenizer, legacy=False),
-}
 
-
-@functools.cache
-def tokenizer_named(name):
-    if name in BUILDERS:
-        return BUILDERS[name]()
-    if not QWEN2.is_dir():
-        pytest.skip("the Qwen2 tokenizer is not beside this checkout")
-    return load_tokenizer(QWEN2)
-
-
-@functools.cache
-def format_named(name, encoding, tokenizer_name):
-    return load_format(name, encoding, tokenizer_named(tokenizer_name))
+def read(ids, tokenizer, fmt, prompt_length=0, stops=()):
+    return Codec(tokenizer, fmt, stops, "").read(ids, prompt_length)
 
 
 def align(ids, text, tokenizer):
@@ -83,16 +73,27 @@ def check_table(ids, text, char_cells, cells, tokenizer):
         assert list(range(first, last)) == expected
 
 
-ALL_TOKENIZERS = ["qwen2", *BUILDERS]
-every_case = [
-    pytest.mark.parametrize("tokenizer_name", ALL_TOKENIZERS),
-    pytest.mark.parametrize("encoding", GRID_ENCODINGS),
-    pytest.mark.parametrize("name", PROMPT_FORMATS),
+# Every pair of tokenizer, encoding and format is among these, though not every three.
+FORMATS = list(PROMPT_FORMATS)
+CASES = [
+    (FORMATS[(i + j) % len(FORMATS)], encoding, tokenizer_name)
+    for i, tokenizer_name in enumerate(ALL_TOKENIZERS)
+    for j, encoding in enumerate(GRID_ENCODINGS)
 ]
+for_every_case = pytest.mark.parametrize(("name", "encoding", "tokenizer_name"), CASES)
 
 
-def for_every_case(test):
-    return functools.reduce(lambda f, mark: mark(f), every_case, test)
+def test_every_pair_is_among_the_cases():
+    names, encodings, tokenizers = zip(*CASES, strict=True)
+    assert set(zip(tokenizers, encodings, strict=True)) == set(
+        itertools.product(ALL_TOKENIZERS, GRID_ENCODINGS)
+    )
+    assert set(zip(names, tokenizers, strict=True)) == set(
+        itertools.product(PROMPT_FORMATS, ALL_TOKENIZERS)
+    )
+    assert set(zip(names, encodings, strict=True)) == set(
+        itertools.product(PROMPT_FORMATS, GRID_ENCODINGS)
+    )
 
 
 @for_every_case
@@ -100,11 +101,11 @@ def test_prompt_table(name, encoding, tokenizer_name):
     tokenizer = tokenizer_named(tokenizer_name)
     fmt = format_named(name, encoding, tokenizer_name)
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=48)
     @given(tasks())
     def check(task):
         prompt = fmt.render(task, 0)
-        ids, cells = encode(prompt, tokenizer)
+        ids, cells = encode_prompt(prompt, tokenizer)
         assert ids.dtype == np.int32
         if prompt.prepend_bos:
             assert ids[0] == tokenizer.bos_token_id
@@ -121,14 +122,14 @@ def test_answer_table_forced_and_generated(name, encoding, tokenizer_name):
     fmt = format_named(name, encoding, tokenizer_name)
     stops = stop_ids(tokenizer, fmt=fmt)
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=48)
     @given(grids())
     def check(grid):
         ids, cells = encode_answer(fmt, grid, tokenizer, 100)
         answer = fmt.render_answer(grid)
         local = (cells - [0, 0, 0, 0, 0, 100, 100]).astype(np.int32)
         check_table(ids, answer.text + fmt.end_of_turn, answer.cells, local, tokenizer)
-        found = answer_cells(ids.tolist(), tokenizer, fmt, 100, stops)
+        found = read(ids.tolist(), tokenizer, fmt, 100, stops)
         assert (found.grid, found.reason) == (grid, None)
         np.testing.assert_array_equal(found.cells, cells)
         assert not fmt.end_of_turn.strip() or fmt.end_of_turn.strip() not in found.text
@@ -156,11 +157,11 @@ def test_generated_ids_in_any_tokenisation(name, encoding, tokenizer_name):
     tokenizer = tokenizer_named(tokenizer_name)
     fmt = format_named(name, encoding, tokenizer_name)
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=48)
     @given(grids(st.integers(1, 12)), st.randoms(use_true_random=False))
     def check(grid, rng):
         ids = split_at_random(encode_answer(fmt, grid, tokenizer)[0], tokenizer, rng)
-        found = answer_cells(ids, tokenizer, fmt)
+        found = read(ids, tokenizer, fmt)
         assert found.grid == grid
         answer = fmt.render_answer(grid)
         check_table(ids, answer.text + fmt.end_of_turn, answer.cells, found.cells, tokenizer)
@@ -177,7 +178,7 @@ def test_any_generated_ids_are_a_grid_or_a_reason(tokenizer_name):
 
     @given(st.lists(ids, max_size=20))
     def check(ids):
-        found = answer_cells(ids, tokenizer, fmt, 7)
+        found = read(ids, tokenizer, fmt, 7)
         assert (found.grid is None) != (found.reason is None)
         colors = []
         for color, start, stop in found.cells[:, 4:] - [0, 7, 7]:
@@ -196,7 +197,7 @@ def test_three_digits_share_a_token():
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["012", "34", "Ċ", "<|eot_id|>"]
     assert cells[:, 5:].tolist() == [[10, 11], [10, 11], [10, 11], [11, 12], [11, 12]]
     three = tokenizer.convert_tokens_to_ids(["0", "12", "3", "4", "<|eot_id|>", "99"])
-    found = answer_cells(three, tokenizer, fmt, 10, stop_ids(tokenizer))
+    found = read(three, tokenizer, fmt, 10, stop_ids(tokenizer))
     assert found.grid == [[0, 1, 2, 3, 4]] and found.text == "01234"
     assert found.cells[:, 5:].tolist() == [[10, 11], [11, 12], [11, 12], [12, 13], [13, 14]]
 
@@ -227,7 +228,7 @@ def test_prompt_and_forced_answer_are_what_the_chat_template_gives(tokenizer_nam
         tokenizer.chat_template = tokenizer.chat_template.replace("{{ strftime_now", "{{ string")
         tokenizer.chat_template = tokenizer.chat_template.replace("string('%d %b %Y')", "'a day'")
     fmt = load_format("turns", "digits", tokenizer)
-    ids, _ = encode(fmt.render(SMALL_TASK, 0), tokenizer)
+    ids, _ = encode_prompt(fmt.render(SMALL_TASK, 0), tokenizer)
     answer, _ = encode_answer(fmt, [[4, 5, 6, 7]], tokenizer)
     turns = ["12\n34", "56\n78", "09\n90", "4567"]
     messages = [
@@ -259,7 +260,7 @@ def test_bos_comes_once(name, tokenizer_name, tmp_path):
         path = tmp_path / "format.jinja"
         path.write_text(sources[name])
         name = str(path)
-    ids, _ = encode(load_format(name, None, tokenizer).render(SMALL_TASK, 0), tokenizer)
+    ids, _ = encode_prompt(load_format(name, None, tokenizer).render(SMALL_TASK, 0), tokenizer)
     assert np.flatnonzero(ids == tokenizer.bos_token_id).tolist() == [0]
 
 
@@ -268,7 +269,7 @@ def test_no_bos_where_the_tokenizer_or_its_chat_template_has_none():
         assert not format_named(name, "digits", "character").prepend_bos
     tokenizer = small.merging_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
-    ids, _ = encode(load_format("chat", None, tokenizer).render(SMALL_TASK, 0), tokenizer)
+    ids, _ = encode_prompt(load_format("chat", None, tokenizer).render(SMALL_TASK, 0), tokenizer)
     assert tokenizer.bos_token_id not in ids
 
 
@@ -278,7 +279,7 @@ def test_the_space_put_before_a_text_holds_no_cell(tokenizer_name, tmp_path):
     path.write_text("{{ test_input }}{% for p in train %};{{ p.input }}={{ p.output }}{% endfor %}")
     tokenizer = tokenizer_named(tokenizer_name)
     prompt = load_format(str(path), "digits", tokenizer).render(SMALL_TASK, 0)
-    ids, cells = encode(prompt, tokenizer)
+    ids, cells = encode_prompt(prompt, tokenizer)
     assert tokenizer.convert_ids_to_tokens(ids[:4].tolist()) == ["<s>", "▁", "0", "9"]
     assert cells[:2].tolist() == [[-1, 0, 0, 0, 0, 2, 3], [-1, 0, 0, 1, 9, 3, 4]]
 
@@ -291,7 +292,7 @@ def test_characters_of_several_bytes_around_a_grid(tmp_path):
     for tokenizer_name in ALL_TOKENIZERS:
         tokenizer = tokenizer_named(tokenizer_name)
         prompt = load_format(str(path), "digits", tokenizer).render(SMALL_TASK, 0)
-        ids, cells = encode(prompt, tokenizer)
+        ids, cells = encode_prompt(prompt, tokenizer)
         check_spans(prompt.text, prompt.cells, [[1, 2], [3, 4]], 0, 0, "digits")
         for color, start, stop in cells[:, 4:]:
             (token,) = tokenizer.convert_ids_to_tokens(ids[start:stop].tolist())
@@ -303,18 +304,16 @@ def test_bytes_of_one_character_in_several_tokens_beside_the_answer():
     fmt = format_named("chat", "digits", "character")
     ids = tokenizer.encode("☃\n\n12", add_special_tokens=False)
     assert len(ids) == 7
-    found = answer_cells(ids, tokenizer, fmt)
+    found = read(ids, tokenizer, fmt)
     assert (found.grid, found.text) == ([[1, 2]], "☃\n\n12")
     assert found.cells[:, 5:].tolist() == [[5, 6], [6, 7]]
-    broken = answer_cells(ids[1:], tokenizer, fmt)
+    broken = read(ids[1:], tokenizer, fmt)
     assert broken.grid == [[1, 2]] and broken.cells[:, 5:].tolist() == [[4, 5], [5, 6]]
-    assert answer_cells(ids[1:3] + ids[5:], tokenizer, fmt).reason == "cell is not a digit"
+    assert read(ids[1:3] + ids[5:], tokenizer, fmt).reason == "cell is not a digit"
 
 
 def test_no_generated_ids_at_all():
-    found = answer_cells(
-        [], tokenizer_named("character"), format_named("chat", "digits", "character")
-    )
+    found = read([], tokenizer_named("character"), format_named("chat", "digits", "character"))
     assert (found.grid, found.reason, found.cells.shape) == (None, "empty answer", (0, 7))
 
 
@@ -324,7 +323,7 @@ def test_a_fence_merged_with_the_blank_line_after_it():
     ids, _ = encode_answer(fmt, [[5]], tokenizer)
     assert tokenizer.convert_ids_to_tokens(int(ids[-1])) == "```ĊĊ"
     assert ids[-1] in stop_ids(tokenizer, fmt=fmt)
-    found = answer_cells(ids.tolist(), tokenizer, fmt, 0, stop_ids(tokenizer, fmt=fmt))
+    found = read(ids.tolist(), tokenizer, fmt, 0, stop_ids(tokenizer, fmt=fmt))
     assert found.grid == [[5]] and found.text.endswith("\n```")
 
 
@@ -336,7 +335,7 @@ def test_a_cell_that_the_vocabulary_cannot_write_is_refused():
     poor._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
     fmt = load_format("chat", "digits", poor)
     with pytest.raises(UserError, match=r"no token for the cell '7'.*--grid_encoding"):
-        encode(fmt.render(SMALL_TASK, 0), poor)
+        encode_prompt(fmt.render(SMALL_TASK, 0), poor)
     with pytest.raises(UserError, match="no token for the cell '7'"):
         encode_answer(fmt, [[7]], poor)
 
@@ -429,5 +428,5 @@ def test_a_full_grid_of_words():
     grid = [[rng.randrange(10) for _ in range(30)] for _ in range(30)]
     tokenizer, fmt = tokenizer_named("merging"), format_named("chat", "words", "merging")
     ids, cells = encode_answer(fmt, grid, tokenizer)
-    found = answer_cells(ids.tolist(), tokenizer, fmt)
+    found = read(ids.tolist(), tokenizer, fmt)
     np.testing.assert_array_equal(found.cells, cells)

@@ -10,68 +10,19 @@ import pytest
 import tokenizers_for_tests as small
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import SMALL_TASK, check_spans, grids, tasks
 
 from utils.arc.tasks import Pair, Task
 from utils.errors import UserError
 from utils.prompt.encodings import COLORS
 from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS, load_format
 
-SMALL_TASK = Task(
-    "small", (Pair([[1, 2], [3, 4]], [[5, 6], [7, 8]]),), (Pair([[0, 9], [9, 0]], None),)
-)
-
-
-SIDES = st.integers(1, 8) | st.integers(1, 30)
 LEADS = {  # what comes right before a train pair's input and output
     "chat": ("Input:\n", "Output:\n"),
     "turns": ("user\n", "assistant\n"),
     "compact": ("I", "\n+/-=O"),
     "plain": ("\nInput {}:\n", "\nOutput {}:\n"),
 }
-
-
-@st.composite
-def grids(draw, sides=SIDES):
-    rows, cols = draw(sides), draw(sides)
-    cells = draw(st.binary(min_size=rows * cols, max_size=rows * cols))
-    return [[cell % 10 for cell in cells[i * cols : (i + 1) * cols]] for i in range(rows)]
-
-
-@st.composite
-def tasks(draw):
-    small_grids = grids(st.integers(1, 6))
-    pairs = draw(st.lists(st.tuples(small_grids, small_grids), min_size=1, max_size=4))
-    train = tuple(Pair(*pair) for pair in pairs)
-    return Task("random", train, (Pair(draw(grids()), None),))
-
-
-def written(grid, encoding):
-    """An encoding once more, in the plainest words, to compare with."""
-    if encoding == "words":
-        return "\n".join(" ".join(COLORS[c] for c in row) for row in grid)
-    rows = [(" " if encoding == "spaced" else "").join(str(c) for c in row) for row in grid]
-    if encoding != "numbered":
-        return "\n".join(rows)
-    numbered = "".join(f"{i + 1} {row}\n" for i, row in enumerate(rows))
-    return f"```grid shape: {len(grid)}x{len(grid[0])}\n{numbered}```"
-
-
-def check_spans(text, cells, grid, pair, role, encoding, start=0, lead=""):
-    """The rows of cells for one grid are exact; returns where the grid's text ends."""
-    rows = cells[(cells[:, 0] == pair) & (cells[:, 1] == role)]
-    assert rows[:, 2].tolist() == [i for i, row in enumerate(grid) for _ in row]
-    assert rows[:, 3].tolist() == [j for row in grid for j, _ in enumerate(row)]
-    assert rows[:, 4].tolist() == [c for row in grid for c in row]
-    glyphs = [text[a:b] for a, b in rows[:, 5:]]
-    assert glyphs == [COLORS[c] if encoding == "words" else str(c) for c in rows[:, 4]]
-    assert (rows[1:, 5] >= rows[:-1, 6]).all()
-    expected = written(grid, encoding)
-    first = expected.index("\n1 ") + 3 if encoding == "numbered" else 0
-    begin = rows[0, 5] - first
-    assert begin >= start and text[begin : begin + len(expected)] == expected
-    assert text[:begin].endswith(lead)
-    assert rows[-1, 6] == begin + len(expected.removesuffix("\n```"))
-    return begin + len(expected)
 
 
 @pytest.fixture(scope="module")

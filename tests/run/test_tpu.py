@@ -2,13 +2,19 @@
 
 import importlib.util
 import json
+import os
 import random
+import subprocess
+import sys
+from subprocess import DEVNULL, PIPE
 
 import pytest
-from conftest import TINY, random_task, run_script
+from conftest import ROOT, TINY, random_task, run_script
 
+from utils.run import tpu
 from utils.run.tpu import SLICES, collectives_of
 
+MULTIPLE = "ALLOW_MULTIPLE_LIBTPU_LOAD"
 SCRIPT = "distributed_inference_with_activations.py"
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -19,9 +25,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A model with Qwen2-0.5B's heads, one layer, and tasks that fill a few batches."""
+    from checkpoints import outline
     from tokenizers_for_tests import character_tokenizer
-
-    from utils.model.weights import outline
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = character_tokenizer()
@@ -105,6 +110,50 @@ def test_a_slice_of_chips_with_two_cores(inputs):
     assert result.returncode == 2
     error = result.stderr.strip().splitlines()[-1]
     assert "takes 64 devices, and JAX sees 32" in error and "two" in error and "8 4" in error
+
+
+@needs_compiler
+def test_planning_while_another_process_holds_the_tpu_library():
+    """The library locks a file of the machine, which a training on its TPU would hold too."""
+    hold = """
+from jax.experimental import topologies
+topologies.get_topology_desc("v5e:2x2", "tpu")
+print("held", flush=True)
+input()
+"""
+    ask = "from utils.run.tpu import slice_devices; print(len(slice_devices('v5e-4')))"
+    lone = {**os.environ, **tpu._COMPILER_ALONE}
+    lone.pop(MULTIPLE, None)
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], env=lone, text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+    ) as holder:
+        holder.stdout.readline()  # empty where one outside of this test holds it already
+        found = subprocess.run(
+            [sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True
+        )
+        holder.communicate("\n")
+    assert found.stdout == "4\n", found.stderr
+
+
+@needs_compiler
+def test_no_program_is_kept_that_cannot_be_read_back(tmp_path):
+    """A second plan of the same run would warn that its program is unreadable."""
+    compile_one = """
+import jax
+from utils.run.tpu import slice_devices
+on = jax.sharding.SingleDeviceSharding(slice_devices("v5e-4")[0])
+jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), "float32", sharding=on)).compile()
+"""
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    done = subprocess.run(
+        [sys.executable, "-c", compile_one],
+        cwd=ROOT,
+        env={**os.environ, **kept},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_of_slices():

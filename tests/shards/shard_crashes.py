@@ -20,7 +20,7 @@ import numpy as np
 
 from utils.shards import iter_items
 from utils.shards.manifest import read_answers, read_manifest
-from utils.shards.writer import ShardWriter
+from utils.shards.writer import RunFolder
 from utils.store.local import Sink
 
 SAMPLES = 23
@@ -46,16 +46,19 @@ def item(index: int, tokens: int = 200, width: int = 300) -> dict:
 
 
 def write(folder: Path, samples: int = SAMPLES, pause: float = 0) -> None:
-    writer = ShardWriter(folder, SETTINGS, {}, save_every_n_samples=3, resume=True)
-    if writer.complete:
-        return
-    writer.start()
-    for index in range(samples):
-        key = (f"task{index // 2}", index % 2)
-        if key not in writer.done:
-            time.sleep(pause)
-            writer.add(item(index), {"task_id": key[0], "sample_idx": key[1], "text": f"{index}\n"})
-    writer.finish()
+    with RunFolder(folder, SETTINGS, {}, save_every_n_samples=3, mode="resume") as run:
+        if run.held.is_complete:
+            return
+        run.clear()
+        run.begin()
+        for index in range(samples):
+            key = (f"task{index // 2}", index % 2)
+            if key not in run.done:
+                time.sleep(pause)
+                run.add(
+                    item(index), {"task_id": key[0], "sample_idx": key[1], "text": f"{index}\n"}
+                )
+        run.finish()
 
 
 def contents(folder: Path) -> tuple:
@@ -115,7 +118,7 @@ def dying_at(step: int, work, *args) -> None:
 
     original_write = Sink.write
     Sink.write = touch(original_write, half)
-    os.fsync, os.replace = touch(os.fsync), touch(os.replace)
+    os.fsync, os.replace, os.link = touch(os.fsync), touch(os.replace), touch(os.link)
     work(*args)
 
 

@@ -18,7 +18,7 @@ from conftest import ROOT, NoSignals, random_task, words
 
 import simple_extraction_inference as script
 from utils.errors import UserError
-from utils.plan.plan import prepare
+from utils.plan.plan import plan_run
 from utils.plan.request import Request
 from utils.run import dry_run as storage
 from utils.run.loop import run
@@ -26,6 +26,8 @@ from utils.shards import iter_items, load_shard, uploads
 from utils.shards.manifest import read_manifest
 from utils.store import bucket as cloud
 
+# Runs of this process store numbers that no model made; those of child processes are real.
+pytestmark = pytest.mark.usefixtures("fake_model")
 PREFIX = "some prefix/ü"
 SHARD = "activations_batch_00000{}.pkl"
 
@@ -146,16 +148,16 @@ def test_the_bucket_holds_the_run(gcs, flags, shell):
 def test_shards_are_sent_while_the_model_computes(gcs, flags, monkeypatch):
     """And what the manifest in the bucket lists is there, whenever one looks."""
     looks = []
-    original = uploads.BucketUploads.make_room
+    original = uploads.BucketUploads.wait_for_room
 
-    def make_room(self):
+    def wait_for_room(self, check):
         time.sleep(0.3)
         assert_manifests_are_true(gcs)
         looks.append(len([name for name in there(gcs) if name.startswith("activations")]))
-        original(self)
+        original(self, check)
 
-    monkeypatch.setattr(uploads.BucketUploads, "make_room", make_room)
-    run(prepare(request_of(flags)), NoSignals())
+    monkeypatch.setattr(uploads.BucketUploads, "wait_for_room", wait_for_room)
+    run(plan_run(request_of(flags)), NoSignals())
     assert 0 < looks[4] < 4
     assert_bucket_is_whole(gcs, flags)
 
@@ -196,18 +198,18 @@ FAULTS = {
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_run_on_a_bad_network(gcs, flags, kind, monkeypatch):
-    prepared = prepare(request_of(flags))
+    plan = plan_run(request_of(flags))
     faults = [gcs.fault(action, times=times) for action, times in FAULTS[kind]]
-    run(prepared, NoSignals())
+    run(plan, NoSignals())
     assert all(fault.times == 0 for fault in faults), faults
     assert_bucket_is_whole(gcs, flags)
 
 
 def test_a_run_on_a_network_that_stalls(gcs, flags, monkeypatch):
     monkeypatch.setattr(cloud, "REQUEST_SECONDS", 1)
-    prepared = prepare(request_of(flags))
+    plan = plan_run(request_of(flags))
     fault = gcs.fault("stall", lambda r: r.name.endswith(".pkl"), times=3)
-    run(prepared, NoSignals())
+    run(plan, NoSignals())
     assert fault.times == 0
     assert_bucket_is_whole(gcs, flags)
 
@@ -310,7 +312,6 @@ def test_kill_while_uploading(gcs, flags, shell, moment):
     assert_bucket_is_whole(gcs, flags)
 
 
-@pytest.mark.slow
 def test_sigterm_with_a_server_that_stalls(gcs, flags, shell):
     flags |= {"save_every_n_samples": 1, "max_output_tokens": 200}
     fault = gcs.fault("stall", lambda r: r.name.endswith(".pkl"), times=10**6)
@@ -331,10 +332,10 @@ def test_sigterm_with_a_server_that_stalls(gcs, flags, shell):
 
 
 def test_permission_lost_in_the_middle_ends_the_run(gcs, flags):
-    prepared = prepare(request_of(flags))
+    plan = plan_run(request_of(flags))
     gcs.fault(403, lambda r: r.name.endswith("2.pkl"), times=10**6)
     with pytest.raises(UserError, match=r"no permission to write to .*objectUser") as error:
-        run(prepared, NoSignals())
+        run(plan, NoSignals())
     assert error.value.exit_code == 1
 
 
@@ -447,14 +448,13 @@ def test_a_manifest_deleted_by_hand_is_put_back(gcs, flags, shell):
 def test_progress_within_a_shard_counts(gcs, flags, monkeypatch):
     """A slow network is not a dead one."""
     monkeypatch.setattr(cloud, "CHUNK_BYTES", 1 << 18)
-    monkeypatch.setattr(cloud, "ONE_REQUEST_BYTES", 1 << 16)
     monkeypatch.setattr("google.cloud.storage.blob._MAX_MULTIPART_SIZE", 1 << 16)
     flags |= {"activation_dtype": "float32", "layers_to_extract": "all", "upload_timeout": 4}
-    prepared = prepare(request_of(flags))
-    object.__setattr__(prepared.request, "max_pending_gb", 0.0001)
+    plan = plan_run(request_of(flags))
+    object.__setattr__(plan.request, "max_pending_gb", 0.0001)
     gcs.latency = 1.5
     try:
-        run(prepared, NoSignals())
+        run(plan, NoSignals())
     except UserError as error:  # at the end, where the deadline is, but not in between
         assert "could not be uploaded" in str(error)
     assert len(read_manifest(flags["activations_dir"])["files"]) == 4
@@ -501,7 +501,7 @@ def test_two_runs_that_start_at_once(gcs, flags, tmp_path, alike):
     other = {**flags, "activations_dir": tmp_path / "b", "output_path": tmp_path / "b.json"}
     if not alike:
         other["max_output_tokens"] = 9
-    first, second = prepare(request_of(flags)), prepare(request_of(other))
+    first, second = plan_run(request_of(flags)), plan_run(request_of(other))
     run(first, NoSignals())
     before = there(gcs)
     with pytest.raises(UserError, match="another run writes under this prefix"):
@@ -512,12 +512,12 @@ def test_two_runs_that_start_at_once(gcs, flags, tmp_path, alike):
 
 def test_a_run_that_is_overtaken_ends_loudly(gcs, flags, monkeypatch):
     """Somebody else's object has the name of a shard."""
-    prepared = prepare(request_of(flags))
+    plan = plan_run(request_of(flags))
     cloud.BucketFolder(flags["cloud_bucket"]).put(
         b"other", SHARD.format(2), 5, uploads_crc(b"other"), stopping=threading.Event()
     )
     with pytest.raises(UserError, match="another run writes under this prefix") as error:
-        run(prepared, NoSignals())
+        run(plan, NoSignals())
     assert error.value.exit_code == 1
     assert str(flags["activations_dir"] / SHARD.format(2)) in str(error.value)
     assert there(gcs)[SHARD.format(2)] == b"other"
@@ -549,22 +549,22 @@ def test_a_folder_that_is_not_the_buckets(gcs, flags, shell, tmp_path):
 def test_computing_waits_for_the_network(gcs, flags, caplog):
     flags |= {"save_every_n_samples": 1, "max_pending_gb": 0.001}
     flags |= {"activation_dtype": "float32", "layers_to_extract": "all"}
-    prepared = prepare(request_of(flags))
-    object.__setattr__(prepared.request, "max_pending_gb", 0.0003)
+    plan = plan_run(request_of(flags))
+    object.__setattr__(plan.request, "max_pending_gb", 0.0003)
     gcs.latency = 0.2
     caplog.set_level(logging.INFO)
-    run(prepared, NoSignals())
+    run(plan, NoSignals())
     assert "computing waits for the network" in caplog.text
     assert_bucket_is_whole(gcs, flags, shards=8)
 
 
 def test_waiting_ends_with_the_deadline(gcs, flags):
     flags |= {"save_every_n_samples": 1, "upload_timeout": 2}
-    prepared = prepare(request_of(flags))
-    object.__setattr__(prepared.request, "max_pending_gb", 0.0003)
+    plan = plan_run(request_of(flags))
+    object.__setattr__(plan.request, "max_pending_gb", 0.0003)
     gcs.fault(503, lambda r: r.name.endswith(".pkl"), times=10**6)
     with pytest.raises(UserError, match=r"nothing could be uploaded .* for 2 s") as error:
-        run(prepared, NoSignals())
+        run(plan, NoSignals())
     assert "503" in str(error.value) and "--resume" in str(error.value)
     stored = len(read_manifest(flags["activations_dir"])["files"])
     assert 2 <= stored < 8
@@ -585,9 +585,9 @@ def test_a_disk_that_will_fill(monkeypatch, caplog, tmp_path):
 
 def test_sending_goes_on_through_trouble_and_says_so(gcs, flags, monkeypatch, caplog):
     monkeypatch.setattr(uploads, "PATIENCE_SECONDS", 0)
-    prepared = prepare(request_of(flags))
+    plan = plan_run(request_of(flags))
     gcs.fault(503, lambda r: r.name.endswith(".pkl"), times=8)
-    run(prepared, NoSignals())
+    run(plan, NoSignals())
     assert caplog.text.count("are tried again: 503 a fault to order") == 1  # once a minute
     assert_bucket_is_whole(gcs, flags)
 

@@ -19,8 +19,10 @@ from shard_crashes import check_consistent, item
 
 from utils.errors import UserError
 from utils.shards import iter_items, load_shard
+from utils.shards.filling import planned_shards
+from utils.shards.held import Writer
 from utils.shards.manifest import read_answers, read_manifest
-from utils.shards.writer import ShardWriter, planned_shards
+from utils.shards.writer import RunFolder
 from utils.store.local import Sink, write_json_atomic
 
 SETTINGS = {
@@ -32,8 +34,17 @@ SETTINGS = {
 FACTS = {"arguments": {"batch_size": 1}, "processes": 1}
 
 
-def writer_of(folder, settings=SETTINGS, **options):
-    return ShardWriter(folder, settings, FACTS, **options)
+def opened(folder, settings=SETTINGS, host=None, hosts=1, **options):
+    """host: this process's number among `hosts`, None for the only one."""
+    writer = Writer() if host is None else Writer(host, max(hosts, host + 1, 2))
+    return RunFolder(folder, settings, FACTS, writer=writer, **options)
+
+
+def begun(*args, **options):
+    run = opened(*args, **options)
+    run.clear()
+    run.begin()
+    return run
 
 
 def answer(index, text=""):
@@ -41,13 +52,13 @@ def answer(index, text=""):
 
 
 def write(folder, indices, finish=True, tokens=5, **options):
-    writer = writer_of(folder, **options)
-    writer.start()
-    for index in indices:
-        writer.add(item(index, tokens, width=4), answer(index))
-    if finish:
-        writer.finish()
-    return writer
+    """A run that ends, or without `finish` is killed."""
+    with begun(folder, **options) as run:
+        for index in indices:
+            run.add(item(index, tokens, width=4), answer(index))
+        if finish:
+            run.finish()
+    return run
 
 
 def names(folder):
@@ -64,14 +75,14 @@ def stored(folder):
 
 def test_a_run_and_its_manifest(tmp_path):
     folder = tmp_path / "new" / "activations"
-    writer = writer_of(folder, save_every_n_samples=2)
-    assert not writer.complete and writer.done == set()
-    writer.start()
+    writer = opened(folder, save_every_n_samples=2)
+    assert not writer.held.is_complete and writer.done == set()
+    writer.clear()
+    writer.begin([{"task_id": "x", "sample_idx": 0, "reason": "too long"}])
     assert read_manifest(folder)["status"] == "running"
     for index in range(5):
         writer.add(item(index, tokens=5 + index, width=4), answer(index))
     assert read_manifest(folder)["total_samples"] == 4  # the fifth is in memory
-    writer.set_skipped([{"task_id": "x", "sample_idx": 0, "reason": "too long"}])
     writer.update_timing(2.0, 1.5, 100)
     returned = writer.finish({"scores": {"outputs_solved": 0.5}})
     manifest = json.loads((folder / "metadata.json").read_text())
@@ -143,21 +154,19 @@ print(f"Activations shape: {activations_array.shape}")
     ],
 )
 def test_a_shard_closes_before_its_arrays_pass_the_limit(tmp_path, tokens, max_mb, counts):
-    writer = writer_of(tmp_path, max_shard_mb=max_mb)
-    writer.start()
+    writer = begun(tmp_path, max_shard_mb=max_mb)
     for index, count in enumerate(tokens):
         writer.add(item(index, count, width=4), answer(index))
     assert [f["num_samples"] for f in writer.finish()["files"]] == counts
 
 
 def test_the_caller_can_close_a_shard(tmp_path):
-    writer = writer_of(tmp_path, save_every_n_samples=3)
-    writer.start()
-    writer.close_shard()  # nothing to write
+    writer = begun(tmp_path, save_every_n_samples=3)
+    writer.seal()  # nothing to write
     for index in range(5):
         writer.add(item(index), answer(index))
         if index == 0:
-            writer.close_shard()
+            writer.seal()
     assert [f["num_samples"] for f in writer.finish()["files"]] == [1, 3, 1]
 
 
@@ -169,12 +178,11 @@ def test_the_caller_can_close_a_shard(tmp_path):
 )
 def test_the_dry_run_predicts_every_shard_to_the_byte(tmp_path_factory, tokens, every, max_mb):
     folder = tmp_path_factory.mktemp("run")
-    writer = writer_of(folder, save_every_n_samples=every, max_shard_mb=max_mb)
-    writer.start()
+    writer = begun(folder, save_every_n_samples=every, max_shard_mb=max_mb)
     planned = []
     for index, count in enumerate(tokens):
         if count is None:
-            writer.close_shard()
+            writer.seal()
             planned.append(None)
             continue
         writer.add(item(index, count, width=4), answer(index))
@@ -185,8 +193,7 @@ def test_the_dry_run_predicts_every_shard_to_the_byte(tmp_path_factory, tokens, 
 
 
 def test_overflows_are_counted_and_kept(tmp_path):
-    writer = writer_of(tmp_path, save_every_n_samples=1)
-    writer.start()
+    writer = begun(tmp_path, save_every_n_samples=1)
     huge = item(0, 3, 4)
     huge["activations"]["resid_post.0"][1, 1] = 1e6
     huge["output_logits"][0, 0] = -1e5
@@ -221,19 +228,23 @@ def test_a_folder_with_a_run_is_refused_naming_both_ways_out(tmp_path):
     write(tmp_path, range(3))
     before = stored(tmp_path)
     with pytest.raises(UserError, match=r"complete, 3 samples.*--resume.*--overwrite") as error:
-        writer_of(tmp_path)
+        opened(tmp_path)
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
     assert stored(tmp_path) == before
 
 
 def test_resume_finishes_the_rest(tmp_path):
-    first = write(tmp_path, range(5), finish=False, save_every_n_samples=2)
+    first = begun(tmp_path, save_every_n_samples=2)
+    for index in range(5):
+        first.add(item(index, 5, 4), answer(index))
     first.update_timing(10, 1, 70)
-    first.close_shard()
-    second = writer_of(tmp_path, save_every_n_samples=2, resume=True)
-    assert not second.complete
+    first.seal()
+    first.close()
+    second = opened(tmp_path, save_every_n_samples=2, mode="resume")
+    assert not second.held.is_complete
     assert second.done == {("task0", 0), ("task0", 1), ("task1", 0), ("task1", 1), ("task2", 0)}
-    second.start()
+    second.clear()
+    second.begin()
     for index in range(5, 8):
         second.add(item(index, 5, 4), answer(index))
     second.update_timing(5, 2, 80)
@@ -245,8 +256,8 @@ def test_resume_finishes_the_rest(tmp_path):
 
 
 def test_resume_starts_in_an_empty_folder_and_knows_a_complete_run(tmp_path):
-    write(tmp_path, range(3), resume=True)
-    assert writer_of(tmp_path, resume=True).complete
+    write(tmp_path, range(3), mode="resume")
+    assert opened(tmp_path, mode="resume").held.is_complete
 
 
 def test_resume_removes_what_a_kill_left(tmp_path):
@@ -259,9 +270,10 @@ def test_resume_removes_what_a_kill_left(tmp_path):
     with open(tmp_path / "answers.jsonl", "a") as journal:
         journal.write(json.dumps(answer(2, "not committed")) + "\n" + '{"task_id": "to')
     assert set(read_answers(tmp_path)) == {("task0", 0), ("task0", 1)}
-    writer = writer_of(tmp_path, resume=True, save_every_n_samples=1)
+    writer = opened(tmp_path, mode="resume", save_every_n_samples=1)
     assert writer.done == {("task0", 0), ("task0", 1)}
-    writer.start()
+    writer.clear()
+    writer.begin()
     assert names(tmp_path) == [
         "activations_batch_000001.pkl",
         "activations_batch_000002.pkl",
@@ -289,7 +301,7 @@ def test_resume_names_the_settings_that_differ(tmp_path, changes, message):
     write(tmp_path, range(3))
     before = stored(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        writer_of(tmp_path, {**SETTINGS, **changes}, resume=True)
+        opened(tmp_path, {**SETTINGS, **changes}, mode="resume")
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
     assert stored(tmp_path) == before
 
@@ -297,17 +309,26 @@ def test_resume_names_the_settings_that_differ(tmp_path, changes, message):
 def test_resume_allows_another_path_and_other_facts(tmp_path):
     write(tmp_path, range(3), finish=False)
     moved = {**SETTINGS, "model": {**SETTINGS["model"], "path": "/elsewhere"}}
-    writer = ShardWriter(tmp_path, moved, {"processes": 8}, resume=True)
-    writer.start()
+    writer = RunFolder(tmp_path, moved, {"processes": 8}, mode="resume")
+    writer.begin()
     assert writer.finish()["model"]["path"] == "/elsewhere"
 
 
+@pytest.mark.parametrize("finish", [True, False])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x")])
-def test_resume_refuses_a_run_whose_shards_are_gone(tmp_path, damage):
-    write(tmp_path, range(3), finish=False, save_every_n_samples=1)
+def test_what_is_gone_is_computed_again(tmp_path, damage, finish):
+    """And its number is not given again."""
+    write(tmp_path, range(3), finish=finish, save_every_n_samples=1)
     damage(tmp_path / "activations_batch_000002.pkl")
-    with pytest.raises(UserError, match=r"damaged: activations_batch_000002\.pkl; .*--overwrite"):
-        writer_of(tmp_path, resume=True)
+    with begun(tmp_path, mode="resume", save_every_n_samples=1) as run:
+        assert run.held.missing == {"activations_batch_000002.pkl"}
+        assert run.done == {("task0", 0), ("task1", 0)}
+        assert read_manifest(tmp_path)["total_samples"] == 2
+        run.add(item(1), answer(1))
+        run.finish()
+    listed = [f["filename"] for f in read_manifest(tmp_path)["files"]]
+    assert listed == [f"activations_batch_00000{i}.pkl" for i in (1, 3, 4)]
+    check_consistent(tmp_path)
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
@@ -316,10 +337,11 @@ def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("foreign")
     (tmp_path / "activations_host003_batch_000001.pkl").write_text("of a run")
     before = stored(tmp_path)
-    writer = writer_of(tmp_path, overwrite=True)
+    writer = opened(tmp_path, mode="overwrite")
     assert stored(tmp_path) == before  # until it starts
     assert writer.done == set()
-    writer.start()
+    writer.clear()
+    writer.begin()
     writer.add(item(7), answer(7))
     writer.finish()
     assert names(tmp_path) == [
@@ -333,20 +355,15 @@ def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
     assert list(read_answers(tmp_path)) == [("task3", 1)]
 
 
-def test_both_flags_contradict_each_other(tmp_path):
-    with pytest.raises(UserError, match="give one of them"):
-        writer_of(tmp_path, resume=True, overwrite=True)
-
-
-@pytest.mark.parametrize("resume", [True, False])
-def test_shards_without_a_manifest_are_not_written_over(tmp_path, resume):
+@pytest.mark.parametrize("mode", ["resume", "new"])
+def test_shards_without_a_manifest_are_not_written_over(tmp_path, mode):
     write(tmp_path, range(3))
     (tmp_path / "metadata.json").unlink()
     before = stored(tmp_path)
     with pytest.raises(UserError, match=r"no metadata\.json.*--resume.*--overwrite"):
-        writer_of(tmp_path, resume=resume)
+        opened(tmp_path, mode=mode)
     assert stored(tmp_path) == before
-    write(tmp_path, range(2), overwrite=True)
+    write(tmp_path, range(2), mode="overwrite")
     assert len(list(iter_items(tmp_path))) == 2
 
 
@@ -356,9 +373,9 @@ def test_shards_without_a_manifest_are_not_written_over(tmp_path, resume):
 )
 def test_a_metadata_json_that_is_no_manifest_is_left_alone(tmp_path, text):
     (tmp_path / "metadata.json").write_text(text)
-    for options in ({}, {"resume": True}, {"overwrite": True}):
+    for mode in ("new", "resume", "overwrite"):
         with pytest.raises(UserError, match=r"metadata\.json is not the manifest of a run"):
-            writer_of(tmp_path, **options)
+            opened(tmp_path, mode=mode)
     assert names(tmp_path) == ["metadata.json"]
 
 
@@ -375,32 +392,139 @@ def test_another_format_version_is_refused(tmp_path):
     path = tmp_path / "metadata.json"
     path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(UserError, match="has format 2"):
-        writer_of(tmp_path, resume=True)
+        opened(tmp_path, mode="resume")
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file: choose a folder"):
-        writer_of(tmp_path / "file")
+        opened(tmp_path / "file")
     with pytest.raises(UserError, match="Not a directory"):
-        writer_of(tmp_path / "file" / "folder")
+        opened(tmp_path / "file" / "folder")
 
     def read_only(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(UserError, match=r"cannot write to .*Read-only file system") as error:
-        writer_of(tmp_path)
+        opened(tmp_path)
     assert error.value.exit_code == 2
+
+
+# ------------------------------------------------------------------------------ one owner
+
+
+@pytest.mark.parametrize("mode", ["new", "resume", "overwrite"])
+def test_a_folder_is_one_process_s_from_the_check_to_the_end(tmp_path, mode):
+    """Also while it loads its model, and has written nothing yet."""
+    with opened(tmp_path / "run") as first:
+        with pytest.raises(UserError, match="another process is writing to"):
+            opened(tmp_path / "run", mode=mode)
+        first.clear()
+        first.begin()
+        first.add(item(0), answer(0))
+        first.finish()
+    if mode == "new":
+        with pytest.raises(UserError, match="complete, 1 samples"):
+            opened(tmp_path / "run")
+
+
+@pytest.mark.parametrize("host", [None, 0, 1])
+def test_the_folder_of_a_process_that_is_frozen_is_not_taken(tmp_path, host):
+    """Process 2 of three still holds its journal when fewer go on."""
+    writers = hosts(tmp_path, 3, range(3))
+    for writer in writers[:2]:
+        writer.close()
+    if host == 1:  # it does not touch what process 2 wrote; the first process does
+        opened(tmp_path, mode="resume", host=1, hosts=2).close()
+        return
+    with pytest.raises(UserError, match="another process is writing to"):
+        opened(tmp_path, mode="resume", host=host, hosts=2)
+
+
+def test_a_frozen_process_that_wakes_changes_nothing(tmp_path, monkeypatch):
+    """On a disk without locks, where the run went on without it."""
+
+    def flock(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    frozen = begun(tmp_path, save_every_n_samples=1)
+    frozen.add(item(0), answer(0))
+    with begun(tmp_path, mode="resume", save_every_n_samples=1) as run:
+        run.add(item(1), answer(1, "of the run"))
+        after = stored(tmp_path)
+        with pytest.raises(UserError, match="was changed by another process") as error:
+            frozen.add(item(1), answer(1, "of the frozen one"))
+        assert error.value.exit_code == 1
+        assert stored(tmp_path) == after
+        run.add(item(2), answer(2))
+        run.finish()
+    check_consistent(tmp_path)
+    assert read_answers(tmp_path)["task0", 1]["text"] == "of the run"
+
+
+def test_a_shard_never_takes_a_name_that_is_there(tmp_path):
+    with begun(tmp_path, save_every_n_samples=1) as run:
+        (tmp_path / "activations_batch_000001.pkl").write_text("of somebody else")
+        with pytest.raises(UserError, match="File exists"):
+            run.add(item(0), answer(0))
+    assert (tmp_path / "activations_batch_000001.pkl").read_text() == "of somebody else"
+    assert read_manifest(tmp_path)["files"] == []
+
+
+def test_a_folder_that_was_only_looked_at_is_left_as_it_was(tmp_path):
+    with opened(tmp_path / "new" / "run"):
+        pass
+    assert names(tmp_path) == []
+    write(tmp_path / "run", range(2))
+    before = stored(tmp_path / "run")
+    for mode in ("resume", "overwrite"):
+        with opened(tmp_path / "run", mode=mode):
+            pass
+    assert stored(tmp_path / "run") == before
+
+
+# ----------------------------------------------------------------------- numbers that are none
+
+
+def broken(index, rows):
+    made = item(index, 5, 4)
+    made["activations"]["resid_post.0"][rows] = np.nan
+    return made
+
+
+def test_rows_that_are_not_finite_are_counted(tmp_path):
+    with begun(tmp_path, save_every_n_samples=1) as run:
+        run.add(broken(0, [1, 3]), {**answer(0), "attempts": [{"logprob": float("nan")}]})
+        run.add(item(1, 5, 4), answer(1))
+        manifest = run.finish()
+    assert manifest["non_finite"] == 2 == read_manifest(tmp_path)["non_finite"]
+    assert [entry["non_finite"] for entry in manifest["files"]] == [2, 0]
+    assert manifest["float16_overflows"] == 0
+    assert "NaN" not in (tmp_path / "answers.jsonl").read_text()
+    assert read_answers(tmp_path)["task0", 0]["attempts"] == [{"logprob": None}]
+    assert np.isnan(next(iter(iter_items(tmp_path)))["activations"]["resid_post.0"][1]).all()
+
+
+def test_a_sample_without_a_finite_row_ends_the_run(tmp_path):
+    with begun(tmp_path, save_every_n_samples=2) as run:
+        run.add(item(0, 5, 4), answer(0))
+        with pytest.raises(UserError, match="none of its 5 rows is finite") as error:
+            run.add(broken(1, slice(None)), answer(1))
+        assert error.value.exit_code == 1
+        run.seal()
+    assert read_manifest(tmp_path)["total_samples"] == 1
 
 
 # ----------------------------------------------------------------------------- several processes
 
 
 def hosts(folder, count, samples, **options):
-    writers = [writer_of(folder, host=host, **options) for host in range(count)]
-    for writer in writers:
-        writer.start()
+    writers = [opened(folder, host=host, hosts=count, **options) for host in range(count)]
+    for step in (RunFolder.clear, RunFolder.begin):
+        for writer in writers:
+            step(writer)
     for index in samples:
         writers[index % count].add(item(index, 5, 4), answer(index))
     return writers
@@ -432,12 +556,15 @@ def test_processes_share_a_folder_and_a_reader_merges_them(tmp_path):
 
 @pytest.mark.parametrize("host", [None, 0, 1])
 def test_a_run_is_resumed_with_another_number_of_processes(tmp_path, host):
-    for writer in hosts(tmp_path, 3, range(9), save_every_n_samples=2)[:2]:
-        writer.close_shard()  # the third dies with what it had in memory
+    for number, writer in enumerate(hosts(tmp_path, 3, range(9), save_every_n_samples=2)):
+        if number < 2:
+            writer.seal()  # the third dies with what it had in memory
+        writer.close()
     assert read_manifest(tmp_path)["status"] == "running"
-    writer = writer_of(tmp_path, host=host, resume=True)
+    writer = opened(tmp_path, host=host, mode="resume")
     assert {(f"task{i // 2}", i % 2) for i in range(9)} - writer.done == {("task4", 0)}
-    writer.start()
+    writer.clear()
+    writer.begin()
     writer.add(item(8, 5, 4), answer(8))
     writer.finish()
     check_consistent_hosts(tmp_path, 9)
@@ -449,10 +576,11 @@ def check_consistent_hosts(folder, total):
 
 
 def test_a_process_clears_only_its_own_leftovers(tmp_path):
-    hosts(tmp_path, 2, range(2))
+    for writer in hosts(tmp_path, 2, range(2)):
+        writer.close()
     for host in (0, 1):
         (tmp_path / f"activations_host00{host}_batch_000001.pkl.partial").write_text("")
-    writer_of(tmp_path, host=1, resume=True).start()
+    begun(tmp_path, host=1, mode="resume")
     assert "activations_host000_batch_000001.pkl.partial" in names(tmp_path)
     assert "activations_host001_batch_000001.pkl.partial" not in names(tmp_path)
 
@@ -497,7 +625,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, target):
     original = Sink.write
 
     def write_part(sink, buffer):
-        if sink.file and target in str(sink.file.name):
+        if sink.file and target in os.readlink(f"/proc/self/fd/{sink.file.fileno()}"):
             original(sink, memoryview(buffer)[:10])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(sink, buffer)
@@ -510,7 +638,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, target):
         writer.add(item(5), answer(5))
     assert error.value.exit_code == 1 and "\n" not in str(error.value)
     monkeypatch.undo()
-    for call in (writer.close_shard, writer.finish):  # the manifest's word is the last
+    for call in (writer.seal, writer.finish):  # the manifest's word is the last
         with pytest.raises(UserError, match="No space left"):
             call()
     assert (tmp_path / "metadata.json").read_bytes() == manifest
@@ -520,8 +648,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, target):
 
 
 def write_rest(folder, total=6):
-    writer = writer_of(folder, resume=True)
-    writer.start()
+    writer = begun(folder, mode="resume")
     for index in range(total):
         if (f"task{index // 2}", index % 2) not in writer.done:
             writer.add(item(index), answer(index))

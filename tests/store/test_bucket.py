@@ -187,7 +187,7 @@ def test_causes_are_told_and_trying_ends_when_told_to(folder, gcs, file):
 # ----------------------------------------------------------------------------- what is refused
 
 
-ONE, CHUNK = cloud.ONE_REQUEST_BYTES, cloud.CHUNK_BYTES
+ONE, CHUNK = 2 << 20, cloud.CHUNK_BYTES
 
 
 @pytest.mark.parametrize("size", [0, 1, ONE, ONE + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK])
@@ -313,6 +313,53 @@ def test_each_permission_is_asked_for(folder, gcs, what):
         folder.check_access()
     assert str(error.value).startswith(words)
     assert "--role=roles/storage.objectUser" in str(error.value)
+
+
+RETENTION = "Object 'b/x' is subject to bucket's retention policy and cannot be deleted, "
+RETENTION += "overwritten or archived until 2027-02-05T11:36:47-08:00"
+HOLD = (
+    "Object 'b/x' is under active Event-Based hold and cannot be deleted, overwritten or archived"
+)
+VPC = "Request is prohibited by organization's policy. vpcServiceControlsUniqueIdentifier: VQQnKf"
+KMS = "Permission denied on Cloud KMS key. Please ensure that your Cloud Storage service account "
+KMS += "has been authorized to use this key."
+PAYS = "Bucket is a requester pays bucket but no user project provided."
+BILLING = "The billing account for the owning project is disabled in state absent"
+# What a server says, and what is to be done about it.
+REPLIES = {
+    "requester pays": (400, PAYS, "required", "--no-requester-pays"),
+    "retention": (403, RETENTION, "retentionPolicyNotMet", "a retention policy keeps"),
+    "retention, no reason": (403, RETENTION, "forbidden", "--clear-retention-period"),
+    "hold": (403, HOLD, "objectUnderActiveHold", "a hold keeps"),
+    "billing": (403, BILLING, "accountDisabled", "has no open billing account"),
+    "perimeter": (403, VPC, "forbidden", "a perimeter of VPC Service Controls"),
+    "key": (403, KMS, "forbidden", "--authorize-cmek=KEY"),
+    "scope": (403, "Insufficient Permission", "insufficientPermissions", "--scopes=cloud-platform"),
+    "role": (403, "x does not have storage.objects.create access", "forbidden", "objectUser"),
+    "no bucket": (404, "The specified bucket does not exist.", "notFound", "buckets create"),
+}
+
+
+@pytest.mark.parametrize("kind", REPLIES)
+def test_what_the_server_says_decides_the_advice(folder, gcs, tmp_path, kind):
+    """In the check before a run, and as soon as it is said to an upload."""
+    *reply, words = REPLIES[kind]
+    file = tmp_path / "shard.pkl"
+    file.write_bytes(b"x")
+    gcs.fault(tuple(reply), lambda r: r.kind in ("multipart", "start"), times=9)
+    for attempt in (folder.check_access, lambda: put(folder, file)):
+        with pytest.raises(UserError) as error:
+            attempt()
+        assert words in str(error.value) and "gs://bucket" in str(error.value)
+        assert words == "buckets create" or reply[1][:60] in str(error.value)
+        assert "check the network" not in str(error.value)
+    assert gcs.objects() == {}
+
+
+def test_too_many_requests_pass(folder, gcs, file):
+    fault = gcs.fault((403, "The rate of writes is exceeded", "rateLimitExceeded"), times=2)
+    assert_arrived_once(gcs, file, put(folder, file))
+    assert fault.times == 0
 
 
 def test_a_bucket_that_does_not_exist(gcs):

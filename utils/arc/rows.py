@@ -6,6 +6,7 @@ rows one type, so that one 0.5 makes every cell of the block a float, and one wo
 Which files a dataset has, its splits, its downloads and its cache are the `datasets` library's.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -42,15 +43,36 @@ LOCAL_HINT = "pass a local .jsonl, .json or .parquet file, or a folder of them, 
 
 
 @dataclass(frozen=True)
-class Rows:
-    rows: Iterator[object]  # dicts; what stands in the source where it is something else
-    columns: dict[str, str]  # name -> type, as the first rows have it
-    column: str | None  # that holds the pairs; None: the rows hold train and test
+class Source:
+    """A split of a dataset that is open to be read.
+
+    rows: dicts, or what stands in the source where a row is something else. columns: name -> type,
+    as the first rows have it. column: the one that holds the pairs; None where the rows are tasks,
+    with train and test.
+    """
+
+    rows: Iterator[object]
+    columns: dict[str, str]
+    column: str | None
+
+
+def add_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """The flags that say what `open_rows` opens; without a default `--dataset` must be given."""
+    add = parser.add_argument
+    add(
+        "--dataset",
+        required=default is None,
+        default=default or argparse.SUPPRESS,
+        help="name on the Hugging Face hub, or a local .json, .jsonl or .parquet file or a folder",
+    )
+    add("--split", default="train", help="split, or a slice such as train[:100]")
+    add("--column", help="column that holds the pairs (default: examples, else train and test)")
+    add("--streaming", action="store_true", help="read from the hub without downloading it first")
 
 
 def open_rows(
     dataset: str, split: str = "train", column: str | None = None, streaming: bool = False
-) -> Rows:
+) -> Source:
     """The rows of `split`, as a stream, and where their pairs are.
 
     dataset: a name on the hub, or a .json, .jsonl or .parquet file, or a folder of them. From the
@@ -73,7 +95,7 @@ def open_rows(
         wanted = f"column {column!r}" if column else "column 'examples', nor 'train' and 'test'"
         found = f"no {wanted} in {dataset}; found: {listed(columns)}"
         raise UserError(f"{found}; name the one that holds the pairs with --column")
-    return Rows(chain(first, rows), columns, column)
+    return Source(chain(first, rows), columns, column)
 
 
 def to_task(

@@ -10,7 +10,6 @@ None of these libraries is needed for anything else.
 # B rows of a batch   D model width   N context of an export
 
 import logging
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import numpy as np
 
 from utils.dataset import ActivationDataset
 from utils.errors import UserError
-from utils.store.local import check_writable
+from utils.store.local import check_writable, new_folder
 
 try:
     import torch
@@ -148,23 +147,22 @@ def export_for_saelens(
         if not whole:
             raise UserError(f"the selection has fewer rows than a context of {context_size}")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=".export-", dir=folder.parent)
     try:
-        made = Dataset.from_generator(
-            contexts,
-            features=features,
-            cache_dir=scratch,
-            fingerprint=uuid.uuid4().hex,
-        )
-        made.save_to_disk(Path(scratch) / "whole")
-        (Path(scratch) / "whole").rename(folder)
+        with (
+            new_folder(folder) as unfinished,
+            tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch,
+        ):
+            made = Dataset.from_generator(
+                contexts,
+                features=features,
+                cache_dir=scratch,
+                fingerprint=uuid.uuid4().hex,
+            )
+            made.save_to_disk(unfinished)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     if left:
         log.info("left out the last %d rows, which do not fill a context of %d", left, context_size)
     return {

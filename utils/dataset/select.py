@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.dataset.shuffle import NO_CELL, Buffer, Rows, cast, in_order, mixed
+from utils.dataset.shuffle import NO_CELL, ActivationRows, Buffer, cast, in_order, mixed
 from utils.dataset.stats import activation_stats
 from utils.errors import UserError, some
 from utils.model.capture import HOOK_POINTS
@@ -137,8 +137,8 @@ class ActivationDataset:
 
     def parts(
         self, seed: int | None = None, worker: int = 0, workers: int = 1
-    ) -> Iterator[tuple[dict[str, Any], Rows]]:
-        """Every sample's item and its selected rows, as stored; items without any are left out.
+    ) -> Iterator[ActivationRows]:
+        """Every sample's selected rows, as stored; samples without any are left out.
 
         seed: of the order of shards; None keeps the manifests'. worker, workers: this one's share
         of the shards. The next shard is read while this one is used. Raises UserError where
@@ -156,7 +156,7 @@ class ActivationDataset:
                 rows = self._select(item, place, left_out)
                 found += len(rows)
                 if len(rows):
-                    yield item, rows
+                    yield rows
         self.left_out = left_out
         if not found and workers == 1:
             causes = ", ".join(f"{n} {cause}" for cause, n in left_out.items())
@@ -168,7 +168,7 @@ class ActivationDataset:
             said = " and ".join(f"{n} {cause}" for cause, n in dropped.items())
             log.info("left out %s; %d rows stay", said, found)
 
-    def _select(self, item: dict[str, Any], place: int, left_out: Counter[str]) -> Rows:
+    def _select(self, item: dict[str, Any], place: int, left_out: Counter[str]) -> ActivationRows:
         s = self.selection
         states = item["activations"][self.name]
         T, P = len(item["input_ids"]), item["prompt_length"]
@@ -198,7 +198,9 @@ class ActivationDataset:
         rows = np.flatnonzero(left)
         states = states if len(rows) == len(states) else states[rows]
         samples = np.full(len(rows), place, np.int32)
-        return Rows(states, samples, tokens[rows], item["input_ids"][tokens[rows]], held[rows])
+        return ActivationRows(
+            states, samples, tokens[rows], item["input_ids"][tokens[rows]], held[rows]
+        )
 
     def batches(
         self,
@@ -211,7 +213,7 @@ class ActivationDataset:
         dtype: Any = np.float32,
         worker: int = 0,
         workers: int = 1,
-    ) -> Iterator[Rows]:
+    ) -> Iterator[ActivationRows]:
         """Batches of `batch_size` rows, activations in `dtype`; the last one may be smaller.
 
         shuffle_buffer: rows that are mixed in memory, 0 for the order of storage; with it the order
@@ -230,7 +232,7 @@ class ActivationDataset:
         epoch = 0
         while epochs is None or epoch < epochs:
             order = [seed, epoch] if shuffle_buffer else None
-            blocks = (rows for _, rows in self.parts(order, worker, workers))
+            blocks = self.parts(order, worker, workers)
             if shuffle_buffer:
                 random = np.random.default_rng([seed, epoch, 1])
                 batches = mixed(blocks, shuffle_buffer, batch_size, drop_last, random)
@@ -246,14 +248,14 @@ class ActivationDataset:
                 return
             epoch += 1
 
-    def rows(self, most: int | None = None, seed: int = 0) -> Rows:
+    def rows(self, most: int | None = None, seed: int = 0) -> ActivationRows:
         """All selected rows in memory, in order, or `most` of them, drawn at random by `seed` from
         all in one pass (reservoir sampling, Vitter 1985). Activations are as stored."""
         if most is None:
-            return Rows.joined([rows for _, rows in self.parts()])
+            return ActivationRows.joined(list(self.parts()))
         random, seen = np.random.default_rng(seed), 0
         kept = None
-        for _, rows in self.parts():
+        for rows in self.parts():
             kept = kept or Buffer(most, rows)
             rest = kept.fill(rows)
             seen += len(rows) - len(rest)

@@ -18,7 +18,7 @@ NO_CELL = -2  # in all columns of a row whose token holds no cell
 
 
 @dataclass(frozen=True)
-class Rows:
+class ActivationRows:
     """N rows and where they come from.
 
     activations: [N, D]. samples: int32 [N], places in `ActivationDataset.samples`. tokens: int32
@@ -36,13 +36,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index: Any) -> "Rows":
+    def __getitem__(self, index: Any) -> "ActivationRows":
         """Rows of a slice, a mask or an array of places."""
-        return Rows(*(getattr(self, f.name)[index] for f in fields(Rows)))
+        return ActivationRows(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @staticmethod
-    def joined(parts: Sequence["Rows"]) -> "Rows":
-        return Rows(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)))
+    def joined(parts: Sequence["ActivationRows"]) -> "ActivationRows":
+        names = (f.name for f in fields(ActivationRows))
+        return ActivationRows(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
 
 
 def cast(states: np.ndarray, dtype: Any) -> np.ndarray:
@@ -59,35 +60,39 @@ def cast(states: np.ndarray, dtype: Any) -> np.ndarray:
 class Buffer:
     """Room for `size` rows, of which those at `free` are not taken."""
 
-    def __init__(self, size: int, like: Rows):
-        columns = (getattr(like, f.name) for f in fields(Rows))
-        self.rows = Rows(*(np.empty((size, *c.shape[1:]), c.dtype) for c in columns))
+    def __init__(self, size: int, like: ActivationRows):
+        columns = (getattr(like, f.name) for f in fields(ActivationRows))
+        self.rows = ActivationRows(*(np.empty((size, *c.shape[1:]), c.dtype) for c in columns))
         self.free = np.arange(size)
 
-    def fill(self, block: Rows) -> Rows:
+    def fill(self, block: ActivationRows) -> ActivationRows:
         """Takes in what it has room for, and returns the rest."""
         count = min(len(block), len(self.free))
         self.put(self.free[:count], block[:count])
         self.free = self.free[count:]
         return block[count:]
 
-    def put(self, places: np.ndarray, block: Rows) -> None:
+    def put(self, places: np.ndarray, block: ActivationRows) -> None:
         """Of places that are named twice, the last row stays."""
         if block.activations.dtype.itemsize > self.rows.activations.dtype.itemsize:
             # float16 could not hold a value of this block, so it was stored as float32.
             wider = self.rows.activations.astype(block.activations.dtype)
             self.rows = replace(self.rows, activations=wider)
-        for f in fields(Rows):
+        for f in fields(ActivationRows):
             getattr(self.rows, f.name)[places] = getattr(block, f.name)
 
-    def take(self, places: np.ndarray) -> Rows:
-        columns = (getattr(self.rows, f.name) for f in fields(Rows))
-        return Rows(*(column.take(places, axis=0) for column in columns))
+    def take(self, places: np.ndarray) -> ActivationRows:
+        columns = (getattr(self.rows, f.name) for f in fields(ActivationRows))
+        return ActivationRows(*(column.take(places, axis=0) for column in columns))
 
 
 def mixed(
-    blocks: Iterator[Rows], size: int, batch_size: int, drop_last: bool, random: np.random.Generator
-) -> Iterator[Rows]:
+    blocks: Iterator[ActivationRows],
+    size: int,
+    batch_size: int,
+    drop_last: bool,
+    random: np.random.Generator,
+) -> Iterator[ActivationRows]:
     """Batches through a buffer of `size` rows: once it is full, a random half of it leaves."""
     buffer = None
     for block in blocks:
@@ -108,19 +113,21 @@ def mixed(
         yield buffer.take(places[start : start + batch_size])
 
 
-def in_order(blocks: Iterator[Rows], batch_size: int, drop_last: bool) -> Iterator[Rows]:
+def in_order(
+    blocks: Iterator[ActivationRows], batch_size: int, drop_last: bool
+) -> Iterator[ActivationRows]:
     """Batches of `batch_size` rows; the last may be smaller, unless `drop_last`."""
-    waiting: list[Rows] = []
+    waiting: list[ActivationRows] = []
     count = 0
     for block in blocks:
         waiting.append(block)
         count += len(block)
         if count < batch_size:
             continue
-        rows = Rows.joined(waiting) if len(waiting) > 1 else block
+        rows = ActivationRows.joined(waiting) if len(waiting) > 1 else block
         whole = count - count % batch_size
         for start in range(0, whole, batch_size):
             yield rows[start : start + batch_size]
         waiting, count = [rows[whole:]], count - whole
     if count and not drop_last:
-        yield Rows.joined(waiting)
+        yield ActivationRows.joined(waiting)

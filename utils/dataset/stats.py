@@ -23,6 +23,7 @@ from utils.shards import iter_items
 from utils.shards.items import to_float32
 from utils.shards.manifest import Manifest, read_manifest
 from utils.store.bucket import BucketFolder, Stopped
+from utils.store.deadline import within
 from utils.store.local import checksum, json_lines, write_json
 from utils.store.places import place_of
 
@@ -143,6 +144,12 @@ def _computed(folder: str | Path, manifest: Manifest) -> dict[str, Any]:
     for item in tqdm(iter_items(folder), total=total, desc="statistics", unit=" samples"):
         for name, rows in item["activations"].items():
             running[name].add(rows)
+    for name, found in running.items():
+        if found.non_finite and not found.count:
+            raise UserError(
+                f"all {found.non_finite} rows of {name} in {folder} hold a NaN or an infinity, "
+                "which the model made: look at its weights"
+            )
     if not running or not all(r.count for r in running.values()):
         raise UserError(f"{folder} holds no activations: was it a run with --no_extraction?")
     return {name: r.result() for name, r in running.items()}
@@ -156,15 +163,16 @@ def _keep(stats: dict[str, Any], place: Any) -> None:
         content = json_lines(stats)
         crc32c = checksum(io.BytesIO(content))
         there = place.listing().get(STATS_FILE)
-        stopping = threading.Event()
-        timer = threading.Timer(SEND_SECONDS, stopping.set)
-        timer.start()
-        replaces = there.generation if there else 0
-        try:
+        replaces, stopping = there.generation if there else 0, threading.Event()
+
+        def send() -> None:
             place.put(
                 content, STATS_FILE, len(content), crc32c, replaces=replaces, stopping=stopping
             )
+
+        try:
+            within(SEND_SECONDS, send, lambda: Stopped(f"no answer within {SEND_SECONDS} s"))
         finally:
-            timer.cancel()
+            stopping.set()
     except (OSError, UserError, Stopped) as error:
         log.warning("the statistics are not kept in %s: %s", place, error)

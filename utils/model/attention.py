@@ -86,8 +86,7 @@ def attend(
     query: [B, T, N, H]; key, value: [B, K, S, H]; positions: int32 [B, T] and [B, S]. A query sees
     the keys at or before its position, with `window` only the last `window` of them, itself
     included. Dividing by the softmax's sum comes after the weighted sum of values: one pass over
-    the scores less, and with it and the tiles 2.7 times as fast on CPU as
-    `jax.nn.dot_product_attention`.
+    the scores less.
     """
     B, T, N, H = query.shape
     K = key.shape[1]
@@ -122,13 +121,9 @@ def attend_prompt(
     positions: int32 [B, T], those of the queries in the order that `Layout.deal` gives.
     """
     T = query.shape[1]
-    by_token, by_head = ("data", "model"), ("data", None, "model")
-    if layout.by_heads:
-        specs = (P(*by_head), P(*by_token), P(*by_token), P("data"))
-        out = P(*by_head)
-    else:
-        specs = (P(*by_token), P(*by_head), P(*by_head), P(*by_token))
-        out = P(*by_token)
+    queries = P(*layout.heads(prompt=True))  # [B, T, N, H]
+    keys = P("data", "model") if layout.by_heads else P("data", None, "model")  # [B, K, T, H]
+    at = P("data") if layout.by_heads else P("data", "model")  # [B, T]
     spans = _spans(T, layout, window)
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
 
@@ -143,7 +138,13 @@ def attend_prompt(
             outputs.append((_in_small_tiles if on_cpu else _in_large_tiles)(*args))
         return jnp.concatenate(outputs, axis=1)
 
-    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=out, check_vma=False)
+    mapped = jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(queries, keys, keys, at),
+        out_specs=queries,
+        check_vma=False,
+    )
     return mapped(query, key, value, positions)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from utils.errors import UserError
 from utils.model.config import ModelConfig
@@ -19,12 +20,13 @@ def capture_name(hook_point: str, layer: int) -> str:
 class CaptureSpec:
     """What is captured; static under `jit`, so that nothing else is computed or kept.
 
-    names: `"<hook_point>.<layer>"`, layers ascending. positions: one of TOKEN_POSITIONS; `last` is
-    the last token of the prompt, the one that the answer's first token is predicted from.
+    names: `"<hook_point>.<layer>"`, layers ascending. tokens: which tokens' states are kept, one of
+    TOKEN_POSITIONS; `last` is the last token of the prompt, the one that the answer's first token
+    is predicted from.
     """
 
     names: tuple[str, ...] = ()
-    positions: str = "all"
+    tokens: str = "all"
 
     @classmethod
     def from_flags(
@@ -32,7 +34,7 @@ class CaptureSpec:
         config: ModelConfig,
         layers: Sequence[str] | None,
         hook_points: Sequence[str],
-        positions: str,
+        tokens: str,
     ) -> "CaptureSpec":
         """layers: integers (negative from the end) or `all`; None is first, middle and last.
 
@@ -45,17 +47,30 @@ class CaptureSpec:
                     f"hook point {hook_point!r} does not exist; there are {', '.join(HOOK_POINTS)}"
                 )
         wanted = [point for point in HOOK_POINTS if point in hook_points]
-        return cls(tuple(capture_name(p, i) for i in indices for p in wanted), positions)
+        return cls(tuple(capture_name(p, i) for i in indices for p in wanted), tokens)
+
+    def start(self, prompt: Any) -> Any:
+        """Index of the first token that is kept, after prompts of `prompt` tokens: an int, or an
+        array of the lengths of several prompts; always the int 0 where all start there."""
+        return {"all": 0, "prompt": 0, "answer": prompt, "last": prompt - 1}[self.tokens]
+
+    def rows(self, prompt: int, answer: int) -> range:
+        """The tokens that a capture's rows belong to, of a prompt and an answer of so many tokens.
+
+        This is the one place that knows what --token_positions means; `start` is its beginning.
+        """
+        stop = {"all": prompt + answer, "answer": prompt + answer}.get(self.tokens, prompt)
+        return range(self.start(prompt), stop)
 
     @property
     def in_prefill(self) -> bool:
         """Whether any prompt token is captured."""
-        return bool(self.names) and self.positions != "answer"
+        return bool(self.names) and self.start(1) < 1
 
     @property
     def in_decode(self) -> bool:
         """Whether any answer token is captured."""
-        return bool(self.names) and self.positions in ("all", "answer")
+        return bool(self.names) and self.rows(1, 1).stop > 1
 
     @property
     def last_layer(self) -> int:

@@ -110,6 +110,11 @@ class ModelConfig:
     max_position_embeddings: int
     sliding_windows: tuple[int | None, ...]
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the unembedding is a matrix of its own."""
+        return not self.tie_word_embeddings
+
     @classmethod
     def from_hf(cls, model_path: str | Path) -> "ModelConfig":
         """Reads `<model_path>/config.json`. Raises UserError naming the file and the field."""

@@ -9,11 +9,13 @@ the same code with less kept.
 # B batch   T query tokens   S key tokens   D model width   F mlp width
 # N query heads   K key/value heads   H head width   V vocabulary
 
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.lax import dynamic_update_slice_in_dim
 
 from utils.model.attention import INVALID_POSITION, attend, attend_prompt, rotate, rotation
 from utils.model.capture import CaptureSpec
@@ -36,6 +38,19 @@ class RMSNorm(nn.Module):
         return x32.astype(x.dtype) * scale
 
 
+@dataclass(frozen=True)
+class Past:
+    """What a generated token finds in one layer of the tokens before it, in every row.
+
+    cache: key and value [B, K, S, H]. key_positions: int32 [B, S], this token's among them. slot:
+    int32 scalar, where this token's own key and value go.
+    """
+
+    cache: Cache
+    key_positions: jax.Array
+    slot: jax.Array
+
+
 class Attention(nn.Module):
     config: ModelConfig
     layer: int
@@ -47,26 +62,24 @@ class Attention(nn.Module):
         x: jax.Array,
         positions: jax.Array,
         cos_sin: tuple[jax.Array, jax.Array],
-        cache: Cache | None,
-        key_positions: jax.Array | None,
-        slot: jax.Array | None,
+        past: Past | None,
     ) -> tuple[jax.Array, Cache]:
-        """x: [B, T, D] -> [B, T, D], and keys and values, [B, K, T, H] of a prompt, or the cache's
-        [B, K, S, H] with the token written at `slot`."""
-        c, split = self.config, self.layout.split
-        D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-        prompt, by_heads = slot is None, self.layout.by_heads
-        whole = split if prompt and not by_heads else lambda kernel: kernel
-        if not prompt:
-            tokens_by = ("data", None, "model") if by_heads else ("data",)
-        else:
-            tokens_by = ("data", None, "model") if by_heads else ("data", "model")
+        """x: [B, T, D] -> [B, T, D], and keys and values.
 
-        def project(name: str, heads: int) -> jax.Array:
-            kernel = whole(self.param(name, nn.initializers.lecun_normal(), (D, heads, H)))
-            y = split(jnp.einsum("BTD,DNH->BTNH", x, kernel), *tokens_by)
+        Without a past the T tokens are a prompt, whose keys and values are [B, K, T, H]; else T is
+        1, and they are the cache's with the token written into it.
+        """
+        c, layout = self.config, self.layout
+        D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        heads = layout.heads(prompt=past is None)
+        gather = layout.gathers_attention(prompt=past is None)
+
+        def project(name: str, count: int) -> jax.Array:
+            kernel = self.param(name, nn.initializers.lecun_normal(), (D, count, H))
+            y = jnp.einsum("BTD,DNH->BTNH", x, layout.kernel(kernel, gather))
+            y = layout.split(y, *heads)
             if c.qkv_bias:
-                y = y + self.param(f"{name}_bias", nn.initializers.zeros, (heads, H))
+                y = y + self.param(f"{name}_bias", nn.initializers.zeros, (count, H))
             return y
 
         query, key, value = project("query", N), project("key", K), project("value", K)
@@ -77,20 +90,19 @@ class Attention(nn.Module):
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
 
         window = c.sliding_windows[self.layer]
-        if prompt:
+        if past is None:
             cache = {"key": key, "value": value}
-            y = attend_prompt(query, key, value, positions, window, self.layout)
+            y = attend_prompt(query, key, value, positions, window, layout)
         else:
-            update = jax.lax.dynamic_update_slice
             cache = {
-                "key": update(cache["key"], key, (0, 0, slot, 0)),
-                "value": update(cache["value"], value, (0, 0, slot, 0)),
+                name: dynamic_update_slice_in_dim(past.cache[name], x, past.slot, axis=2)
+                for name, x in (("key", key), ("value", value))
             }
-            y = attend(query, cache["key"], cache["value"], positions, key_positions, window)
-            y = split(y, *tokens_by)
+            y = attend(query, cache["key"], cache["value"], positions, past.key_positions, window)
+            y = layout.split(y, *heads)
 
-        kernel = whole(self.param("out", nn.initializers.lecun_normal(), (N, H, D)))
-        y = jnp.einsum("BTNH,NHD->BTD", y, kernel)
+        kernel = self.param("out", nn.initializers.lecun_normal(), (N, H, D))
+        y = jnp.einsum("BTNH,NHD->BTD", y, layout.kernel(kernel, gather))
         if c.out_bias:
             y = y + self.param("out_bias", nn.initializers.zeros, (D,))
         return y, cache
@@ -103,23 +115,21 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """SwiGLU (Shazeer 2020); [B, T, D] -> [B, T, D]."""
-        D, F = self.config.hidden_size, self.layout.padded(self.config.intermediate_size)
-        # A kernel is D F values a device and pass to gather, the residual stream 2 B T D in all.
-        tokens = x.shape[0] // self.layout.data * x.shape[1]
-        gather = 2 * tokens > 3 * F
-        by = ("data", "model") if gather else ("data", None, "model")
+        layout = self.layout
+        B, T, D = x.shape
+        F = layout.padded(self.config.intermediate_size)
+        gather = layout.gathers_mlp(B, T, F)
 
         def project(name: str, y: jax.Array, shape: tuple[int, int]) -> jax.Array:
             kernel = self.param(name, nn.initializers.lecun_normal(), shape)
-            if gather:
-                kernel = self.layout.split(kernel)
-            y = jnp.einsum("BTD,DF->BTF", y, kernel)
+            y = jnp.einsum("BTD,DF->BTF", y, layout.kernel(kernel, gather))
             if self.config.mlp_bias:
                 y = y + self.param(f"{name}_bias", nn.initializers.zeros, shape[1:])
             return y
 
         gated = jax.nn.silu(project("gate", x, (D, F))) * project("up", x, (D, F))
-        return project("down", self.layout.split(gated, *by), (F, D))
+        by = ("data", "model") if gather else ("data", None, "model")  # tokens, or width
+        return project("down", layout.split(gated, *by), (F, D))
 
 
 class Block(nn.Module):
@@ -129,22 +139,30 @@ class Block(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x: jax.Array, *args: Any) -> tuple[jax.Array, Cache]:
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cos_sin: tuple[jax.Array, jax.Array],
+        past: Past | None,
+    ) -> tuple[jax.Array, Cache]:
+        """The residual stream [B, T, D] after this layer, and the rest as `Attention` gives it."""
         eps = self.config.rms_norm_eps
-        by_token = ("data", "model") if args[-1] is None else ("data",)  # a prompt, or one token
-        split = self.layout.split
+
+        def split(y: jax.Array) -> jax.Array:
+            return self.layout.split(y, *self.layout.stream(prompt=past is None))
+
         self._capture("resid_pre", x)
         y, cache = Attention(self.config, self.layer, self.layout, name="attention")(
-            RMSNorm(eps, name="attention_norm")(x), *args
+            RMSNorm(eps, name="attention_norm")(x), positions, cos_sin, past
         )
-        y = split(y, *by_token)
+        y = split(y)
         self._capture("attn_out", y)
-        x = split(x + y, *by_token)
+        x = split(x + y)
         self._capture("resid_mid", x)
-        y = Mlp(self.config, self.layout, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
-        y = split(y, *by_token)
+        y = split(Mlp(self.config, self.layout, name="mlp")(RMSNorm(eps, name="mlp_norm")(x)))
         self._capture("mlp_out", y)
-        x = split(x + y, *by_token)
+        x = split(x + y)
         self._capture("resid_post", x)
         return x, cache
 
@@ -196,13 +214,13 @@ class Decoder(nn.Module):
         x = self.layout.look_up(self.embedding, tokens)
         cos_sin = rotation(positions, self.config.rope, self.config.head_dim)
         new: Cache = {}
-        key_positions = None
         if cache is not None:
-            key_positions = jax.lax.dynamic_update_slice(cache["positions"], positions, (0, slot))
-            new["positions"] = key_positions
+            new["positions"] = dynamic_update_slice_in_dim(
+                cache["positions"], positions, slot, axis=1
+            )
         for layer in self.layers:
-            entry = None if cache is None else cache[layer.name]
-            x, new[layer.name] = layer(x, positions, cos_sin, entry, key_positions, slot)
+            past = None if cache is None else Past(cache[layer.name], new["positions"], slot)
+            x, new[layer.name] = layer(x, positions, cos_sin, past)
         return x, new
 
     def logits(self, x: jax.Array) -> jax.Array:

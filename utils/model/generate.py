@@ -7,14 +7,14 @@ rows, at the position that follows their own prompt; the cache remembers each sl
 
 # B batch   T prompt tokens, padded   A answer tokens at most   D model width   V vocabulary
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from utils.model.capture import CaptureSpec
 from utils.model.decoder import Cache, Decoder, captured, filled_cache
 
 LOGIT_ROWS = 64  # answer positions a device whose vocabulary-wide logits exist at once
@@ -30,15 +30,31 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What a prefill gives beside captures: whether the logits at the last prompt token, and a
+    cache with room for `cache_room` tokens behind the prompts, or none where it is 0."""
+
+    logits: bool
+    cache_room: int = 0
+
+
+@dataclass(frozen=True)
 class Sampling:
-    """How answers are made. temperature 0 is greedy; `stop_ids` end an answer and belong to it."""
+    """How answers are made. temperature 0 is greedy; `stop_ids` end an answer and belong to it.
+
+    captures: whether the model's captures are kept of generated tokens too. keep_cache: whether the
+    prefill's cache is read again, for another answer to the same prompt; else it is given up to
+    the loop.
+    """
 
     max_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float = 0.0
+    captures: bool = True
+    keep_cache: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prefilled:
     """captures: name -> [B, rows, D]; logits: float32 [B, V] at the last prompt token, or None;
     logprobs: float32 [B, A] of the forced answer's tokens, or None; cache: or None."""
@@ -49,7 +65,7 @@ class Prefilled:
     cache: Cache | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Decoded:
     """tokens: int32 [B, A]; counts: int32 [B], how many of them are real; logprobs: float32
     [B, A]; captures: name -> [B, A, D]; steps: int32, forward passes that were run."""
@@ -61,8 +77,23 @@ class Decoded:
     steps: jax.Array
 
 
-for _result in (Prefilled, Decoded):
-    jax.tree_util.register_dataclass(_result)
+@dataclass(frozen=True)
+class DecodeState:
+    """What one step of decoding hands to the next.
+
+    token: int32 [B], the newest token of each row, which has not been through the model yet.
+    active: bool [B], the rows whose newest token still has to go through it. result: what the rows
+    have so far, their newest token included; its unwritten part is 0.
+    """
+
+    token: jax.Array
+    active: jax.Array
+    cache: Cache
+    result: Decoded
+
+
+for _tree in (Prefilled, Decoded, DecodeState):
+    jax.tree_util.register_dataclass(_tree)
 
 
 def prefill(
@@ -71,15 +102,12 @@ def prefill(
     tokens: jax.Array,
     prompt_lengths: jax.Array,
     answer_lengths: jax.Array,
-    *,
     shape: Shape,
-    answer_slots: int,
-    with_logits: bool,
+    outputs: Outputs,
 ) -> Prefilled:
     """One pass over the prompts and, where `shape.answer` > 0, the forced answers behind them.
 
-    tokens: int32 [B, T], right-padded; prompt_lengths, answer_lengths: int32 [B]. The cache has
-    room for `answer_slots` tokens behind the prompts; 0 keeps no cache.
+    tokens: int32 [B, T], right-padded; prompt_lengths, answer_lengths: int32 [B].
     """
     layout = model.layout
     B, T = tokens.shape
@@ -91,30 +119,28 @@ def prefill(
 
     def whole(value: jax.Array) -> jax.Array:
         """[B, T, D] with each row on one device, its tokens in order."""
-        return layout.collect(layout.split(value, layout.rows(B)))
+        return layout.collect(layout.split_rows(value))
 
-    result = Prefilled(
-        {
-            name: _select(whole(value), model.capture.positions, prompt_lengths, shape)
-            for name, value in captured(state.get("intermediates", {})).items()
-            if model.capture.in_prefill or shape.answer
-        }
-    )
-    if answer_slots:
-        result.cache = filled_cache(layout, keys_values, dealt, prompt_lengths, answer_slots)
+    captures = {
+        name: _select(whole(value), model.capture, prompt_lengths, shape)
+        for name, value in captured(state.get("intermediates", {})).items()
+        if model.capture.in_prefill or shape.answer
+    }
+    logits = logprobs = cache = None
+    if outputs.cache_room:
+        cache = filled_cache(layout, keys_values, dealt, prompt_lengths, outputs.cache_room)
     last = (prompt_lengths - 1)[:, None]
-    if with_logits or shape.answer:
+    if outputs.logits or shape.answer:
         x = whole(x)
-    if with_logits:
-        logits = _logits(model, params, _rows(x, last)[:, 0])
-        result.logits = layout.split(logits, layout.rows(B))
+    if outputs.logits:
+        logits = layout.split_rows(_logits(model, params, _tokens_at(x, last)[:, 0]))
     if shape.answer:
         steps = jnp.arange(shape.answer)
-        x = _rows(x, last + steps)
         targets = jnp.take_along_axis(tokens, jnp.minimum(last + 1 + steps, T - 1), axis=1)
-        logprobs = _forced_logprobs(model, params, x, targets, answer_lengths.max())
-        result.logprobs = layout.split(logprobs, layout.rows(B))
-    return result
+        before = _tokens_at(x, last + steps)
+        forced = _forced_logprobs(model, params, before, targets, answer_lengths.max())
+        logprobs = layout.split_rows(forced)
+    return Prefilled(captures, logits, logprobs, cache)
 
 
 def decode(
@@ -124,105 +150,126 @@ def decode(
     logits: jax.Array,
     prompt_lengths: jax.Array,
     sample_keys: jax.Array,
-    *,
     prompt_slots: int,
     sampling: Sampling,
 ) -> tuple[Decoded, Cache]:
-    """Generates until every row has ended; sample_keys: uint32 [B], 0 for padding rows;
-    prompt_slots: T of the prefill.
+    """Generates until every row has ended.
 
-    Each step feeds one token a row, so the last token of an answer has been through the model too
-    when its states are captured. What a row draws depends on its own key and step alone.
-    The cache is returned so that a donated one is updated in place.
+    cache, logits: a prefill's, of prompts in `prompt_slots` slots. prompt_lengths: int32 [B];
+    sample_keys: uint32 [B], 0 for padding rows. Each step feeds one token a row, so the last token
+    of an answer has been through the model too when its states are captured. What a row draws
+    depends on its own key and step alone. The cache is returned so that a donated one is updated
+    in place.
     """
     layout = model.layout
-    B, A = len(prompt_lengths), sampling.max_tokens
-    S = cache["positions"].shape[1]
-    logits = layout.split(logits, "data", "model")
-    stops = jnp.array(sampling.stop_ids, jnp.int32)
-    base = jax.random.key(0)
-    keys = jax.vmap(partial(jax.random.fold_in, base))(sample_keys)
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(sample_keys)
+    loop = _Loop(model, params, prompt_lengths, keys, prompt_slots, sampling)
+    state = loop.first(cache, layout.split(logits, "data", "model"), sample_keys != 0)
+    state = jax.lax.while_loop(loop.unfinished, loop.step, state)
+    result = replace(
+        state.result,
+        tokens=layout.split_rows(state.result.tokens),
+        counts=layout.split_rows(state.result.counts),
+        logprobs=layout.split_rows(state.result.logprobs),
+    )
+    return result, state.cache
 
-    def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Token [B] and its log-probability at temperature 1 [B]."""
-        if sampling.temperature:
-            step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-            noise = jax.vmap(partial(jax.random.gumbel, shape=logits.shape[1:]))(step_keys)
-            token = _argmax(logits / sampling.temperature + noise)
-        else:
-            token = _argmax(logits)
-        return token.astype(jnp.int32), _logprob(logits, token)
 
-    def rows(x: jax.Array) -> jax.Array:
-        """Split as it will leave the mesh."""
-        return layout.split(x, layout.rows(B))
+@dataclass(frozen=True)
+class _Loop:
+    """What stays the same from step to step of `decode`, whose parts are the methods.
 
-    def ended(token: jax.Array) -> jax.Array:
-        return jnp.isin(token, stops)
+    keys: [B], a random key a row.
+    """
 
-    token, logprob = choose(logits, 0)
-    active = sample_keys != 0
-    shape = (B, A, model.config.hidden_size)
-    dtype = jax.tree.leaves(params)[0].dtype
-    names = model.capture.names if model.capture.in_decode else ()
-    state = {
-        "result": Decoded(
+    model: Decoder
+    params: Any
+    prompt_lengths: jax.Array
+    keys: jax.Array
+    prompt_slots: int
+    sampling: Sampling
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The captures that are kept of generated tokens."""
+        return self.model.capture.names if self.model.capture.in_decode else ()
+
+    def first(self, cache: Cache, logits: jax.Array, real: jax.Array) -> DecodeState:
+        """Each row's first token, from the logits of its prompt; real: bool [B], no padding row."""
+        B, A = len(real), self.sampling.max_tokens
+        split_rows = self.model.layout.split_rows
+        states = (B, A, self.model.config.hidden_size)
+        dtype = jax.tree.leaves(self.params)[0].dtype
+        token, logprob = self.choose(logits, jnp.int32(0))
+        result = Decoded(
             tokens=jnp.zeros((B, A), jnp.int32).at[:, 0].set(token),
-            counts=active.astype(jnp.int32),
+            counts=real.astype(jnp.int32),
             logprobs=jnp.zeros((B, A), jnp.float32).at[:, 0].set(logprob),
-            captures={name: rows(jnp.zeros(shape, dtype)) for name in names},
+            captures={name: split_rows(jnp.zeros(states, dtype)) for name in self.names},
             steps=jnp.int32(0),
-        ),
-        "cache": cache,
-        "token": token,
-        # Rows whose current token still has to go through the model. Without capture the last
-        # token of an answer does not.
-        "active": active if names else active & ~ended(token),
-    }
-    last_step = A if names else A - 1
+        )
+        return DecodeState(token, self.to_run(real, token), cache, result)
 
-    def unfinished(state: dict[str, Any]) -> jax.Array:
-        return (state["result"].steps < last_step) & jnp.any(state["active"])
+    def unfinished(self, state: DecodeState) -> jax.Array:
+        """Whether a row goes on; bool scalar."""
+        last_step = self.sampling.max_tokens - (0 if self.names else 1)
+        return (state.result.steps < last_step) & jnp.any(state.active)
 
-    def step(state: dict[str, Any]) -> dict[str, Any]:
-        result, token, active = state["result"], state["token"], state["active"]
-        i = result.steps
-        (x, cache), sown = model.apply(
-            {"params": params},
-            token[:, None],
-            (prompt_lengths + i)[:, None],
-            state["cache"],
-            layout.slot(i, prompt_slots, S),
+    def step(self, state: DecodeState) -> DecodeState:
+        """The newest tokens through the model, and the next ones chosen."""
+        result, i = state.result, state.result.steps
+        slots, A = state.cache["positions"].shape[1], self.sampling.max_tokens
+        (x, cache), sown = self.model.apply(
+            {"params": self.params},
+            state.token[:, None],
+            (self.prompt_lengths + i)[:, None],
+            state.cache,
+            self.model.layout.slot(i, self.prompt_slots, slots),
             mutable=["intermediates"],
         )
-        new = captured(sown.get("intermediates", {}))
-        captures = {
-            name: jax.lax.dynamic_update_slice(result.captures[name], rows(new[name]), (0, i, 0))
-            for name in names
-        }
-        next_token, logprob = choose(_logits(model, params, x[:, 0]), i + 1)
-        goes_on = active & ~ended(token) & (i + 1 < A)
+        token, logprob = self.choose(_logits(self.model, self.params, x[:, 0]), i + 1)
+        goes_on = state.active & ~self.ends(state.token) & (i + 1 < A)
         j = jnp.minimum(i + 1, A - 1)
-        tokens = jnp.where(goes_on, next_token, result.tokens[:, j])
-        logprobs = jnp.where(goes_on, logprob, result.logprobs[:, j])
-        return {
-            "result": Decoded(
-                tokens=result.tokens.at[:, j].set(tokens),
-                counts=result.counts + goes_on,
-                logprobs=result.logprobs.at[:, j].set(logprobs),
-                captures=captures,
-                steps=i + 1,
+        result = Decoded(
+            tokens=result.tokens.at[:, j].set(jnp.where(goes_on, token, result.tokens[:, j])),
+            counts=result.counts + goes_on,
+            logprobs=result.logprobs.at[:, j].set(
+                jnp.where(goes_on, logprob, result.logprobs[:, j])
             ),
-            "cache": cache,
-            "token": next_token,
-            "active": goes_on if names else goes_on & ~ended(next_token),
-        }
+            captures=self.with_states(result.captures, captured(sown.get("intermediates", {})), i),
+            steps=i + 1,
+        )
+        return DecodeState(token, self.to_run(goes_on, token), cache, result)
 
-    state = jax.lax.while_loop(unfinished, step, state)
-    result = state["result"]
-    for name in ("tokens", "counts", "logprobs"):
-        setattr(result, name, rows(getattr(result, name)))
-    return result, state["cache"]
+    def choose(self, logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Token number `step` of every row, int32 [B], and its log-probability at temperature 1,
+        float32 [B]; logits: float32 [B, V]."""
+        scores = logits
+        if self.sampling.temperature:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(self.keys)
+            draw = partial(jax.random.gumbel, shape=logits.shape[1:], dtype=jnp.float32)
+            scores = logits / self.sampling.temperature + jax.vmap(draw)(keys)
+        token = _argmax(scores).astype(jnp.int32)
+        return token, _logprob(logits, token)
+
+    def ends(self, token: jax.Array) -> jax.Array:
+        """bool [B]"""
+        return jnp.isin(token, jnp.array(self.sampling.stop_ids, jnp.int32))
+
+    def to_run(self, going_on: jax.Array, token: jax.Array) -> jax.Array:
+        """The rows, bool [B], whose newest token has to go through the model: of those that go on,
+        all where its states are captured, else those that a next token is wanted of."""
+        return going_on if self.names else going_on & ~self.ends(token)
+
+    def with_states(
+        self, captures: dict[str, jax.Array], new: dict[str, jax.Array], step: jax.Array
+    ) -> dict[str, jax.Array]:
+        """captures, [B, A, D] each, with the new states, [B, 1, D] each, as token `step`."""
+        split_rows = self.model.layout.split_rows
+        return {
+            name: jax.lax.dynamic_update_slice_in_dim(states, split_rows(new[name]), step, axis=1)
+            for name, states in captures.items()
+        }
 
 
 def _forced_logprobs(
@@ -256,8 +303,14 @@ def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """Index of the first maximum of each row of [B, V]; in two reductions, of which a mesh that
-    splits V moves a number a row, where `jnp.argmax` moves indices as large as x."""
+    """Index of the first maximum of each row: [B, V] -> int32 [B].
+
+    A NaN counts as infinity, as numpy and torch rank it, so that a model which makes NaN still
+    chooses an id of its vocabulary; that token's log-probability is NaN. In two reductions, of
+    which a mesh that splits V moves a number a row, where `jnp.argmax` moves indices as large
+    as x.
+    """
+    x = jnp.where(jnp.isnan(x), jnp.inf, x)
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     highest = x.max(axis=-1, keepdims=True)
     return jnp.where(x == highest, index, x.shape[-1]).min(axis=-1)
@@ -267,107 +320,19 @@ def _logits(model: Decoder, params: Any, x: jax.Array) -> jax.Array:
     return model.apply({"params": params}, x, method=Decoder.logits)
 
 
-def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x: [B, T, D], index: int [B, R] -> [B, R, D]; an index behind the end gives the last row."""
+def _tokens_at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Other tokens of each row: x [B, T, D], index int [B, R] -> [B, R, D]; an index behind the end
+    gives the last token."""
     return jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1)[..., None], axis=1)
 
 
-def _select(value: jax.Array, positions: str, prompt_lengths: jax.Array, shape: Shape) -> jax.Array:
-    """The rows of a capture that are kept: [B, T, D] -> [B, R, D]."""
-    if positions == "prompt":
-        return value[:, : shape.prompt]
-    if positions == "last":
-        return _rows(value, (prompt_lengths - 1)[:, None])
-    if positions == "answer":
-        return _rows(value, prompt_lengths[:, None] + jnp.arange(shape.answer))
-    return value
-
-
-def specs(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays, for which a program is compiled."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def result_specs(program: Any) -> Any:
-    """Those of what a compiled program returns."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        program.out_info,
-        program.output_shardings,
-    )
-
-
-@dataclass
-class Engine:
-    """The compiled programs of one model; each shape is compiled once.
-
-    params: arrays, or their specs where nothing is to be run.
-    """
-
-    model: Decoder
-    params: Any
-    _programs: dict[Any, Any] = field(default_factory=dict)
-
-    def prefill(
-        self,
-        tokens: np.ndarray,
-        prompt_lengths: np.ndarray,
-        answer_lengths: np.ndarray,
-        **static: Any,
-    ) -> Prefilled:
-        """See `prefill`."""
-        arrays = [self.model.layout.put(x) for x in (tokens, prompt_lengths, answer_lengths)]
-        return self.prefill_program(*tokens.shape, **static)(self.params, *arrays)
-
-    def prefill_program(self, batch: int, length: int, **static: Any) -> Any:
-        """`prefill`, compiled for prompts of `length` slots in `batch` rows."""
-        args = (self._rows((batch, length)), self._rows((batch,)), self._rows((batch,)))
-        return self._program(prefill, (), self.model, args, static)
-
-    def decode(
-        self,
-        model: Decoder,
-        prefilled: Prefilled,
-        prompt_lengths: np.ndarray,
-        sample_keys: np.ndarray,
-        **static: Any,
-    ) -> Decoded:
-        """See `decode`, and `decode_program` for `static`."""
-        program = self.decode_program(model, specs((prefilled.cache, prefilled.logits)), **static)
-        arrays = [self.model.layout.put(x) for x in (prompt_lengths, sample_keys)]
-        return program(self.params, prefilled.cache, prefilled.logits, *arrays)[0]
-
-    def decode_program(
-        self,
-        model: Decoder,
-        cache_and_logits: Any,
-        *,
-        prompt_slots: int,
-        sampling: Sampling,
-        keep_cache: bool,
-    ) -> Any:
-        """`decode`, compiled for a prefill's cache and logits. Unless `keep_cache`, the cache is
-        given up to the loop."""
-        batch = cache_and_logits[1].shape[:1]
-        args = (*cache_and_logits, self._rows(batch), self._rows(batch, jnp.uint32))
-        static = {"prompt_slots": prompt_slots, "sampling": sampling}
-        return self._program(decode, () if keep_cache else ("cache",), model, args, static)
-
-    def _rows(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.model.layout.sharding("data"))
-
-    def _program(
-        self,
-        function: Any,
-        donated: tuple[str, ...],
-        model: Decoder,
-        args: tuple[Any, ...],
-        static: dict[str, Any],
-    ) -> Any:
-        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
-        key = (function.__name__, donated, model, tuple(static.items()), shapes)
-        if key not in self._programs:
-            jitted = jax.jit(function, static_argnames=("model", *static), donate_argnames=donated)
-            lowered = jitted.lower(model, specs(self.params), *args, **static)
-            self._programs[key] = lowered.compile()
-        return self._programs[key]
+def _select(
+    value: jax.Array, capture: CaptureSpec, prompt_lengths: jax.Array, shape: Shape
+) -> jax.Array:
+    """The rows of a capture that are kept: [B, T, D] -> [B, R, D], R the most that any sample of
+    the shape keeps. Behind a sample's own rows are those of tokens that are not kept."""
+    start = capture.start(prompt_lengths)
+    count = min(len(capture.rows(shape.prompt, shape.answer)), value.shape[1])
+    if isinstance(start, int):
+        return value[:, start : start + count]
+    return _tokens_at(value, start[:, None] + jnp.arange(count))

@@ -1,4 +1,4 @@
-"""Where each array of a forward pass lives on the (data, model) mesh.
+"""The (data, model) mesh of a run's devices, and where each array of a forward pass lives on it.
 
 Batches are split over `data`. Over `model` the mlp is split by its width and the vocabulary by its
 rows (Megatron-LM, Shoeybi et al. 2019), and attention in one of two ways. `heads`: by heads, where
@@ -14,18 +14,23 @@ computes more of the causal triangle than another.
 
 # B batch   T prompt tokens   S key slots   M model axis   C stripes   U tokens of a stripe
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from utils.errors import UserError
 from utils.model.config import ModelConfig
 
-P = PartitionSpec
-ROWS = ("data", "model")
+AXES = ("data", "model")
 MAX_STRIPES = 4
 
 
@@ -70,18 +75,47 @@ class Layout:
         """x, its axes split as `spec` says; axes that it does not name are whole."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*spec))
 
-    def rows(self, batch: int) -> Any:
+    def stream(self, prompt: bool) -> tuple[Any, ...]:
+        """How a residual stream [B, T, D] is split: a prompt by its tokens too, a generated token
+        by its row alone."""
+        return ("data", "model") if prompt else ("data",)
+
+    def heads(self, prompt: bool) -> tuple[Any, ...]:
+        """How queries, keys, values and what attention gives, [B, T, N, H], are split."""
+        return ("data", None, "model") if self.by_heads else self.stream(prompt)
+
+    def gathers_attention(self, prompt: bool) -> bool:
+        """Whether the kernels of attention are gathered on every device: where the devices share
+        the tokens of a prompt, each projects its own tokens to all heads. The kernels of a
+        generated token stay as they are stored, split by their inputs."""
+        return prompt and not self.by_heads
+
+    def gathers_mlp(self, batch: int, tokens: int, width: int) -> bool:
+        """Whether the kernels of an mlp come to the tokens, or the tokens to the kernels: the one
+        that moves less. The three kernels are 3 F D values, F being `width`; the residual stream of
+        a data group moves on its way in and out, 2 (B / data) T D values."""
+        return 2 * (batch // self.data) * tokens > 3 * width
+
+    def kernel(self, x: jax.Array, gather: bool) -> jax.Array:
+        """A parameter whole on every device, or as it is stored."""
+        return self.split(x) if gather else x
+
+    def row_axes(self, batch: int) -> Any:
         """The mesh axes that a batch's rows are split over when they leave the mesh whole: all of
         them, or `data` alone for a batch that is too small, whose rows then have replicas."""
-        return ROWS if batch % self.mesh.size == 0 else "data"
+        return AXES if batch % self.mesh.size == 0 else "data"
+
+    def split_rows(self, x: jax.Array) -> jax.Array:
+        """x, [B, ...], with each row whole on one device, as it leaves the mesh."""
+        return self.split(x, self.row_axes(len(x)))
 
     def owned(self, batch: int, process: int | None = None) -> dict[jax.Device, range]:
         """The devices of a process (default: this one) -> the rows of a batch that they bring to
         its host, each row of the batch once in all processes."""
         process = jax.process_index() if process is None else process
-        axes = self.rows(batch)
-        size = batch // (self.mesh.size if axes == ROWS else self.data)
-        devices = self.mesh.devices.flat if axes == ROWS else self.mesh.devices[:, 0]
+        axes = self.row_axes(batch)
+        size = batch // (self.mesh.size if axes == AXES else self.data)
+        devices = self.mesh.devices.flat if axes == AXES else self.mesh.devices[:, 0]
         return {
             device: range(i * size, (i + 1) * size)
             for i, device in enumerate(devices)
@@ -140,7 +174,13 @@ class Layout:
         return prompt + self.cache_blocks * -(-answer // self.cache_blocks)
 
     def into_slots(self, x: jax.Array, size: int, axis: int, fill: Any = 0) -> jax.Array:
-        """The prompt's entries along `axis`, each block's at its beginning, in `size` slots."""
+        """A prompt's entries along `axis`, with room behind them for generated tokens.
+
+        The `size` slots are cut into `cache_blocks` blocks, one a device where the slots are split.
+        Each block begins with the part of the prompt that its device holds already, so that no
+        entry moves, and ends with its share of the room, which is `fill`. For two blocks, a prompt
+        of four tokens and eight slots: `a b c d` -> `a b . . c d . .`
+        """
         blocks = self.cache_blocks
         shape = x.shape
         x = x.reshape(*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
@@ -150,6 +190,80 @@ class Layout:
         return x.reshape(*shape[:axis], size, *shape[axis + 1 :])
 
     def slot(self, step: jax.Array, prompt: int, size: int) -> jax.Array:
-        """Where generated token `step` goes: to the blocks in turn, behind their prompt's part."""
+        """The slot of generated token `step`, int32 scalar, behind a prompt of `prompt` slots in
+        `size` slots in all. The blocks take tokens in turn, so that their room fills evenly: in the
+        example of `into_slots` tokens 0, 1, 2, 3 go to slots 2, 6, 3, 7."""
         blocks = self.cache_blocks
-        return step % blocks * (size // blocks) + prompt // blocks + step // blocks
+        begin_of_block = step % blocks * (size // blocks)
+        return begin_of_block + prompt // blocks + step // blocks
+
+
+def find_devices(everywhere: bool) -> Sequence[jax.Device]:
+    """The devices of all processes, or the first one of this process. Raises UserError where the
+    platform that the environment names is not to be had."""
+    try:
+        return jax.devices() if everywhere else jax.local_devices()[:1]
+    except (RuntimeError, AssertionError) as error:  # a platform that JAX was built without asserts
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        raise UserError(
+            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms or ''}"
+            f"{f' ({reason})' if reason else ''}: name one that this machine has and no other "
+            "process holds, such as cpu, or none"
+        ) from error
+
+
+def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (default: all of every process), ordered by their physical topology."""
+    ordered = mesh_utils.create_device_mesh((data, model), devices, allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def single_device_mesh() -> Mesh:
+    """A 1 x 1 mesh on the first device of this process."""
+    return make_mesh(1, 1, jax.local_devices()[:1])
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs, so that a run that is resumed does not compile again.
+
+    They are kept in JAX_COMPILATION_CACHE_DIR, else in ~/.cache/arc-activations where that can be
+    written: those that took as many seconds as JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says,
+    else half a second.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            folder = Path("~/.cache/arc-activations").expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # no room or no permission; no home
+            return
+        if not os.access(folder, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def default_dtype(devices: Sequence[jax.Device]) -> str:
+    """bfloat16 where there is an accelerator, float32 on CPU."""
+    return "float32" if devices[0].platform == "cpu" else "bfloat16"
+
+
+def shapes_of(devices: int) -> list[tuple[int, int]]:
+    """Every (data, model) that takes all devices."""
+    return [(devices // m, m) for m in range(1, devices + 1) if devices % m == 0]
+
+
+def check_shape(data: int, model: int, devices: Sequence[jax.Device]) -> None:
+    """Raises UserError unless a mesh of data x model takes exactly these devices."""
+    count = len(devices)
+    if data * model == count:
+        return
+    kind = devices[0].device_kind
+    note = ""
+    if kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v5", "TPU v5p") and data * model == 2 * count:
+        note = "; the number in this slice's name counts cores, of which a chip has two"
+    fitting = ", ".join(f"{d} {m}" for d, m in shapes_of(count))
+    raise UserError(
+        f"--mesh_shape {data} {model} takes {data * model} devices, and JAX sees {count} ({kind})"
+        f"{note}: shapes that fit are {fitting}, or auto"
+    )

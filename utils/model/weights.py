@@ -7,6 +7,7 @@ matches exactly one row; what is missing, unexpected or mis-shaped is reported t
 # D model width   F mlp width   N query heads   K key/value heads   H head width   V vocabulary
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,41 +17,63 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import PartitionSpec
+from flax.traverse_util import unflatten_dict
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from utils.errors import UserError
 from utils.model.config import ModelConfig
-from utils.model.decoder import Decoder
 from utils.model.layout import Layout
-from utils.model.mesh import single_device_mesh
-
-P = PartitionSpec
 
 
 @dataclass(frozen=True)
 class Weight:
-    """hf: pattern of the checkpoint's name. axes: the checkpoint's axes -> the parameter's, where
+    """A row of the table: one parameter, or that of every layer.
+
+    hf: pattern of the checkpoint's name. axes: the checkpoint's axes -> the parameter's, where
     `(N H)` is one axis on disk that is two in the parameter. spec: the split over the mesh;
     by_sequence: that of attention whose heads do not divide it, where different (`Layout`).
+    only_if: attribute of the `ModelConfig` of models that have it; None is all of them.
     """
 
     hf: str
     path: str
     axes: str
-    spec: PartitionSpec
-    by_sequence: PartitionSpec | None = None
+    spec: P
+    by_sequence: P | None = None
+    only_if: str | None = None
+
+    @property
+    def stored_axes(self) -> list[list[str]]:
+        """The checkpoint's axes; `(N H) D` is [["N", "H"], ["D"]]."""
+        left = self.axes.split(" -> ")[0]
+        return [(group or axis).split() for group, axis in re.findall(r"\((.*?)\)|(\S+)", left)]
+
+    @property
+    def param_axes(self) -> list[str]:
+        return self.axes.split(" -> ")[1].split()
+
+    @property
+    def order(self) -> list[int]:
+        """The parameter's axes in the order of the checkpoint's."""
+        return [self.param_axes.index(axis) for group in self.stored_axes for axis in group]
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The checkpoint's shape of a parameter of this shape."""
+        sizes = dict(zip(self.param_axes, shape, strict=True))
+        return tuple(math.prod(sizes[axis] for axis in group) for group in self.stored_axes)
+
+    def stored(self, leaf: np.ndarray) -> np.ndarray:
+        """A parameter as a checkpoint holds it."""
+        return leaf.transpose(self.order).reshape(self.stored_shape(leaf.shape))
 
 
 _LAYER, _BLOCK = r"model\.layers\.(\d+)\.", "layers_{0}/"
 _ATTENTION, _MLP = _LAYER + r"self_attn\.", _LAYER + r"mlp\."
 TABLE = (
     Weight(r"model\.embed_tokens\.weight", "embedding", "V D -> V D", P("model", None)),
-    Weight(r"lm_head\.weight", "head", "V D -> D V", P(None, "model")),
+    Weight(r"lm_head\.weight", "head", "V D -> D V", P(None, "model"), only_if="has_head"),
     Weight(r"model\.norm\.weight", "final_norm/scale", "D -> D", P(None)),
     Weight(_LAYER + r"input_layernorm\.weight", _BLOCK + "attention_norm/scale", "D -> D", P(None)),
     Weight(
@@ -73,13 +96,24 @@ TABLE = (
                 f"({heads} H) -> {heads} H",
                 P("model", None),
                 P(None, None),
+                only_if="qkv_bias",
             ),
         )
     ),
     Weight(
-        _ATTENTION + r"q_norm\.weight", _BLOCK + "attention/query_norm/scale", "H -> H", P(None)
+        _ATTENTION + r"q_norm\.weight",
+        _BLOCK + "attention/query_norm/scale",
+        "H -> H",
+        P(None),
+        only_if="qk_norm",
     ),
-    Weight(_ATTENTION + r"k_norm\.weight", _BLOCK + "attention/key_norm/scale", "H -> H", P(None)),
+    Weight(
+        _ATTENTION + r"k_norm\.weight",
+        _BLOCK + "attention/key_norm/scale",
+        "H -> H",
+        P(None),
+        only_if="qk_norm",
+    ),
     Weight(
         _ATTENTION + r"o_proj\.weight",
         _BLOCK + "attention/out",
@@ -87,7 +121,13 @@ TABLE = (
         P("model", None, None),
         P(None, None, "model"),
     ),
-    Weight(_ATTENTION + r"o_proj\.bias", _BLOCK + "attention/out_bias", "D -> D", P(None)),
+    Weight(
+        _ATTENTION + r"o_proj\.bias",
+        _BLOCK + "attention/out_bias",
+        "D -> D",
+        P(None),
+        only_if="out_bias",
+    ),
     *(
         row
         for name in ("gate", "up")
@@ -98,16 +138,27 @@ TABLE = (
                 "F D -> D F",
                 P(None, "model"),
             ),
-            Weight(_MLP + name + r"_proj\.bias", _BLOCK + f"mlp/{name}_bias", "F -> F", P("model")),
+            Weight(
+                _MLP + name + r"_proj\.bias",
+                _BLOCK + f"mlp/{name}_bias",
+                "F -> F",
+                P("model"),
+                only_if="mlp_bias",
+            ),
         )
     ),
     Weight(_MLP + r"down_proj\.weight", _BLOCK + "mlp/down", "D F -> F D", P("model", None)),
-    Weight(_MLP + r"down_proj\.bias", _BLOCK + "mlp/down_bias", "D -> D", P(None)),
+    Weight(
+        _MLP + r"down_proj\.bias", _BLOCK + "mlp/down_bias", "D -> D", P(None), only_if="mlp_bias"
+    ),
 )
 # Buffers that old checkpoints carry and the configuration already determines.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 _BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
 _STORED_DTYPES = ("F32", "BF16", "F16")
+
+
+_BY_PATH = {row.path: row for row in TABLE}
 
 
 def row_of(name: str) -> tuple[Weight, str] | None:
@@ -118,21 +169,52 @@ def row_of(name: str) -> tuple[Weight, str] | None:
     return None
 
 
+def row_at(path: str) -> Weight:
+    """The table row of the parameter at a Flax path."""
+    return _BY_PATH[re.sub(r"layers_\d+", "layers_{0}", path)]
+
+
+def hf_name(path: str) -> str:
+    """The checkpoint's name of the parameter at a Flax path."""
+    index = re.match(r"layers_(\d+)", path)
+    name = row_at(path).hf.replace("\\", "")
+    return name.replace("(d+)", index[1]) if index else name
+
+
+def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Flax path -> shape of every parameter, in the order of the parameter tree's leaves."""
+    sizes = {
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "V": config.vocab_size,
+    }
+    shapes = {
+        row.path.format(layer): tuple(sizes[axis] for axis in row.param_axes)
+        for row in TABLE
+        if row.only_if is None or getattr(config, row.only_if)
+        for layer in range(config.num_layers if "{0}" in row.path else 1)
+    }
+    return {path: shapes[path] for path in sorted(shapes, key=lambda path: path.split("/"))}
+
+
 @dataclass(frozen=True)
 class Placement:
     """A parameter on the mesh: its shape there, and how it is split over it."""
 
     shape: tuple[int, ...]
-    spec: PartitionSpec
+    spec: P
     padded: bool  # with zeros, where a width or the vocabulary does not divide the model axis
 
 
 def placement(path: str, shape: tuple[int, ...], layout: Layout) -> Placement:
     """Of the parameter at a Flax path, whose shape in the checkpoint's model is `shape`."""
-    row, _ = row_of(_hf_name(path))
+    row = row_at(path)
     spec = row.spec if layout.by_heads or row.by_sequence is None else row.by_sequence
     sizes, split = list(shape), list(spec)
-    for i, (axis, size) in enumerate(zip(_axes(row)[1], shape, strict=True)):
+    for i, (axis, size) in enumerate(zip(row.param_axes, shape, strict=True)):
         if split[i] == "model" and size % layout.model:
             if axis in ("F", "V"):
                 sizes[i] = layout.padded(size)
@@ -141,28 +223,19 @@ def placement(path: str, shape: tuple[int, ...], layout: Layout) -> Placement:
     return Placement(tuple(sizes), P(*split), tuple(sizes) != shape)
 
 
-def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Flax path -> shape of every parameter, nothing computed."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    model = Decoder(config, Layout.of(config, single_device_mesh()))
-    tree = jax.eval_shape(
-        lambda t: model.init(jax.random.key(0), t, t, method=Decoder.initialize), tokens
-    )
-    return {path: leaf.shape for path, leaf in flatten_dict(tree["params"], sep="/").items()}
-
-
 class Checkpoint:
     """The tensors of a folder of safetensors files, checked against the configuration.
 
-    files: name -> file that holds it. Raises UserError for a folder without safetensors files, and
-    one error for all tensors that are missing, unexpected, mis-shaped or of an unknown dtype.
+    shapes: Flax path -> shape of every parameter. Raises UserError for a folder without safetensors
+    files, and one error for all tensors that are missing, unexpected, mis-shaped or of an unknown
+    dtype.
     """
 
     def __init__(self, model_path: str | Path, config: ModelConfig):
         self.folder, self.config = Path(model_path), config
         self.shapes = abstract_params(config)
         self._names: dict[str, str] = {}  # Flax path -> checkpoint name
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, Path] = {}  # checkpoint name -> file that holds it
         problems = []
         for name, file, shape, dtype in self._entries():
             if _DERIVED.fullmatch(name):
@@ -175,7 +248,7 @@ class Checkpoint:
                 problems.append(f"unexpected {name}")
                 continue
             row, path = found
-            want = _stored_shape(row, self.shapes[path])
+            want = row.stored_shape(self.shapes[path])
             if shape != want:
                 problems.append(f"{name} has shape {list(shape)}, not {list(want)}")
             elif dtype not in _STORED_DTYPES:
@@ -185,7 +258,7 @@ class Checkpoint:
             self._names[path] = name
             self._files[name] = file
         missing = [path for path in self.shapes if path not in self._names]
-        problems += [f"missing {_hf_name(path)}" for path in missing]
+        problems += [f"missing {hf_name(path)}" for path in missing]
         if problems:
             shown = "; ".join(problems[:12])
             more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
@@ -271,12 +344,11 @@ class Checkpoint:
         """The parameter tree, each leaf of `dtype` and split over the mesh as the table says."""
 
         def leaf(path: str) -> jax.Array:
-            row, _ = row_of(self._names[path])
             place = placement(path, self.shapes[path], layout)
             sharding = layout.sharding(*place.spec)
 
             def part(index: tuple[slice, ...]) -> np.ndarray:
-                return self._part(path, row, place.shape, index).astype(dtype)
+                return self._part(path, place.shape, index).astype(dtype)
 
             return jax.make_array_from_callback(place.shape, sharding, part)
 
@@ -286,26 +358,25 @@ class Checkpoint:
             leaves = list(pool.map(leaf, self.shapes))
         return unflatten_dict(dict(zip(self.shapes, leaves, strict=True)), sep="/")
 
-    def _part(
-        self, path: str, row: Weight, padded: tuple[int, ...], index: tuple[slice, ...]
-    ) -> np.ndarray:
+    def _part(self, path: str, padded: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """The block `index` of the parameter of shape `padded`, in the parameter's axes."""
-        stored, axes = _axes(row)
-        shape = dict(zip(axes, self.shapes[path], strict=True))
+        row = row_at(path)
+        shape = dict(zip(row.param_axes, self.shapes[path], strict=True))
         wanted = [s.indices(size)[:2] for s, size in zip(index, padded, strict=True)]
         block = {
-            a: (min(i, shape[a]), min(j, shape[a])) for a, (i, j) in zip(axes, wanted, strict=True)
+            axis: (min(start, shape[axis]), min(stop, shape[axis]))
+            for axis, (start, stop) in zip(row.param_axes, wanted, strict=True)
         }
         slices = []
-        for group in stored:
+        for outer, *inner in row.stored_axes:
             # Of an axis that is two in the parameter only the outer one is ever sharded.
-            inner = int(np.prod([shape[axis] for axis in group[1:]], dtype=int))
-            start, stop = block[group[0]]
-            slices.append(slice(start * inner, stop * inner))
+            size = math.prod(shape[axis] for axis in inner)
+            start, stop = block[outer]
+            slices.append(slice(start * size, stop * size))
         tensor = self._read(self._names[path], tuple(slices))
-        flat = [axis for group in stored for axis in group]
-        tensor = tensor.reshape([block[axis][1] - block[axis][0] for axis in flat])
-        tensor = tensor.transpose([flat.index(axis) for axis in axes])
+        sizes = [stop - start for start, stop in block.values()]
+        tensor = tensor.reshape([sizes[axis] for axis in row.order])
+        tensor = tensor.transpose(np.argsort(row.order))
         room = [(0, j - i - n) for (i, j), n in zip(wanted, tensor.shape, strict=True)]
         return np.pad(tensor, room) if any(after for _, after in room) else tensor
 
@@ -314,93 +385,3 @@ def fingerprint(shares: Iterable[dict[Any, str]]) -> str:
     """sha256 over the sha256 of every block, from the shares that `Checkpoint.digests` gives."""
     digests = {int(number): digest for share in shares for number, digest in share.items()}
     return sha256("".join(digests[number] for number in sorted(digests)).encode()).hexdigest()
-
-
-def _axes(row: Weight) -> tuple[list[list[str]], list[str]]:
-    """Axes on disk, grouped, and axes of the parameter."""
-    left, right = row.axes.split(" -> ")
-    groups = re.findall(r"\(([^)]*)\)|(\S+)", left)
-    return [(group or single).split() for group, single in groups], right.split()
-
-
-def _stored_shape(row: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
-    stored, axes = _axes(row)
-    sizes = dict(zip(axes, shape, strict=True))
-    return tuple(int(np.prod([sizes[axis] for axis in group], dtype=int)) for group in stored)
-
-
-def _hf_name(path: str) -> str:
-    """Checkpoint name of a Flax path, for messages."""
-    for row in TABLE:
-        pattern = re.escape(row.path).replace(r"\{0\}", r"(\d+)")
-        if match := re.fullmatch(pattern, path):
-            name = row.hf.replace("\\", "")
-            return name.replace("(d+)", match.group(1)) if match.groups() else name
-    raise KeyError(path)
-
-
-def outline(folder: str | Path) -> None:
-    """Writes `model.safetensors` for the `config.json` of a folder, bfloat16, all zeros and, where
-    the file system knows sparse files, taking no room: for planning runs of a model not at hand."""
-    folder, header, size = Path(folder), {}, 0
-    for path, shape in abstract_params(ModelConfig.from_hf(folder)).items():
-        name = _hf_name(path)
-        stored = _stored_shape(row_of(name)[0], shape)
-        end = size + 2 * int(np.prod(stored))
-        header[name] = {"dtype": "BF16", "shape": stored, "data_offsets": [size, end]}
-        size = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + size)
-
-
-def write_checkpoint(folder: str | Path, fields: dict[str, Any], params: dict[str, Any]) -> None:
-    """Writes `config.json` with `fields` and a parameter tree as bfloat16 in one safetensors file.
-
-    params: as `Checkpoint.load` gives it, on one device. Raises UserError where it cannot.
-    """
-    tensors = {}
-    for path, leaf in flatten_dict(params, sep="/").items():
-        name = _hf_name(path)
-        stored, axes = _axes(row_of(name)[0])
-        flat = [axes.index(axis) for group in stored for axis in group]
-        tensor = np.asarray(leaf).astype(jnp.bfloat16).transpose(flat)
-        tensors[name] = tensor.reshape(_stored_shape(row_of(name)[0], leaf.shape))
-    _write(Path(folder), fields, tensors)
-
-
-def write_random_checkpoint(folder: str | Path, fields: dict[str, Any], seed: int = 0) -> None:
-    """Writes `config.json` with `fields` and random bfloat16 weights in one safetensors file.
-
-    For examples and benchmarks: the shapes of a real model, the knowledge of none. Kernels have
-    standard deviation 1 / sqrt(inputs), embeddings 0.05, norm scales stay near 1.
-    """
-    random = np.random.default_rng(seed)
-    tensors = {}
-    for path, shape in abstract_params(ModelConfig.from_dict(fields)).items():
-        name = _hf_name(path)
-        row, _ = row_of(name)
-        stored = _stored_shape(row, shape)
-        noise = random.standard_normal(stored, dtype=np.float32)
-        if path.endswith("scale"):
-            noise = 1 + 0.1 * noise
-        elif len(stored) == 1:
-            noise *= 0.1
-        else:
-            noise *= 0.05 if path in ("embedding", "head") else stored[1] ** -0.5
-        tensors[name] = noise.astype(jnp.bfloat16)
-    _write(Path(folder), fields, tensors)
-
-
-def _write(folder: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """A checkpoint folder; tensors: bfloat16, by their names in the checkpoint."""
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # safetensors keeps it to its owner
-    except (SafetensorError, OSError) as error:  # a full disk is either
-        raise UserError(f"cannot write the weights to {folder}: {error}") from error

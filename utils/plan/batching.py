@@ -5,7 +5,7 @@ batch; padding rows have index -1 and are never stored.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,28 +45,31 @@ class Batch:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a batch can be: rows a multiple of `multiple`, at most `rows(shape length)` of them,
-    and lengths a multiple of `alignment` tokens."""
+    """What a batch can be.
 
-    rows: Callable[[int], int]
+    rows: the most rows of a batch by the length of its shape, for the aligned length of every
+    sample; an int where it is the same for all. A batch has a multiple of `multiple` rows, and its
+    lengths are multiples of `alignment` tokens.
+    """
+
+    rows: Mapping[int, int] | int
     multiple: int = 1
     alignment: int = 1
-
-    @classmethod
-    def of(cls, rows: int) -> "Limits":
-        """On one device, whatever the length."""
-        return cls(lambda length: rows)
-
-    def aligned(self, tokens: int) -> int:
-        unit = math.lcm(ALIGNMENT, self.alignment)
-        return -(-tokens // unit) * unit
 
     def divide(self, groups: int | np.ndarray, length: int) -> tuple[Any, Any]:
         """(batches, rows of each) that hold so many groups of `multiple` rows: as few batches as
         the limits allow, with as few rows as then suffice."""
-        most = max(1, self.rows(int(length)) // self.multiple)
+        rows = self.rows if isinstance(self.rows, int) else self.rows[int(length)]
+        most = max(1, rows // self.multiple)
         batches = -(-groups // most)
         return batches, -(-groups // batches) * self.multiple
+
+
+def aligned(tokens: int, alignment: int = 1) -> int:
+    """The length of a shape that holds so many tokens, where lengths are multiples of `alignment`
+    and of ALIGNMENT."""
+    unit = math.lcm(ALIGNMENT, alignment)
+    return -(-tokens // unit) * unit
 
 
 def plan_batches(lengths: Sequence[Length], limits: Limits) -> list[Batch]:
@@ -89,8 +92,8 @@ def plan_batches(lengths: Sequence[Length], limits: Limits) -> list[Batch]:
     for top, members in by_top.items():
         shape = Shape(
             top,
-            min(top, limits.aligned(max(lengths[i].prompt for i in members))),
-            limits.aligned(max(lengths[i].answer for i in members)),
+            min(top, aligned(max(lengths[i].prompt for i in members), limits.alignment)),
+            aligned(max(lengths[i].answer for i in members), limits.alignment),
         )
         members.sort(key=lambda i: (-lengths[i].expected, -lengths[i].total, i))
         _, size = limits.divide(math.ceil(len(members) / limits.multiple), top)
@@ -123,7 +126,7 @@ def _bucket_tops(totals: Sequence[int], real: int, limits: Limits) -> list[int]:
     by dynamic programming over the distinct lengths: best[k][j] is the least padding with which k
     buckets cover the j shortest lengths, the last of them ending at the j-th.
     """
-    sizes, counts = np.unique([limits.aligned(t) for t in totals], return_counts=True)
+    sizes, counts = np.unique([aligned(t, limits.alignment) for t in totals], return_counts=True)
     n = len(sizes)
     if n == 0:
         return []

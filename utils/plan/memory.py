@@ -1,6 +1,6 @@
 """What a forward pass takes on one device, estimated: decides the mesh and how many rows fit.
 
-An estimate from shapes alone, nothing compiled; `plan` asks the compiler.
+An estimate from shapes alone, nothing compiled; `--plan` asks the compiler.
 """
 
 # B batch   T prompt slots   A answer slots   D model width   F mlp width   V vocabulary
@@ -46,15 +46,18 @@ def device_bytes(device: jax.Device) -> int | None:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is computed of each batch; answer: slots that a generated answer can take, 0 for none.
+    """What is computed of each batch.
 
-    itemsize: bytes of a value of the model.
+    answer: slots that a generated answer can take behind the prompt's, 0 for none. itemsize: bytes
+    of a value of the model. forced: tokens of the longest answer that is forced, 0 for none; they
+    are among the prompt's slots.
     """
 
     config: ModelConfig
     capture: CaptureSpec
     answer: int
     itemsize: int
+    forced: int = 0
 
     def parameter_bytes(self, layout: Layout) -> int:
         """Of one device."""
@@ -76,7 +79,8 @@ class Workload:
     def capture_bytes(self, layout: Layout, rows: int, length: int) -> int:
         """What is captured of `rows` rows, on one device."""
         devices = layout.mesh.size if rows % layout.mesh.size == 0 else layout.data
-        slots = length * self.capture.in_prefill + self.answer * self.capture.in_decode
+        kept = len(self.capture.rows(length, self.answer + self.forced))
+        slots = min(kept, length + self.answer)
         width = self.config.hidden_size * len(self.capture.names) * self.itemsize
         return rows * slots * width // devices
 

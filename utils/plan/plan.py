@@ -1,14 +1,14 @@
-"""A request, checked: everything that the user can get wrong, before a model loads.
+"""A plan: a request, checked, with everything that the user can get wrong, before a model loads.
 
-`prepare` reads the configuration, the tokenizer, the tasks and the headers of the weights, and
+`plan_run` reads the configuration, the tokenizer, the tasks and the headers of the weights, and
 plans every sample and batch. It writes nothing, and of the device it knows the kind alone.
 """
 
 import collections
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +16,52 @@ import jax
 import numpy as np
 
 from utils.arc import tasks as arc
+from utils.arc.tasks import SampleKey
 from utils.errors import UserError
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
-from utils.model.layout import Layout
-from utils.model.mesh import check_shape, default_dtype, make_mesh
+from utils.model.layout import Layout, check_shape, default_dtype, find_devices, make_mesh
 from utils.model.weights import Checkpoint
-from utils.plan.batching import Batch, Limits, plan_batches
-from utils.plan.inputs import localized, speaking_of
+from utils.plan.batching import Batch, Length, Limits, aligned, plan_batches
+from utils.plan.inputs import localized
 from utils.plan.memory import Workload, choose_model_axis, device_bytes, rows_that_fit
 from utils.plan.request import Request
 from utils.plan.samples import Sample, plan_samples, read_tasks, tasks_hash
-from utils.prompt import codec as tokens
-from utils.prompt.formats import PromptFormat, load_format
+from utils.prompt.codec import Codec, Encoded, load_codec
 from utils.shards.manifest import stem
 from utils.store.bucket import BucketFolder, Receipt
 from utils.store.local import check_writable
 
 
-@dataclass
-class Prepared:
-    """A run that has been checked: what will be computed, in which batches, and stored where."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run that has been checked: what is computed, in which batches, and where it is stored.
+
+    request: as the user made it. max_model_len: tokens of prompt and answer together. tasks: those
+    of this shard; whole_hash: sha256 of those of all shards. samples: what is run; skipped: what is
+    not, as the manifest lists it. batches: indices into samples, longest first. bucket: where the
+    run is sent, or None; listing: file name -> what was there when the plan was made.
+    """
 
     request: Request
     config: ModelConfig
     checkpoint: Checkpoint
-    tokenizer: Any
-    fmt: PromptFormat
+    codec: Codec
     capture: CaptureSpec
-    stop_ids: tuple[int, ...]
-    tasks: list[arc.Task]
-    whole_hash: str  # of the tasks of all shards
-    samples: list[Sample]
-    skipped: list[dict[str, Any]]
+    layout: Layout
     dtype: str
     max_model_len: int
-    layout: Layout
-    batches: list[Batch]
-    bucket: BucketFolder | None = None  # where the run is sent
-    listing: dict[str, Receipt] = field(default_factory=dict)  # of what is there
-    uris: dict[str, str] = field(default_factory=dict)  # of local copies of what is in buckets
+    tasks: tuple[arc.Task, ...]
+    whole_hash: str
+    samples: tuple[Sample, ...]
+    skipped: tuple[dict[str, Any], ...]
+    batches: tuple[Batch, ...]
+    bucket: BucketFolder | None
+    listing: dict[str, Receipt]
 
     @property
     def workload(self) -> Workload:
-        request = self.request
-        answer = request.max_output_tokens if request.generates else 0
-        return Workload(self.config, self.capture, answer, np.dtype(self.dtype).itemsize)
+        return _workload(self.request, self.config, self.capture, self.dtype, self.samples)
 
     @property
     def run_folder(self) -> Path:
@@ -70,49 +70,167 @@ class Prepared:
         request = self.request
         return Path(request.activations_dir or f"{request.output_path}.run")
 
+    @property
+    def train_pairs(self) -> dict[str, int]:
+        """How many train pairs the samples' tasks have, how many their prompts keep, and how many
+        samples keep fewer than there are, for want of room."""
+        available = [len(sample.original.train) for sample in self.samples]
+        kept = [sample.num_train_pairs for sample in self.samples]
+        shortened = sum(k < n for k, n in zip(kept, available, strict=True))
+        return {"available": sum(available), "kept": sum(kept), "samples_shortened": shortened}
 
-def prepare(
+    def encode(self, sample: Sample) -> Encoded:
+        """The sample's prompt, and the answer that is forced."""
+        forced = self.request.teacher_forcing
+        return self.codec.encode(sample.task, sample.sample_idx, sample.num_train_pairs, forced)
+
+    def without(self, done: set[SampleKey]) -> list[Batch]:
+        """The batches with a sample still to do; their shapes stay, and samples that are done
+        become padding."""
+        todo = []
+        for batch in self.batches:
+            rows = tuple(
+                i if i >= 0 and self.samples[i].key not in done else -1 for i in batch.rows
+            )
+            if max(rows) >= 0:
+                todo.append(Batch(batch.shape, rows))
+        return todo
+
+    def settings(self, weights_hash: str) -> dict[str, Any]:
+        """The manifest entries that decide what is computed; a resumed run must have the same."""
+        request, config, codec = self.request, self.config, self.codec
+        return {
+            "model": {
+                "path": request.model_path,
+                "model_type": config.model_type,
+                "num_layers": config.num_layers,
+                "hidden_size": config.hidden_size,
+                "vocab_size": config.vocab_size,
+                "dtype": self.dtype,
+                "hash": weights_hash,
+                "adapter": None,
+                "quantization": None,
+            },
+            "dataset": {
+                "path": request.dataset_path,
+                "hash": tasks_hash(self.tasks),
+                "tasks": len(self.tasks),
+                "whole_hash": self.whole_hash,
+            },
+            "prompt": {
+                "format": codec.fmt.name,
+                "encoding": codec.fmt.encoding,
+                "template_hash": codec.fmt.template_hash,
+                "tokenizer_hash": codec.tokenizer_hash,
+                "stop_ids": list(codec.stop_ids),
+                "max_train_pairs": request.max_train_pairs,
+                "max_model_len": self.max_model_len,
+                # Where there is but one view nothing is said, as in the manifests of earlier runs.
+                **({"augmentations": request.augmentations} if request.augmentations > 1 else {}),
+            },
+            "interventions": [],
+            "activations": {
+                name: {
+                    "hook_point": name.rpartition(".")[0],
+                    "layer": int(name.rpartition(".")[2]),
+                    "width": config.hidden_size,
+                    "dtype": request.activation_dtype,
+                }
+                for name in self.capture.names
+            },
+            "capture": {
+                "token_positions": request.token_positions,
+                "logits": not request.no_logits,
+            },
+            "generation": {
+                "teacher_forcing": request.teacher_forcing,
+                "max_output_tokens": request.max_output_tokens,
+                "temperatures": request.temperatures,
+                "seed": request.seed,
+            },
+        }
+
+
+def plan_run(
     request: Request, devices: Sequence[jax.Device] | None = None, writes: bool = True
-) -> Prepared:
-    """Reads and checks everything but the weights' values. Raises UserError; writes nothing.
+) -> Plan:
+    """The plan of a run on the mesh that the request names, or on the best one; see `plan_meshes`.
 
     devices: what the run computes on (default: the first of this process, or with
-    `request.distributed` those of all processes). writes: whether a run is to follow.
+    `request.distributed` those of all processes).
+    """
+    return next(plan_meshes(request, [request.mesh_shape], devices, writes))
+
+
+def plan_meshes(
+    request: Request,
+    shapes: Sequence[tuple[int, int] | None],
+    devices: Sequence[jax.Device] | None = None,
+    writes: bool = True,
+) -> Iterator[Plan]:
+    """A plan for each (data, model) shape of the mesh, None for the best one; what does not depend
+    on the mesh is read once. `request.mesh_shape` is not looked at.
+
+    Reads and checks everything but the weights' values. Raises UserError; writes nothing. writes:
+    whether a run is to follow, so that its paths and its bucket are checked too.
     """
     request.check()
     if devices is None:
-        devices = jax.devices() if request.distributed else jax.local_devices()[:1]
-    if request.mesh_shape is not None:
-        check_shape(*request.mesh_shape, devices)
+        devices = find_devices(everywhere=request.distributed)
+    for shape in filter(None, shapes):
+        check_shape(*shape, devices)
     bucket, listing = None, {}
     if writes:
         check_paths(request)
         if request.upload_to_cloud:
             bucket = BucketFolder(request.cloud_bucket)
             listing = bucket.check_access()
-    request, uris = localized(request)
-    with speaking_of(uris):
-        prepared = _prepared(request, devices)
-    prepared = replace(prepared, bucket=bucket, listing=listing, uris=uris)
-    return on_mesh(prepared, request.mesh_shape, devices)
-
-
-def _prepared(request: Request, devices: Sequence[jax.Device]) -> Prepared:
-    """All but the mesh and its batches."""
-    config = ModelConfig.from_hf(request.model_path)
-    capture = CaptureSpec()
-    if request.activations_dir is not None:
-        capture = CaptureSpec.from_flags(
-            config, request.layers_to_extract, request.hook_points, request.token_positions
+    local = localized(request)
+    config = ModelConfig.from_hf(local.model_path)
+    capture = _capture(request, config)
+    checkpoint = Checkpoint(local.model_path, config)
+    codec = load_codec(
+        local.model_path, request.prompt_format, request.grid_encoding, config.vocab_size
+    )
+    tasks, whole_hash = read_tasks(local)
+    max_model_len = _max_model_len(request, config)
+    samples, skipped = plan_samples(tasks, codec, request, max_model_len)
+    if not samples:
+        raise UserError(_nothing_to_run(skipped))
+    dtype = request.dtype or default_dtype(devices)
+    work = _workload(request, config, capture, dtype, samples)
+    lengths = [sample.length for sample in samples]
+    for shape in shapes:
+        layout = _choose_layout(work, lengths, shape, devices)
+        yield Plan(
+            request=request,
+            config=config,
+            checkpoint=checkpoint,
+            codec=codec,
+            capture=capture,
+            layout=layout,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            tasks=tuple(tasks),
+            whole_hash=whole_hash,
+            samples=tuple(samples),
+            skipped=tuple(skipped),
+            batches=_batches(request, work, lengths, layout),
+            bucket=bucket,
+            listing=listing,
         )
-    checkpoint = Checkpoint(request.model_path, config)
-    tokenizer = tokens.load_tokenizer(request.model_path)
-    tokens.check_vocabulary(tokenizer, config.vocab_size)
-    fmt = load_format(request.prompt_format, request.grid_encoding, tokenizer)
-    eos = [
-        _read_json(Path(request.model_path) / f) for f in ("generation_config.json", "config.json")
-    ]
-    tasks, whole_hash = read_tasks(request)
+
+
+def _capture(request: Request, config: ModelConfig) -> CaptureSpec:
+    if request.activations_dir is None:
+        return CaptureSpec()
+    return CaptureSpec.from_flags(
+        config, request.layers_to_extract, request.hook_points, request.token_positions
+    )
+
+
+def _max_model_len(request: Request, config: ModelConfig) -> int:
+    """Tokens that prompt and answer may take together."""
     max_model_len = request.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
         raise UserError(
@@ -124,80 +242,79 @@ def _prepared(request: Request, devices: Sequence[jax.Device]) -> Prepared:
             f"--max_output_tokens {request.max_output_tokens} leaves no room for a prompt within "
             f"{max_model_len} tokens (--max_model_len, or what the model allows): lower it"
         )
-    samples, skipped = plan_samples(tasks, fmt, tokenizer, request, max_model_len)
-    if not samples:
-        reasons = collections.Counter(entry["reason"].partition(":")[0] for entry in skipped)
-        raise UserError(
-            f"none of the {len(skipped)} samples can be run: "
-            + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
-            + ": lower --max_output_tokens, or raise --max_model_len where it is set"
-        )
-    return Prepared(
-        request,
-        config,
-        checkpoint,
-        tokenizer,
-        fmt,
-        capture,
-        tokens.stop_ids(tokenizer, eos, fmt),
-        tasks,
-        whole_hash,
-        samples,
-        skipped,
-        request.dtype or default_dtype(devices),
-        max_model_len,
-        Layout.of(config, make_mesh(1, len(devices), devices)),
-        [],
+    return max_model_len
+
+
+def _nothing_to_run(skipped: Sequence[dict[str, Any]]) -> str:
+    reasons = collections.Counter(entry["reason"].partition(":")[0] for entry in skipped)
+    return (
+        f"none of the {len(skipped)} samples can be run: "
+        + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
+        + ": lower --max_output_tokens, or raise --max_model_len where it is set"
     )
 
 
-def on_mesh(
-    prepared: Prepared, shape: tuple[int, int] | None, devices: Sequence[jax.Device]
-) -> Prepared:
-    """The run on a mesh of that shape, or of the best one, with the batches that fit there."""
-    request, work = prepared.request, prepared.workload
-    here = [d for d in devices if d.process_index == jax.process_index()]
-    limit = device_bytes((here or devices)[0])
-    lengths = [sample.length for sample in prepared.samples]
+def _workload(
+    request: Request,
+    config: ModelConfig,
+    capture: CaptureSpec,
+    dtype: str,
+    samples: Sequence[Sample],
+) -> Workload:
+    answer = request.max_output_tokens if request.generates else 0
+    forced = max(sample.length.answer for sample in samples)
+    return Workload(config, capture, answer, np.dtype(dtype).itemsize, forced)
+
+
+def _choose_layout(
+    work: Workload,
+    lengths: Sequence[Length],
+    shape: tuple[int, int] | None,
+    devices: Sequence[jax.Device],
+) -> Layout:
+    """On a mesh of that shape, or of the smallest model axis with which the longest sample fits."""
+    layout_of = partial(_layout_of, work.config, devices)
+    if shape is not None:
+        return layout_of(shape[1])
     longest = max(length.total for length in lengths)
+    limit = _device_limit(devices)
+    return layout_of(choose_model_axis(work, len(devices), longest, limit, layout_of))
 
-    def layout_of(model: int) -> Layout:
-        mesh = make_mesh(len(devices) // model, model, devices)
-        return Layout.of(prepared.config, mesh)
 
-    model = shape[1] if shape else choose_model_axis(work, len(devices), longest, limit, layout_of)
-    layout = layout_of(model)
-    most = min(
-        request.batch_size * len(devices), math.ceil(len(lengths) / layout.data) * layout.data
-    )
+def _layout_of(config: ModelConfig, devices: Sequence[jax.Device], model: int) -> Layout:
+    return Layout.of(config, make_mesh(len(devices) // model, model, devices))
+
+
+def _device_limit(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes of memory of one of these devices, if possible of one that this process can ask."""
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    return device_bytes((here or devices)[0])
+
+
+def _batches(
+    request: Request, work: Workload, lengths: Sequence[Length], layout: Layout
+) -> tuple[Batch, ...]:
+    """The batches that fit on the mesh. Raises UserError where the longest sample does not."""
+    count = layout.mesh.size
+    limit = _device_limit(list(layout.mesh.devices.flat))
+    most = min(request.batch_size * count, math.ceil(len(lengths) / layout.data) * layout.data)
     fitting = rows_that_fit(work, layout, limit, most)
-
-    def rows(length: int) -> int:
-        if request.max_batch_tokens is None:
-            return fitting(length)
-        budget = request.max_batch_tokens * len(devices) // length // layout.data * layout.data
-        return min(fitting(length), budget)
-
-    limits = Limits(rows, layout.data, layout.alignment)
-    if not rows(limits.aligned(longest)):
+    sizes = sorted({aligned(length.total, layout.alignment) for length in lengths})
+    rows = {size: fitting(size) for size in sizes}
+    if request.max_batch_tokens is not None:
+        budget = request.max_batch_tokens * count
+        rows = {n: min(r, budget // n // layout.data * layout.data) for n, r in rows.items()}
+    if not rows[sizes[-1]]:
         why = f"--max_batch_tokens {request.max_batch_tokens}"
-        if not fitting(limits.aligned(longest)):
+        if not fitting(sizes[-1]):
             why = f"{limit / 1e9:.1f} GB a device"
+        longest = max(length.total for length in lengths)
         raise UserError(
             f"the longest sample, {longest} tokens, does not fit in {why} on a mesh of "
             f"{layout.data} x {layout.model}: raise the second number of --mesh_shape, lower "
             "--max_model_len or the layers, or raise --max_batch_tokens where it is set"
         )
-    return replace(prepared, layout=layout, batches=plan_batches(lengths, limits))
-
-
-def train_pairs(prepared: Prepared) -> dict[str, int]:
-    """How many train pairs the samples' tasks have, how many their prompts keep, and how many
-    samples keep fewer than there are, for want of room."""
-    there = [len(sample.original.train) for sample in prepared.samples]
-    kept = [sample.num_train_pairs for sample in prepared.samples]
-    shortened = sum(k < n for k, n in zip(kept, there, strict=True))
-    return {"available": sum(there), "kept": sum(kept), "samples_shortened": shortened}
+    return tuple(plan_batches(lengths, Limits(rows, layout.data, layout.alignment)))
 
 
 def check_paths(request: Request) -> None:
@@ -206,6 +323,8 @@ def check_paths(request: Request) -> None:
     try:
         if output.is_dir():
             raise UserError(f"{output} is a folder: give {flag} the path of a file")
+        if output.exists() and not output.is_file():  # a device would be replaced by a file
+            raise UserError(f"{output} is no regular file: give {flag} the path of one")
         solutions = request.solutions_path or arc.solutions_beside(request.dataset_path)
         for path in filter(None, (request.dataset_path, solutions)):
             if output.exists() and Path(path).exists() and output.samefile(path):
@@ -226,65 +345,3 @@ def check_paths(request: Request) -> None:
         check_writable(folder)
     except OSError as error:  # of the paths themselves: too long a name, or no permission
         raise UserError(f"cannot write {output}: {error.strerror}; choose another path") from error
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return value
-
-
-def settings(prepared: Prepared, weights_hash: str) -> dict[str, Any]:
-    """The manifest entries that decide what is computed; a resumed run must have the same."""
-    request, config = prepared.request, prepared.config
-    return {
-        "model": {
-            "path": prepared.uris.get(request.model_path, request.model_path),
-            "model_type": config.model_type,
-            "num_layers": config.num_layers,
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "dtype": prepared.dtype,
-            "hash": weights_hash,
-        },
-        "dataset": {
-            "path": prepared.uris.get(request.dataset_path, request.dataset_path),
-            "hash": tasks_hash(prepared.tasks),
-            "tasks": len(prepared.tasks),
-            "whole_hash": prepared.whole_hash,
-        },
-        "prompt": {
-            "format": prepared.fmt.name,
-            "encoding": prepared.fmt.encoding,
-            "template_hash": prepared.fmt.template_hash,
-            "max_train_pairs": request.max_train_pairs,
-            "max_model_len": prepared.max_model_len,
-            # Where there is but one view nothing is said, as in the manifests of earlier runs.
-            **({"augmentations": request.augmentations} if request.augmentations > 1 else {}),
-        },
-        "activations": {
-            name: {
-                "hook_point": name.rpartition(".")[0],
-                "layer": int(name.rpartition(".")[2]),
-                "width": config.hidden_size,
-                "dtype": request.activation_dtype,
-            }
-            for name in prepared.capture.names
-        },
-        "capture": {
-            "token_positions": request.token_positions,
-            "logits": not request.no_logits,
-        },
-        "generation": {
-            "teacher_forcing": request.teacher_forcing,
-            "max_output_tokens": request.max_output_tokens,
-            "temperatures": request.temperatures,
-            "seed": request.seed,
-        },
-    }

@@ -1,6 +1,7 @@
-"""What a run is asked to do: the flags of the inference scripts, with their defaults, once.
+"""What a run is asked to do: every option of the inference scripts, once, with its default, unit,
+help and rule.
 
-`flags` reads the defaults from here, and `prepare` checks a request against files.
+`utils.cli.add_flags` makes the flags of it, and `utils.plan.plan` checks a request against files.
 """
 
 import argparse
@@ -9,52 +10,234 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from utils.arc.views import MOST_VIEWS
+from utils.cli import float_at_least, int_at_least, option
 from utils.errors import UserError
+from utils.model.capture import HOOK_POINTS, TOKEN_POSITIONS
+from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS
 from utils.store.bucket import is_uri, parse_uri
+
+DRY_RUN = "check everything, print tokens, samples, shards, bytes and free disk, and stop"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked to do; each field is explained by the flag of its name."""
+    """What a run is asked to do; each field but the last two is the flag of its name."""
 
-    model_path: str
-    dataset_path: str
-    output_path: str = "results/predictions.json"
-    activations_dir: str | None = "results/activations"  # None extracts nothing
-    max_tasks: int | None = None
-    batch_size: int = 1
-    max_batch_tokens: int | None = None
+    # ---------------------------------------------------------------------------- input
+    model_path: str = option(
+        "input",
+        "folder of a Hugging Face model: Llama, Mistral, Qwen; gs://BUCKET/FOLDER is fetched to a "
+        "local cache",
+        required=True,
+    )
+    dataset_path: str = option(
+        "input",
+        "ARC tasks: Kaggle JSON, JSONL, one task file or a folder of them, .gz too; or "
+        "gs://BUCKET/FILE",
+        required=True,
+    )
+    solutions_path: str | None = option(
+        "input", "ground truth", unset="the file next to a transformed dataset, where there is one"
+    )
+    max_tasks: int | None = option(
+        "input", "take the first so many tasks", unset="all", type=int_at_least(1)
+    )
+
+    # ---------------------------------------------------------------------------- output
+    output_path: str = option(
+        "output", "predictions, a JSON file", default="results/predictions.json"
+    )
+
+    # --------------------------------------------------------------------------- devices
+    mesh_shape: tuple[int, int] | None = option(
+        "mesh",
+        "devices that share a batch, and devices that share a sample; their product is the number "
+        "of devices that JAX sees (on v4 and v5p one a chip, half the cores in the slice's name); "
+        "`auto` takes the smallest second number with which the run fits in memory; --plan "
+        "compares several pairs",
+        flag_default=["auto"],
+        nargs="+",
+        metavar="D M",
+    )
+    batch_size: int = option(
+        "batches", "samples a forward pass{unit}", default=1, type=int_at_least(1)
+    )
+    max_batch_tokens: int | None = option(
+        "batches",
+        "tokens a forward pass{unit}: long prompts go in smaller batches",
+        unset="as many as the memory of the device is estimated to hold",
+        type=int_at_least(1),
+    )
+    shard_id: int = option(
+        "parts",
+        "which of --num_shards parts of the tasks this run takes, from 0, for hosts that do not "
+        "talk to each other; `python -m utils.shards merge` joins the results",
+        default=0,
+        type=int_at_least(0),
+    )
+    num_shards: int = option("parts", "parts of the tasks", default=1, type=int_at_least(1))
+
+    # ------------------------------------------------------------------ model and prompt
+    dtype: str | None = option(
+        "model and prompt",
+        "computation",
+        unset="bfloat16 on accelerators, float32 on CPU",
+        choices=("float32", "bfloat16"),
+    )
+    prompt_format: str = option(
+        "model and prompt",
+        "how a task is put to the model, or a Jinja file; a model must be prompted the way it was "
+        "trained",
+        default="chat",
+        metavar=f"{{{','.join(PROMPT_FORMATS)}}}|FILE",
+    )
+    grid_encoding: str = option(
+        "model and prompt", "how a grid is written", default="digits", choices=GRID_ENCODINGS
+    )
+    max_train_pairs: int | None = option(
+        "model and prompt",
+        "take the first so many train pairs of a task",
+        unset="all",
+        type=int_at_least(1),
+    )
+    augmentations: int = option(
+        "model and prompt",
+        "run each test input in N views, at N times the cost: as it is, then with the whole task "
+        "turned or mirrored (any 8 in a row hold all 8 ways), its colors permuted (black stays "
+        "black) and its train pairs shuffled, as --seed draws it; answers are mapped back and "
+        "voted into two attempts, and each item records its view",
+        default=1,
+        metavar="N",
+        type=int_at_least(1),
+    )
+    max_model_len: int | None = option(
+        "model and prompt",
+        "tokens of prompt and answer together; a longer prompt loses its first train pairs",
+        unset="what the model allows",
+        type=int_at_least(1),
+    )
+
+    # --------------------------------------------------------------------------- answers
+    max_output_tokens: int = option(
+        "answers",
+        "tokens an answer; 0 extracts from the prompt alone",
+        default=1100,
+        type=int_at_least(0),
+    )
+    predictions_per_task: int = option(
+        "answers",
+        "answers to a test input; the first of several is greedy, and its states are kept",
+        default=1,
+        type=int_at_least(1),
+    )
+    temperature: float | None = option(
+        "answers",
+        "of the answers after the first, or of the only one",
+        unset="0, greedy, for one answer; 0.7 for those after the first",
+        type=float_at_least(0),
+    )
+    seed: int = option(
+        "answers", "of the random draws, also those of the views", default=0, type=int
+    )
+    teacher_forcing: bool = option(
+        "answers", "run prompt and ground truth in one pass instead of generating", default=False
+    )
+
+    # ----------------------------------------------------------------- what is extracted
+    layers_to_extract: Sequence[str] | None = option(
+        "what is extracted",
+        "layers from 0, negative from the end, or `all`",
+        unset="first, middle, last",
+        nargs="+",
+        metavar="LAYER",
+    )
+    hook_points: Sequence[str] = option(
+        "what is extracted",
+        "where in a layer; resid_post is the residual stream after it",
+        default=("resid_post",),
+        nargs="+",
+        choices=HOOK_POINTS,
+    )
+    token_positions: str = option(
+        "what is extracted",
+        "tokens whose states are kept; last is the prompt's last, which the answer's first token "
+        "is predicted from",
+        default="all",
+        choices=TOKEN_POSITIONS,
+    )
+    activation_dtype: str = option(
+        "what is extracted",
+        "on disk; what float16 cannot hold is stored as float32 and counted",
+        default="float16",
+        choices=("float16", "float32"),
+    )
+    no_logits: bool = option(
+        "what is extracted",
+        "leave out output_logits; with --max_output_tokens 0 the pass ends after the last captured "
+        "layer",
+        default=False,
+    )
+
+    # --------------------------------------------------------------------------- storage
+    activations_dir: str | None = option(  # None extracts nothing
+        "storage", "folder of the shards and metadata.json", default="results/activations"
+    )
+    save_every_n_samples: int | None = option(
+        "storage",
+        "samples a shard; a kill loses at most those of the open one",
+        default=50,
+        unset="any",
+        type=int_at_least(1),
+    )
+    save_every_n_batches: int | None = option(
+        "storage", "batches a shard", unset="any", type=int_at_least(1)
+    )
+    max_shard_mb: float = option(
+        "storage",
+        "megabytes a shard; it is closed at whichever of the three limits comes first",
+        default=512,
+        type=float_at_least(1),
+    )
+    resume: bool = option("storage", "do what the run in the folder lacks", default=False)
+    overwrite: bool = option("storage", "replace the run in the folder", default=False)
+
+    # --------------------------------------------------------------------- cloud storage
+    upload_to_cloud: bool = option(
+        "cloud storage",
+        "send every shard to a bucket while the model computes, each exactly once; manifest, "
+        "predictions and submission follow; needs `gcloud auth application-default login` and "
+        "roles/storage.objectUser, which --dry_run tests",
+        default=False,
+    )
+    cloud_bucket: str | None = option(
+        "cloud storage",
+        "where to; a prefix holds one run, and several processes of a run share it",
+        unset="none, --upload_to_cloud needs one",
+        metavar="gs://BUCKET/PREFIX",
+    )
+    upload_timeout: float = option(
+        "cloud storage",
+        "seconds after the last sample, or of a full --max_pending_gb, in which the uploads must "
+        "end; what is left stays on the disk, the exit code is 1, and --resume sends it",
+        default=600,
+        metavar="SECONDS",
+        type=float_at_least(1),
+    )
+    max_pending_gb: float = option(
+        "cloud storage",
+        "gigabytes (10^9 bytes) of shards that may wait for the network, in each process; beyond "
+        "that computing waits",
+        default=50,
+        metavar="GB",
+        type=float_at_least(0.001),
+    )
+    delete_after_upload: bool = option(
+        "cloud storage",
+        "delete a shard from the disk once the bucket was seen to hold it; its manifest stays",
+        default=False,
+    )
+
     distributed: bool = False  # on all devices and processes; writes submission.json
-    mesh_shape: tuple[int, int] | None = None  # None chooses
-    shard_id: int = 0
-    num_shards: int = 1
-    dtype: str | None = None
-    prompt_format: str = "chat"
-    grid_encoding: str = "digits"
-    max_train_pairs: int | None = None
-    augmentations: int = 1
-    max_model_len: int | None = None
-    max_output_tokens: int = 1100
-    temperature: float | None = None
-    predictions_per_task: int = 1
-    seed: int = 0
-    teacher_forcing: bool = False
-    solutions_path: str | None = None
-    layers_to_extract: Sequence[str] | None = None
-    hook_points: Sequence[str] = ("resid_post",)
-    token_positions: str = "all"
-    activation_dtype: str = "float16"
-    no_logits: bool = False
-    save_every_n_samples: int | None = 50
-    save_every_n_batches: int | None = None
-    max_shard_mb: float = 512
-    resume: bool = False
-    overwrite: bool = False
-    upload_to_cloud: bool = False
-    cloud_bucket: str | None = None
-    upload_timeout: float = 600
-    max_pending_gb: float = 50
-    delete_after_upload: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)  # as given, for the manifest
 
     @classmethod

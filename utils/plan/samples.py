@@ -19,8 +19,7 @@ from utils.arc.views import View, views
 from utils.errors import UserError
 from utils.plan.batching import Length
 from utils.plan.request import Request
-from utils.prompt import codec as tokens
-from utils.prompt.formats import PromptFormat
+from utils.prompt.codec import Codec
 
 
 @dataclass(frozen=True)
@@ -113,32 +112,30 @@ def _with_solutions(
 
 
 def plan_samples(
-    tasks: Sequence[arc.Task],
-    fmt: PromptFormat,
-    tokenizer: Any,
-    request: Request,
-    max_model_len: int,
+    tasks: Sequence[arc.Task], codec: Codec, request: Request, max_model_len: int
 ) -> tuple[list[Sample], list[dict[str, Any]]]:
     """Every test input in every view as a sample, with as many train pairs as fit, or skipped with
-    a reason."""
+    a reason.
+
+    The token ids are counted and thrown away: those of a whole dataset would take gigabytes, and
+    whoever needs a sample's makes them again.
+    """
     samples, skipped = [], []
     few = len(tasks) * request.augmentations < 200
     for original, view in _shown(tqdm(tasks, "tokenising", unit=" tasks", disable=few), request):
         task = view.show_task(original) if view else original
         for index, pair in enumerate(task.test):
-            reserved = request.max_output_tokens
-            answer = 0
-            if request.teacher_forcing:
-                if pair.output is None:
-                    reason = "no ground truth to force"
-                    skipped.append(_skip(task, index, view, reason))
-                    continue
-                answer = reserved = len(tokens.encode_answer(fmt, pair.output, tokenizer)[0])
+            if request.teacher_forcing and pair.output is None:
+                skipped.append(_skip(task, index, view, "no ground truth to force"))
+                continue
+            expected = 0 if request.teacher_forcing else expected_cells(task, index)
             wanted = len(task.train)
             for pairs in range(wanted, min(wanted, 1) - 1, -1):
-                prompt = len(tokens.encode(fmt.render(task, index, pairs), tokenizer)[0])
+                encoded = codec.encode(task, index, pairs, request.teacher_forcing)
+                prompt = encoded.prompt_length
+                answer = len(encoded.ids) - prompt
+                reserved = answer if request.teacher_forcing else request.max_output_tokens
                 if prompt + reserved <= max_model_len:
-                    expected = 0 if request.teacher_forcing else expected_cells(task, index)
                     length = Length(prompt, answer, expected)
                     samples.append(Sample(original, index, pairs, length, view))
                     break

@@ -1,20 +1,24 @@
-"""Token ids, and the table that says which tokens hold which cell.
+"""A task as token ids with the table that says which tokens hold which cell; and answers read back.
 
 The table is int32 [C, 7], columns CELL_COLUMNS: `input_ids[token_start:token_stop]` are the tokens
 whose text overlaps the cell. Several cells can share a token and a cell can take several.
 """
 
+# P prompt tokens   T all tokens   A answer tokens   C cells
+
 import contextlib
-from collections.abc import Collection, Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.arc.tasks import Grid
+from utils.arc.tasks import Grid, Task
 from utils.errors import UserError
-from utils.prompt.formats import Prompt, PromptFormat
-from utils.prompt.templates import assistant_turn
+from utils.prompt.formats import Prompt, PromptFormat, assistant_turn, load_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,7 +30,20 @@ END_TOKENS = (
 )
 
 
-class GeneratedAnswer(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A sample as the model is given it: the prompt and, where it is forced, the answer behind it.
+
+    ids: int32 [T], the first prompt_length of them the prompt; cells: int32 [C, 7] of both.
+    """
+
+    ids: np.ndarray
+    prompt_length: int
+    cells: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
     """What generated ids say. cells: int32 [C, 7] with token indices in the whole sequence.
 
     text: without the end of turn. grid None: reason says why, and cells is [0, 7].
@@ -36,6 +53,104 @@ class GeneratedAnswer(NamedTuple):
     reason: str | None
     cells: np.ndarray
     text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """How tasks become token ids, and token ids answers; made by `load_codec`.
+
+    stop_ids: every token that ends an answer, ascending. tokenizer_hash: see `hash_tokenizer`.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+    fmt: PromptFormat
+    stop_ids: tuple[int, ...]
+    tokenizer_hash: str
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 in hex of all that decides which ids a task becomes and where an answer ends."""
+        parts = [self.tokenizer_hash, self.fmt.template_hash, self.stop_ids]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def encode(self, task: Task, index: int, pairs: int, forced: bool = False) -> Encoded:
+        """Test input `index` of a task behind its last `pairs` train pairs.
+
+        forced: with the ground truth, which the test pair must have, as the answer. Raises
+        UserError where the vocabulary cannot write a cell.
+        """
+        ids, cells = encode_prompt(self.fmt.render(task, index, pairs), self.tokenizer)
+        P = len(ids)
+        if forced:
+            answer, answer_cells = encode_answer(
+                self.fmt, task.test[index].output, self.tokenizer, P
+            )
+            ids, cells = np.concatenate([ids, answer]), np.concatenate([cells, answer_cells])
+        return Encoded(ids, P, cells)
+
+    def read(self, ids: Sequence[int], prompt_length: int = 0) -> Said:
+        """What generated ids, canonical or not, say, and which of them hold which cell.
+
+        prompt_length: index of ids[0] in the sequence. The text ends before the first stop id. Each
+        token is decoded on its own, behind an anchor, so that no decoder drops a leading space and
+        each character belongs to one token; the bytes of a character that several tokens share
+        become replacement characters, which are never part of a cell.
+        """
+        ids, end_of_turn = [int(token) for token in ids], self.fmt.end_of_turn
+        pieces = _pieces(ids, self.tokenizer)
+        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        if end < len(ids):  # in `plain` a closing fence can have merged with the blank line
+            merged = end_of_turn and pieces[end].endswith(end_of_turn)
+            pieces[end:] = [pieces[end].removesuffix(end_of_turn) if merged else ""]
+        text = "".join(pieces)
+        answer = self.fmt.parse(text)
+        ends = np.cumsum([len(piece) for piece in pieces])
+        cells = _locate(answer.cells, np.stack([ends - [len(piece) for piece in pieces], ends], 1))
+        cells[:, 5:] += prompt_length
+        if "\ufffd" in text:
+            kept = self.tokenizer.backend_tokenizer.decode(ids[:end], skip_special_tokens=False)
+            text = kept + "".join(pieces[end:])
+        return Said(answer.grid, answer.reason, cells, text)
+
+
+def load_codec(
+    model_path: str | Path, prompt_format: str, grid_encoding: str, vocab_size: int
+) -> Codec:
+    """The codec of a model folder, offline. Raises UserError for a tokenizer, template or end of
+    text that cannot be used, or that does not fit a model with `vocab_size` embeddings."""
+    folder = Path(model_path)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, vocab_size)
+    fmt = load_format(prompt_format, grid_encoding, tokenizer)
+    configs = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
+    stops = stop_ids(tokenizer, configs, fmt)
+    return Codec(tokenizer, fmt, stops, hash_tokenizer(folder, tokenizer))
+
+
+def hash_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
+    """sha256 in hex of all that decides how a text becomes ids: the bytes of tokenizer.json, and
+    what tokenizer_config.json or another file beside it adds and changes."""
+    added = [
+        [number, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized]
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+    ]
+    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
+    settings = [added, special, tokenizer.init_kwargs.get("add_prefix_space")]
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes())
+    digest.update(json.dumps(settings).encode())
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
 
 
 def load_tokenizer(model_path: str | Path) -> "PreTrainedTokenizerFast":
@@ -75,7 +190,9 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> N
         )
 
 
-def encode(prompt: Prompt, tokenizer: "PreTrainedTokenizerFast") -> tuple[np.ndarray, np.ndarray]:
+def encode_prompt(
+    prompt: Prompt, tokenizer: "PreTrainedTokenizerFast"
+) -> tuple[np.ndarray, np.ndarray]:
     """input_ids: int32 [P]; cells: int32 [C, 7]. No special token is added but the prompt's BOS.
 
     Raises UserError where the vocabulary cannot write a cell.
@@ -109,37 +226,6 @@ def encode_answer(
     _check_cells(answer, ids, cells, tokenizer)
     cells[:, 5:] += prompt_length
     return ids, cells
-
-
-def answer_cells(
-    ids: Sequence[int],
-    tokenizer: "PreTrainedTokenizerFast",
-    fmt: PromptFormat,
-    prompt_length: int = 0,
-    stops: Collection[int] = (),
-) -> GeneratedAnswer:
-    """What generated ids, canonical or not, say, and which of them hold which cell.
-
-    prompt_length: index of ids[0] in the sequence. stops: of `stop_ids`; the text ends before the
-    first of them. Each token is decoded on its own, behind an anchor, so that no decoder drops a
-    leading space and each character belongs to one token; the bytes of a character that several
-    tokens share become replacement characters, which are never part of a cell.
-    """
-    ids = [int(token) for token in ids]
-    pieces = _pieces(ids, tokenizer)
-    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    if end < len(ids):  # in `plain` a closing fence can have merged with the blank line
-        merged = fmt.end_of_turn and pieces[end].endswith(fmt.end_of_turn)
-        pieces[end:] = [pieces[end].removesuffix(fmt.end_of_turn) if merged else ""]
-    text = "".join(pieces)
-    answer = fmt.parse(text)
-    ends = np.cumsum([len(piece) for piece in pieces])
-    cells = _locate(answer.cells, np.stack([ends - [len(piece) for piece in pieces], ends], 1))
-    cells[:, 5:] += prompt_length
-    if "\ufffd" in text:
-        kept = tokenizer.backend_tokenizer.decode(ids[:end], skip_special_tokens=False)
-        text = kept + "".join(pieces[end:])
-    return GeneratedAnswer(answer.grid, answer.reason, cells, text)
 
 
 def stop_ids(

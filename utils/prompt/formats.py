@@ -1,14 +1,16 @@
 """Prompt formats: render a task with the span of every cell, parse an answer back to a grid.
 
-Grids go through a template as placeholders (`templates`) and are written into its finished text one
-by one (`encodings`), so that the span of every cell is exact whatever the template does around it.
-Knows characters only; `tokens` says which token holds which cell.
+Grids go through a template (a chat template, a Jinja file or our own wording) as placeholders and
+are written into its finished text one by one (`encodings`), so that the span of every cell is exact
+whatever the template does around it. Knows characters only; `codec` says which token holds which
+cell.
 """
 
 import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +21,6 @@ import numpy as np
 from utils.arc.tasks import MAX_SIDE, Grid, Task
 from utils.errors import UserError
 from utils.prompt.encodings import FENCE, GRID_ENCODINGS, NoGridError, read_grid, write_grid
-from utils.prompt.templates import (
-    PLACEHOLDER,
-    apply_chat,
-    assistant_turn,
-    check_placeholders,
-    jinja_file,
-    placeholder,
-    train_pairs,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,6 +41,15 @@ ENCODING_NOTES = {
     "words": "A line is a row of the grid, and each word is the color of one cell.",
 }
 PLAIN_NOTE = "In each numbered pair below, the same hidden rule turns the input into the output."
+
+# Private use characters: no template has them, and no Jinja filter trims or changes them.
+PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
+
+# A template that asks for today's date gets this one: the same run gives the same prompts any day.
+FIXED_DATE = (
+    "{%- macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%m', '07')"
+    " | replace('%b', 'Jul') | replace('%B', 'July') | replace('%Y', '2024') }}{% endmacro %}"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ class PromptFormat:
     """One way to put tasks to a model; made by `load_format`.
 
     skeleton: number of train pairs -> prompt text with placeholders for the grids. lead, tail:
-    text around the grid in an answer. prefill: how much of the written grid the prompt's end
+    text around the grid in an answer. opening: how much of the written grid the prompt's end
     already holds. end_of_turn: text after an answer, through the end-of-turn token. template_hash:
     sha256 in hex of all that determines a prompt besides the task.
     """
@@ -91,7 +93,7 @@ class PromptFormat:
     skeleton: Callable[[int], str]
     lead: str
     tail: str
-    prefill: str
+    opening: str
     end_of_turn: str
     prepend_bos: bool
     template_hash: str
@@ -124,8 +126,8 @@ class PromptFormat:
     def render_answer(self, grid: Grid) -> Prompt:
         """The text that the assistant is expected to give, without its end of turn."""
         text, spans = write_grid(grid, self.encoding)
-        text = self.lead + text[len(self.prefill) :] + self.tail
-        return Prompt(text, _place(spans, len(self.lead) - len(self.prefill), -1, 1))
+        text = self.lead + text[len(self.opening) :] + self.tail
+        return Prompt(text, _place(spans, len(self.lead) - len(self.opening), -1, 1))
 
     def parse(self, text: str) -> Answer:
         """The grid in an answer; `parse(render_answer(grid).text).grid == grid` for every grid.
@@ -141,14 +143,14 @@ class PromptFormat:
                 raise NoGridError("empty answer")
             if body.lstrip().startswith("<think>"):
                 raise NoGridError("reasoning without an end")
-            cells = read_grid(self.prefill + body, self.encoding)
+            cells = read_grid(self.opening + body, self.encoding)
             shape = cells[-1, :2] + 1
             if max(shape) > MAX_SIDE:
                 raise NoGridError(f"larger than {MAX_SIDE}x{MAX_SIDE}")
         except NoGridError as reason:
             return Answer(None, str(reason), np.zeros((0, 7), np.int32))
         grid = cells[:, 2].reshape(shape).tolist()
-        return Answer(grid, None, _place(cells, start - len(self.prefill), -1, 1))
+        return Answer(grid, None, _place(cells, start - len(self.opening), -1, 1))
 
 
 def _place(spans: np.ndarray, offset: int, pair: int, role: int) -> np.ndarray:
@@ -184,8 +186,8 @@ def load_format(
     encoding = encoding or GRID_ENCODINGS[0]
     if encoding not in GRID_ENCODINGS:
         raise UserError(f"no grid encoding {encoding!r}; there are {', '.join(GRID_ENCODINGS)}")
-    source, chats = "", []  # chats: what the chat template returned to a Jinja file
-    if name_or_path in ("chat", "turns"):
+    source, through_chat, last_chat = "", name_or_path in ("chat", "turns"), ""
+    if through_chat:
         messages = _chat_messages if name_or_path == "chat" else _turns_messages
 
         def compose(grids: list[str]) -> str:
@@ -196,33 +198,38 @@ def load_format(
     elif name_or_path == "plain":
         compose = _plain
     elif Path(name_or_path).is_file():
-        source, compose = jinja_file(name_or_path, tokenizer, chats)
+        source, render = jinja_file(name_or_path, tokenizer)
+        chats = render(_placeholders(1))[1]
+        through_chat, last_chat = bool(chats), chats[-1] if chats else ""
+
+        def compose(grids: list[str]) -> str:
+            return render(grids)[0]
+
     else:
         names = ", ".join(PROMPT_FORMATS)
         raise UserError(f"no prompt format {name_or_path!r}: neither {names} nor a Jinja file")
 
     def skeleton(num_pairs: int) -> str:
-        text = compose([placeholder(slot) for slot in range(2 * num_pairs + 1)])
+        text = compose(_placeholders(num_pairs))
         check_placeholders(text, num_pairs, name_or_path)
         return text
 
     sample = skeleton(1)
-    through_chat = name_or_path in ("chat", "turns") or bool(chats)
     lead, end = assistant_turn(tokenizer) if through_chat else ("", tokenizer.eos_token or "")
-    if chats and not sample.endswith(chats[-1]):
+    if not sample.endswith(last_chat):
         lead = ""  # the file goes on after the chat template: its own text leads to the answer
-    prefill = ""
+    opening = ""
     if source and encoding == "numbered":
-        prefill = next(FENCE[:k] for k in range(len(FENCE), -1, -1) if sample.endswith(FENCE[:k]))
+        opening = next(FENCE[:k] for k in range(len(FENCE), -1, -1) if sample.endswith(FENCE[:k]))
     if name_or_path == "compact":
         bos = tokenizer.bos_token is not None
     else:
         bos = not through_chat and _adds_bos(tokenizer)
         bos = bos and not sample.startswith(tokenizer.bos_token)
-    parts = {
+    parts = {  # by names that the hash of every run so far was made of
         "lead": lead,
         "tail": "\n" if name_or_path == "compact" else "",
-        "prefill": prefill,
+        "prefill": opening,
         "end_of_turn": "\n\n" if name_or_path == "plain" else end,
         "prepend_bos": bos,
     }
@@ -230,7 +237,15 @@ def load_format(
     determining = [encoding, source, tokenizer.chat_template, sample, skeleton(2), written, parts]
     digest = hashlib.sha256(json.dumps([*determining, tokenizer.bos_token]).encode()).hexdigest()
     return PromptFormat(
-        name_or_path, encoding, functools.cache(skeleton), **parts, template_hash=digest
+        name_or_path,
+        encoding,
+        functools.cache(skeleton),
+        lead,
+        parts["tail"],
+        opening,
+        parts["end_of_turn"],
+        bos,
+        template_hash=digest,
     )
 
 
@@ -263,3 +278,117 @@ def _adds_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
     """Whether the tokenizer puts a BOS token before a text by itself."""
     first = tokenizer.backend_tokenizer.encode("0").ids[:1]
     return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+
+
+def _placeholders(num_pairs: int) -> list[str]:
+    """Input and output of each train pair, then the test input."""
+    return [_placeholder(slot) for slot in range(2 * num_pairs + 1)]
+
+
+def _placeholder(slot: int) -> str:
+    """Stands for grid number slot."""
+    return f"\ue000{slot}\ue001"
+
+
+def apply_chat(
+    tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], answering: bool = True
+) -> str:
+    """The chat template's text for messages; answering: with the assistant's turn opened."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "this tokenizer has no chat template; --prompt_format compact and plain need none"
+        )
+    try:
+        template = tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=FIXED_DATE * ("strftime_now" in template) + template,
+            tokenize=False,
+            add_generation_prompt=answering,
+            enable_thinking=False,
+        )
+    except Exception as error:  # a template is a program: it can raise anything
+        raise _template_error("the tokenizer's chat template", error) from error
+
+
+def assistant_turn(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
+    """What the chat template puts around an answer: the blanks before it (Llama 2 has one), and
+    the text after it through the first added token, the end of turn (EOS where there is none).
+    """
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _placeholder(0)}]
+    opened = apply_chat(tokenizer, messages[:1])
+    before, _, after = apply_chat(tokenizer, messages, answering=False).partition(_placeholder(0))
+    lead = before.removeprefix(opened)
+    added = [token for token in tokenizer.added_tokens_encoder if token.strip() and token in after]
+    if not added:
+        return lead if lead.isspace() else "", tokenizer.eos_token or ""
+    first = min(added, key=lambda token: (after.index(token), -len(token)))
+    return lead if lead.isspace() else "", after[: after.index(first) + len(first)]
+
+
+def train_pairs(grids: list[str]) -> list[tuple[str, str]]:
+    """Placeholders in the order of their slots -> (input, output) of each train pair."""
+    return list(zip(grids[:-1:2], grids[1::2], strict=True))
+
+
+def jinja_file(
+    path: str, tokenizer: "PreTrainedTokenizerFast"
+) -> tuple[str, Callable[[list[str]], tuple[str, list[str]]]]:
+    """A Jinja file -> (source, function of the grids that gives the text, and what each call of
+    `chat` within it gave)."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt template {path}: {error}") from error
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+
+    def render(grids: list[str]) -> tuple[str, list[str]]:
+        chats = []
+
+        def chat(messages: list[dict[str, str]]) -> str:
+            chats.append(apply_chat(tokenizer, messages))
+            return chats[-1]
+
+        try:
+            text = environment.from_string(source).render(
+                train=[{"input": i, "output": o} for i, o in train_pairs(grids)],
+                test_input=grids[-1],
+                bos_token=tokenizer.bos_token or "",
+                eos_token=tokenizer.eos_token or "",
+                chat=chat,
+            )
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program: it can raise anything
+            raise _template_error(f"the prompt template {path}", error) from error
+        return text, chats
+
+    return source, render
+
+
+def _template_error(which: str, error: Exception) -> UserError:
+    """One line with the template's line number, from the error or from Jinja's traceback."""
+    line, trace = getattr(error, "lineno", None), error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    message = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{which} fails{f' in line {line}' if line else ''}: {message}")
+
+
+def check_placeholders(text: str, num_pairs: int, name: str) -> None:
+    """Raises UserError unless text holds each of the 2 * num_pairs + 1 grids exactly once."""
+    found = [int(slot) for slot in PLACEHOLDER.findall(text)]
+    for slot in range(2 * num_pairs + 1):
+        if (times := found.count(slot)) != 1:
+            what = f"the {('input', 'output')[slot % 2]} of train pair {slot // 2 + 1}"
+            what = "the test input" if slot == 2 * num_pairs else what
+            raise UserError(f"prompt format {name} holds {what} {times} times; use it once, as is")
+    if re.search("[\ue000\ue001]", PLACEHOLDER.sub("", text)):
+        raise UserError(f"prompt format {name} alters a grid; use each as is")

@@ -1,54 +1,54 @@
 """Batches through the engine, and what comes back as items: the model's side of the run loop.
 
-Knows no folders; `extract` stores what this makes.
+Knows no folders; `loop` stores what this makes.
 """
 
 # B batch   T prompt tokens, padded   A answer tokens   P prompt tokens   D model width
+# R rows of a capture   V vocabulary
 
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from utils.arc import scores as scoring
+from utils.arc import scores
 from utils.arc.views import original_cells
 from utils.model.decoder import Decoder
-from utils.model.generate import Decoded, Engine, Prefilled, Sampling, Shape, result_specs
-from utils.model.mesh import use_compilation_cache
+from utils.model.engine import Engine, for_every_shape
+from utils.model.generate import Decoded, Outputs, Prefilled, Sampling, Shape
+from utils.model.layout import use_compilation_cache
 from utils.plan.batching import Batch, pad_rows
-from utils.plan.plan import Prepared
+from utils.plan.plan import Plan
 from utils.plan.samples import Sample
-from utils.prompt import codec as tokens
-
-COMPILERS = 4  # shapes that are compiled at once
+from utils.prompt.codec import Encoded, Said
 
 
-@dataclass
-class Row:
-    """What the model made of one sample: token ids int32 [T], captures name -> [rows, D].
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What the model made of one sample; made by `Computation.fetch`.
 
-    forced_cells: int32 [C, 7] of the answer that was forced, or None.
+    answers: int32 ids of each generated answer, in the order of the predictions; none where the
+    answer was forced, which `encoded` holds, or where there is none. logprobs: float32 [A] of each
+    answer, the forced one included. captures: name -> [R, D], of the tokens of `CaptureSpec.rows`.
+    logits: [1, V] at the last prompt token, or None.
     """
 
     sample: Sample
-    prompt_ids: np.ndarray
-    prompt_cells: np.ndarray
-    answers: list[np.ndarray]  # ids of each prediction
+    encoded: Encoded
+    answers: list[np.ndarray]
     logprobs: list[np.ndarray]
     captures: dict[str, np.ndarray]
     logits: np.ndarray | None
-    forced_cells: np.ndarray | None
 
     @property
     def num_tokens(self) -> int:
         """That went through the model."""
-        return len(self.prompt_ids) + sum(len(answer) for answer in self.answers)
+        return len(self.encoded.ids) + sum(len(answer) for answer in self.answers)
 
     @property
     def nbytes(self) -> int:
@@ -58,25 +58,19 @@ class Row:
         )
 
 
-def encode_row(prepared: Prepared, sample: Sample) -> Row:
-    """A sample's prompt, and the answer that is forced, before anything was computed."""
-    prompt = prepared.fmt.render(sample.task, sample.sample_idx, sample.num_train_pairs)
-    ids, cells = tokens.encode(prompt, prepared.tokenizer)
-    if not prepared.request.teacher_forcing:
-        return Row(sample, ids, cells, [], [], {}, None, None)
-    answer, answer_cells = tokens.encode_answer(
-        prepared.fmt, sample.target, prepared.tokenizer, len(ids)
-    )
-    return Row(sample, ids, cells, [answer], [], {}, None, answer_cells)
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Launched:
-    """A batch on its way through the device; rows: place in the batch -> row of this process."""
+    """A batch on its way through the devices, and what of it is to be fetched.
 
-    rows: dict[int, Row]
+    samples: place in the batch -> what stands there, of the places of this process. owned: device
+    -> the places whose results it holds. captures, logits and logprobs are those of `Prefilled`.
+    """
+
+    samples: dict[int, tuple[Sample, Encoded]]
     owned: dict[jax.Device, range]
-    prefilled: Prefilled
+    captures: dict[str, jax.Array]
+    logits: jax.Array | None
+    logprobs: jax.Array | None
     decoded: list[Decoded]
 
 
@@ -97,117 +91,100 @@ class Computation:
     params: default, those of the checkpoint; their specs, where nothing is to be run.
     """
 
-    def __init__(self, prepared: Prepared, params: Any = None):
-        self.prepared = prepared
-        request, capture = prepared.request, prepared.capture
+    def __init__(self, plan: Plan, params: Any = None):
+        self.plan = plan
+        request, capture = plan.request, plan.capture
         layers = None
-        self.with_logits = request.generates or not request.no_logits
-        if not self.with_logits and not request.teacher_forcing:
+        with_logits = request.generates or not request.no_logits
+        if not with_logits and not request.teacher_forcing:
             layers = capture.last_layer + 1
-        if prepared.dtype == "float32":  # accelerators multiply float32 in fewer bits by default
-            jax.config.update("jax_default_matmul_precision", "highest")
-        self.layout = prepared.layout
+        self.layout = plan.layout
         if params is None:
             use_compilation_cache()
-            params = prepared.checkpoint.load(self.layout, np.dtype(prepared.dtype))
-        self.engine = Engine(Decoder(prepared.config, self.layout, capture, layers), params)
+            params = plan.checkpoint.load(self.layout, np.dtype(plan.dtype))
+        self.engine = Engine(Decoder(plan.config, self.layout, capture, layers), params)
+        self.outputs = Outputs(with_logits, request.max_output_tokens if request.generates else 0)
+        several = len(request.temperatures) > 1
+        # Of several predictions only the first is captured.
+        self.samplings = [
+            Sampling(request.max_output_tokens, plan.codec.stop_ids, temperature, k == 0, several)
+            for k, temperature in enumerate(request.temperatures if request.generates else ())
+        ]
         self.usage = Usage()
         self.compile_seconds = 0.0
 
     def compile(self, batches: Sequence[Batch]) -> None:
         """Every shape that the batches need, before the first is launched."""
         start = time.perf_counter()
-        shapes = dict.fromkeys((batch.shape, len(batch.rows)) for batch in batches)
-        with (
-            ThreadPoolExecutor(COMPILERS, "compile") as pool,
-            tqdm(total=len(shapes), desc="compiling", unit=" shapes", disable=None) as bar,
-        ):
-            for done in [pool.submit(self.programs, *shape) for shape in shapes]:
-                done.result()
-                bar.update()
+        shapes = ((batch.shape, len(batch.rows)) for batch in batches)
+        for_every_shape(shapes, self.programs, "compiling")
         self.compile_seconds = time.perf_counter() - start
 
     def programs(self, shape: Shape, rows: int) -> list[Any]:
         """The compiled prefill of a shape, and the decoding of each prediction."""
-        program = self.engine.prefill_program(rows, shape.length, **self._static(shape))
-        decodes = []
-        if self.prepared.request.generates:
-            prefilled = result_specs(program)
-            cache_and_logits = (prefilled.cache, prefilled.logits)
-            decodes = [
-                self.engine.decode_program(model, cache_and_logits, **static)
-                for model, static in self._decoders(shape)
-            ]
-        return [program, *decodes]
+        with self._precision():
+            prefill = self.engine.prefill_program(rows, shape, self.outputs)
+            decodes = [self.engine.decode_program(rows, shape, s) for s in self.samplings]
+        return [prefill, *decodes]
 
-    def _static(self, shape: Shape) -> dict[str, Any]:
-        """Arguments of a prefill."""
-        request = self.prepared.request
-        return {
-            "shape": shape,
-            "answer_slots": request.max_output_tokens if request.generates else 0,
-            "with_logits": self.with_logits,
-        }
-
-    def _decoders(self, shape: Shape) -> Iterator[tuple[Decoder, dict[str, Any]]]:
-        """The model and the arguments of each prediction; only the first is captured."""
-        request = self.prepared.request
-        several = len(request.temperatures) > 1
-        for k, temperature in enumerate(request.temperatures):
-            model = Decoder(self.prepared.config, self.layout) if k else self.engine.model
-            sampling = Sampling(request.max_output_tokens, self.prepared.stop_ids, temperature)
-            yield (
-                model,
-                {"prompt_slots": shape.length, "sampling": sampling, "keep_cache": several},
-            )
+    def _precision(self) -> AbstractContextManager[Any]:
+        """For what is compiled within, in this thread: a float32 run multiplies float32, which
+        accelerators by default do in fewer bits."""
+        if self.plan.dtype == "float32":
+            return jax.default_matmul_precision("highest")
+        return nullcontext()
 
     def launch(self, batch: Batch) -> Launched:
-        """Returns without waiting for the devices."""
-        prepared, request = self.prepared, self.prepared.request
-        B = len(batch.rows)
-        needed = self.layout.needed(B)
+        """Returns without waiting for the devices.
+
+        The samples of the batch are tokenised here, again, although planning has done it once: the
+        ids and cells of a whole dataset would not fit in memory beside the model.
+        """
+        plan, request = self.plan, self.plan.request
+        needed = self.layout.needed(len(batch.rows))
         samples = [
-            prepared.samples[i] if i >= 0 and b in needed else None
-            for b, i in enumerate(batch.rows)
+            plan.samples[i] if i >= 0 and b in needed else None for b, i in enumerate(batch.rows)
         ]
-        rows = [sample and encode_row(prepared, sample) for sample in samples]
-        inputs = [row and np.concatenate([row.prompt_ids, *row.answers]) for row in rows]
-        padded = pad_rows(inputs, batch.shape.length)
-        lengths = np.array([len(row.prompt_ids) if row else 1 for row in rows], np.int32)
-        answers = [sum(map(len, row.answers)) if row else 0 for row in rows]
-        prefilled = self.engine.prefill(
-            *(padded, lengths, np.array(answers, np.int32)), **self._static(batch.shape)
-        )
-        decoded = []
-        if request.generates:
-            decoded = self._decode(batch.shape, prefilled, lengths, samples)
-        if request.no_logits or request.activations_dir is None:
-            prefilled.logits = None
-        owned = self.layout.owned(B)
-        mine = {b: rows[b] for span in owned.values() for b in span if rows[b]}
+        encoded = [sample and plan.encode(sample) for sample in samples]
+        ids = pad_rows([row and row.ids for row in encoded], batch.shape.length)
+        prompts = np.array([row.prompt_length if row else 1 for row in encoded], np.int32)
+        answers = [len(row.ids) - row.prompt_length if row else 0 for row in encoded]
+        with self._precision():
+            prefilled = self.engine.prefill(
+                ids, prompts, np.array(answers, np.int32), batch.shape, self.outputs
+            )
+            decoded = self._decode(batch.shape, prefilled, prompts, samples)
+        owned = self.layout.owned(len(batch.rows))
+        mine = {b: (samples[b], encoded[b]) for span in owned.values() for b in span if samples[b]}
         self.usage.prefill += batch.shape.length * sum(map(len, owned.values()))
-        self.usage.prefill_useful += sum(len(inputs[b]) for b in mine)
-        return Launched(mine, owned, prefilled, decoded)
+        self.usage.prefill_useful += sum(len(row.ids) for _, row in mine.values())
+        keeps_logits = not request.no_logits and request.activations_dir is not None
+        return Launched(
+            samples=mine,
+            owned=owned,
+            captures=prefilled.captures,
+            logits=prefilled.logits if keeps_logits else None,
+            logprobs=prefilled.logprobs,
+            decoded=decoded,
+        )
 
     def _decode(
         self,
         shape: Shape,
         prefilled: Prefilled,
-        lengths: np.ndarray,
+        prompts: np.ndarray,
         samples: Sequence[Sample | None],
     ) -> list[Decoded]:
         """Each prediction from the one prefill."""
         decoded = []
-        for k, (model, static) in enumerate(self._decoders(shape)):
-            seed = self.prepared.request.seed
+        seed = self.plan.request.seed
+        for k, sampling in enumerate(self.samplings):
             keys = np.array([_sample_key(seed, s, k) if s else 0 for s in samples], np.uint32)
-            decoded.append(self.engine.decode(model, prefilled, lengths, keys, **static))
-        prefilled.cache = None
+            decoded.append(self.engine.decode(prefilled, prompts, keys, shape, sampling))
         return decoded
 
-    def fetch(self, launched: Launched) -> list[Row]:
+    def fetch(self, launched: Launched) -> list[Result]:
         """Waits for the batch; of the decode buffers only the steps that were run are copied."""
-        positions = self.prepared.capture.positions
 
         def host(x: jax.Array | None, stop: int | None = None) -> dict[int, np.ndarray]:
             """Place in the batch -> that row, of the rows that this process keeps."""
@@ -218,39 +195,42 @@ class Computation:
                     found.update(zip(span, block, strict=True))
             return found
 
-        prompt_captures = {n: host(value) for n, value in launched.prefilled.captures.items()}
-        logits, logprobs = host(launched.prefilled.logits), host(launched.prefilled.logprobs)
-        results = []
+        plan = self.plan
+        prompt_captures = {name: host(value) for name, value in launched.captures.items()}
+        logits, forced_logprobs = host(launched.logits), host(launched.logprobs)
+        generated = []
         for result in launched.decoded:
             # Rounded up, so that slicing compiles for few sizes.
             steps = int(result.steps.addressable_data(0))
             stop = min(-(-steps // 128) * 128, result.tokens.shape[1])
             captures = {name: host(value, stop) for name, value in result.captures.items()}
             counts = host(result.counts)
-            results.append((counts, host(result.tokens), host(result.logprobs), captures))
+            generated.append((counts, host(result.tokens), host(result.logprobs), captures))
             self.usage.decode += steps * sum(map(len, launched.owned.values()))
-            self.usage.decode_useful += sum(min(int(counts[b]), steps) for b in launched.rows)
-        for b, row in launched.rows.items():
-            P = len(row.prompt_ids)
-            forced = len(row.answers[0]) if row.answers else 0
-            take = {"all": P + forced, "prompt": P, "last": 1, "answer": forced}[positions]
-            parts = {name: [value[b][:take]] for name, value in prompt_captures.items()}
-            if forced:
-                row.logprobs = [logprobs[b][:forced]]
-            for counts, ids, answer_logprobs, captures in results:
+            self.usage.decode_useful += sum(min(int(counts[b]), steps) for b in launched.samples)
+        results = []
+        for b, (sample, encoded) in launched.samples.items():
+            forced = len(encoded.ids) - encoded.prompt_length
+            kept = len(plan.capture.rows(encoded.prompt_length, forced))
+            parts = {name: [value[b][:kept]] for name, value in prompt_captures.items()}
+            answers, logprobs = [], [forced_logprobs[b][:forced]] if forced else []
+            for counts, ids, answer_logprobs, captures in generated:
                 n = int(counts[b])
-                row.answers.append(ids[b][:n])
-                row.logprobs.append(answer_logprobs[b][:n])
+                answers.append(ids[b][:n])
+                logprobs.append(answer_logprobs[b][:n])
                 for name, value in captures.items():
                     parts.setdefault(name, []).append(value[b][:n])
             # Copies, so that a stored row does not keep the whole batch in memory.
-            row.captures = {
-                name: np.concatenate(parts[name]) for name in self.prepared.capture.names
-            }
-            row.logits = None
-            if b in logits:
-                row.logits = logits[b][None, : self.prepared.config.vocab_size].copy()
-        return list(launched.rows.values())
+            result = Result(
+                sample,
+                encoded,
+                answers,
+                logprobs,
+                {name: np.concatenate(parts[name]) for name in plan.capture.names},
+                logits[b][None, : plan.config.vocab_size].copy() if b in logits else None,
+            )
+            results.append(result)
+        return results
 
 
 def _sample_key(seed: int, sample: Sample, prediction: int) -> int:
@@ -259,59 +239,49 @@ def _sample_key(seed: int, sample: Sample, prediction: int) -> int:
     return zlib.crc32(text.encode()) or 1
 
 
-def to_item(row: Row, prepared: Prepared) -> tuple[dict[str, Any], dict[str, Any]]:
+def to_item(result: Result, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     """The item of a shard, its grids as the view shows them, and the answer of the journal, its
     grids as the task has them."""
-    request, sample, view = prepared.request, row.sample, row.sample.view
-    P = len(row.prompt_ids)
-    cells, attempts, prediction, correct = [row.prompt_cells], [], None, None
-    if request.teacher_forcing:
-        cells.append(row.forced_cells)
-    elif request.generates:
-        for ids, logprobs in zip(row.answers, row.logprobs, strict=True):
-            said = tokens.answer_cells(ids, prepared.tokenizer, prepared.fmt, P, prepared.stop_ids)
-            if not attempts:
-                prediction = said.grid
-                cells.append(said.cells)
-            logprob = float(logprobs.sum(dtype=np.float64))
-            grid = view.invert(said.grid) if view and said.grid else said.grid
-            attempts.append({"grid": grid, "text": said.text, "logprob": logprob})
-        if sample.target is not None:
-            correct = prediction == sample.target
-    ids = np.concatenate([row.prompt_ids, *row.answers[:1]])
+    P = result.encoded.prompt_length
+    return item_of(result, [plan.codec.read(ids, P) for ids in result.answers], plan)
+
+
+def item_of(
+    result: Result, said: Sequence[Said], plan: Plan
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `to_item`, once it is known what each generated answer says."""
+    request, sample, encoded = plan.request, result.sample, result.encoded
+    view, P = sample.view, encoded.prompt_length
+    attempts = []
+    for answer, logprobs in zip(said, result.logprobs if said else [], strict=True):
+        logprob = float(logprobs.sum(dtype=np.float64))
+        grid = view.invert(answer.grid) if view and answer.grid else answer.grid
+        attempts.append({"grid": grid, "text": answer.text, "logprob": logprob})
+    prediction = said[0].grid if said else None
+    correct = prediction == sample.target if said and sample.target is not None else None
+    ids = np.concatenate([encoded.ids, *result.answers[:1]])
     item = {
         "task_id": sample.original.task_id,
         "sample_idx": sample.sample_idx,
         "input_ids": ids,
         "prompt_length": P,
-        "activations": row.captures,
-        "output_logprobs": row.logprobs[0] if row.logprobs else np.zeros(0, np.float32),
-        "cells": np.concatenate(cells),
+        "activations": result.captures,
+        "output_logprobs": result.logprobs[0] if result.logprobs else np.zeros(0, np.float32),
+        "cells": np.concatenate([encoded.cells, *(answer.cells for answer in said[:1])]),
         "num_train_pairs": sample.num_train_pairs,
         "prediction": prediction,
         "target": sample.target,
         "correct": correct,
         "teacher_forced": request.teacher_forcing,
     }
-    if row.logits is not None and request.activations_dir is not None:
-        item["output_logits"] = row.logits
-    if prepared.capture.positions != "all":
-        item["positions"] = kept_positions(prepared.capture.positions, P, len(ids))
+    if result.logits is not None and request.activations_dir is not None:
+        item["output_logits"] = result.logits
+    if plan.capture.tokens != "all":
+        item["positions"] = np.array(plan.capture.rows(P, len(ids) - P), np.int32)
     task_id, sample_idx, *number = sample.key
     if view:
         dropped = len(sample.original.train) - sample.num_train_pairs
         item["view"] = view.to_dict()
         item["cells_original"] = original_cells(item["cells"], view, dropped)
     target = sample.original.test[sample_idx].output
-    return item, scoring.answer(task_id, sample_idx, attempts, target, *number)
-
-
-def kept_positions(positions: str, prompt_length: int, length: int) -> np.ndarray:
-    """The tokens that a capture's rows belong to, int32 [R]."""
-    start, stop = {
-        "all": (0, length),
-        "prompt": (0, prompt_length),
-        "answer": (prompt_length, length),
-        "last": (prompt_length - 1, prompt_length),
-    }[positions]
-    return np.arange(start, stop, dtype=np.int32)
+    return item, scores.answer(task_id, sample_idx, attempts, target, *number)

@@ -1,8 +1,9 @@
-"""What a run will store, and whether there is room, before it begins."""
+"""A dry run: what a run will compute and store, and whether there is room, before it begins."""
 
 import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from tqdm import tqdm
 
 from utils.arc.tasks import MAX_SIDE, SampleKey
 from utils.errors import UserError
-from utils.plan.plan import Prepared
-from utils.run.compute import encode_row, kept_positions, to_item
-from utils.shards.writer import planned_shards
+from utils.model.weights import abstract_params, placement
+from utils.plan.batching import padding_share
+from utils.plan.plan import Plan
+from utils.plan.samples import Sample
+from utils.prompt.codec import Said
+from utils.run.compute import Result, item_of
+from utils.run.summary import print_shortfalls, views_of
+from utils.shards.filling import planned_shards
 from utils.store.local import free_bytes
 
 log = logging.getLogger(__name__)
@@ -21,49 +27,60 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 10
 
 
-def planned_items(prepared: Prepared, process: int) -> Iterator[dict[str, Any] | None]:
-    """Items as a process of the run will store them, in order, arrays zero; None closes a shard.
+def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
+    """The item of a sample as the run will store it, its arrays zero.
 
-    Sizes are exact unless answers are generated: those are taken at their longest, and as the
-    largest grid that they could hold.
+    Its size is exact unless an answer is generated: that one is taken at its longest, and as the
+    largest grid that so many tokens can hold.
     """
-    request, config = prepared.request, prepared.config
-    for number, batch in enumerate(prepared.batches):
-        if number and request.save_every_n_batches and number % request.save_every_n_batches == 0:
+    request, config = plan.request, plan.config
+    encoded = plan.encode(sample)
+    P = encoded.prompt_length
+    answers, said = [], []
+    A = len(encoded.ids) - P
+    if request.generates:
+        A = request.max_output_tokens
+        cells = np.zeros((min(A, MAX_SIDE**2), 7), np.int32)
+        cells[:, :2] = -1, 1  # of the test output
+        grid = [[0] * MAX_SIDE] * -(-len(cells) // MAX_SIDE)
+        answers.append(np.zeros(A, np.int32))
+        said.append(Said(grid, None, cells, ""))
+    kept = len(plan.capture.rows(P, A))
+    states = np.zeros((kept, config.hidden_size), request.activation_dtype)
+    logits = np.zeros((1, config.vocab_size), request.activation_dtype)
+    result = Result(
+        sample,
+        encoded,
+        answers,
+        [np.zeros(A, np.float32)] if A else [],
+        dict.fromkeys(plan.capture.names, states),
+        None if request.no_logits else logits,
+    )
+    return item_of(result, said, plan)[0]
+
+
+def planned_items(plan: Plan, process: int) -> Iterator[dict[str, Any] | None]:
+    """The items of a process of the run, in the order of storing; None closes a shard."""
+    every = plan.request.save_every_n_batches
+    for number, batch in enumerate(plan.batches):
+        if number and every and number % every == 0:
             yield None
-        spans = prepared.layout.owned(len(batch.rows), process).values()
-        for i in (batch.rows[place] for span in spans for place in span):
-            if i < 0:
-                continue
-            row = encode_row(prepared, prepared.samples[i])
-            if request.generates:
-                row.answers = [np.zeros(request.max_output_tokens, np.int32)]
-            P, A = len(row.prompt_ids), sum(len(answer) for answer in row.answers)
-            row.logprobs = [np.zeros(A, np.float32)] * len(row.answers)
-            kept = len(kept_positions(prepared.capture.positions, P, P + A))
-            zeros = np.zeros((kept, config.hidden_size), request.activation_dtype)
-            row.captures = dict.fromkeys(prepared.capture.names, zeros)
-            if not request.no_logits:
-                row.logits = np.zeros((1, config.vocab_size), request.activation_dtype)
-            item = to_item(row, prepared)[0]
-            if request.generates:
-                cells = min(A, MAX_SIDE**2)
-                for key in {"cells", "cells_original"} & item.keys():
-                    item[key] = np.concatenate([item[key], np.zeros((cells, 7), np.int32)])
-                item["prediction"] = [[0] * MAX_SIDE] * -(-cells // MAX_SIDE)
-            yield item
+        for span in plan.layout.owned(len(batch.rows), process).values():
+            for i in (batch.rows[place] for place in span):
+                if i >= 0:
+                    yield planned_item(plan, plan.samples[i])
 
 
-def plan_storage(prepared: Prepared) -> tuple[int, list[tuple[int, int]]]:
-    """Total tokens, and (samples, bytes) of each shard of every process; see `planned_items`."""
-    request, total = prepared.request, 0
+def plan_storage(plan: Plan) -> tuple[int, list[tuple[int, int]]]:
+    """Total tokens, and (samples, bytes) of each shard of every process; see `planned_item`."""
+    request, total = plan.request, 0
     shards: list[tuple[int, int]] = []
-    devices = prepared.layout.mesh.devices.flat
-    with tqdm(total=len(prepared.samples), desc="planning", unit=" samples") as bar:
+    devices = plan.layout.mesh.devices.flat
+    with tqdm(total=len(plan.samples), desc="planning", unit=" samples") as bar:
 
         def counted(process: int) -> Iterator[dict[str, Any] | None]:
             nonlocal total
-            for item in planned_items(prepared, process):
+            for item in planned_items(plan, process):
                 if item is not None:
                     total += len(item["input_ids"])
                     bar.update()
@@ -79,26 +96,79 @@ def plan_storage(prepared: Prepared) -> tuple[int, list[tuple[int, int]]]:
     return total, shards
 
 
-def check_disk(prepared: Prepared, done: set[SampleKey], share: float = 1) -> None:
-    """Raises UserError when even answers of one token would not fit on the disk, which takes a
-    `share` of the samples."""
-    request, need = prepared.request, 0
+def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> None:
+    """Raises UserError when even answers of one token would not fit on the disk.
+
+    done: samples that are stored already, by whatever process. share: of the others, those that go
+    to this disk, where processes write to several.
+    """
+    request, need = plan.request, 0
     item_size = np.dtype(request.activation_dtype).itemsize
-    for sample in prepared.samples:
+    for sample in plan.samples:
         if sample.key not in done:
-            length = sample.length.total
-            kept = kept_positions(prepared.capture.positions, sample.length.prompt, length)
-            values = len(kept) * prepared.config.hidden_size * len(prepared.capture.names)
-            if prepared.capture.names and not request.no_logits:
-                values += prepared.config.vocab_size
+            kept = len(plan.capture.rows(sample.length.prompt, sample.length.answer))
+            values = kept * plan.config.hidden_size * len(plan.capture.names)
+            if plan.capture.names and not request.no_logits:
+                values += plan.config.vocab_size
             need += values * item_size * share
     if request.delete_after_upload:
         need = min(need, (request.max_pending_gb * 1e9 + request.max_shard_mb * 1e6))
-    if need > (free := free_bytes(prepared.run_folder)):
+    if need > (free := free_bytes(plan.run_folder)):
         raise UserError(
-            f"{prepared.run_folder} needs at least {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB "
+            f"{plan.run_folder} needs at least {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB "
             "free: free space, or take fewer layers, --token_positions or tasks"
         )
+
+
+def print_plan(plan: Plan, done: Collection[SampleKey], share: float = 1) -> None:
+    """Samples, tokens, shapes, shards and bytes, and the free space of the disk; done and share as
+    of `check_disk`."""
+    request, layout = plan.request, plan.layout
+    lengths = [sample.length for sample in plan.samples]
+    at_most = "at most " if request.generates else ""
+    print(f"model         {request.model_path}: {plan.config.model_type}, {plan.dtype}")
+    print(f"tasks         {len(plan.tasks)}")
+    print(f"samples       {len(plan.samples)}{views_of(plan)}")
+    print_shortfalls(plan)
+    print(f"prompt tokens {sum(length.prompt for length in lengths)}")
+    if request.distributed:
+        print(f"mesh          {layout.data} x {layout.model} (data x model)")
+    padding = padding_share(lengths, plan.batches)
+    print(f"batches       {len(plan.batches)}, {padding:.1%} padding")
+    sizes = sorted({(batch.shape.length, len(batch.rows)) for batch in plan.batches})
+    print(f"shapes        {', '.join(f'{rows} x {length}' for length, rows in sizes)} tokens")
+    tokens, shards = plan_storage(plan)
+    print(f"total tokens  {at_most}{tokens}")
+    if request.activations_dir is not None:
+        print(f"captures      {', '.join(plan.capture.names)}")
+        print(f"shards        {at_most}{len(shards)}")
+        print(f"shard bytes   {at_most}{sum(size for _, size in shards)}")
+    if plan.bucket is not None:
+        held = len(plan.listing)
+        print(f"bucket        {plan.bucket}: can be written and read, holds {held} objects")
+    print(f"disk free     {free_bytes(plan.run_folder)} bytes at {plan.run_folder}")
+    try:
+        check_disk(plan, done, share)
+    except UserError as error:
+        print(f"would be refused: {error}")
+    print("dry run: nothing was written")
+
+
+def print_placements(plan: Plan) -> None:
+    """How each kind of tensor lies on the mesh, layers alike in one line."""
+    layout = plan.layout
+    print(f"mesh          {layout.data} x {layout.model} (data x model), attention "
+          f"{'by heads' if layout.by_heads else 'by tokens'}")  # fmt: skip
+    seen = {}
+    for path, shape in abstract_params(plan.config).items():
+        seen.setdefault(re.sub(r"layers_\d+", "layers_*", path), (path, shape))
+    for kind, (path, shape) in seen.items():
+        place = placement(path, shape, layout)
+        split = [i for i, axis in enumerate(place.spec) if axis == "model"]
+        words = f"split by axis {split[0]}" if split and layout.model > 1 else "whole on each"
+        if place.padded:
+            words += f", padded from {list(shape)}"
+        print(f"  {kind:36} {list(place.shape)!s:24} {words}")
 
 
 class DiskOutlook:

@@ -1,144 +1,231 @@
-"""What a bucket holds of a run before the run begins: nothing, another run, or a part of this one.
+"""What there is of a run before it begins: in a bucket, and in the folders of its processes.
 
-A folder may have been lost with its machine; what the bucket's manifests list is then the run, and
-only the rest is computed.
+A folder may have been lost with its machine. What the manifests list, on the disks and in the
+bucket together, is the run; only the rest is computed.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.arc.tasks import SampleKey
 from utils.errors import UserError, some
 from utils.run.peers import Peers
+from utils.shards.held import Writer
+from utils.shards.items import sample_name
 from utils.shards.manifest import (
     SHARD,
     Manifest,
-    differences,
-    merge_manifests,
+    Shard,
+    changed_settings,
+    journal_name,
+    manifest_name,
     owner_of,
     read_manifests,
+    shards_of,
     stem,
+    totals,
+    union_of,
 )
-from utils.shards.writer import Elsewhere
+from utils.shards.writer import RunFolder
 from utils.store.bucket import BucketFolder, NameTaken, Receipt
+from utils.store.local import json_lines
 
 log = logging.getLogger(__name__)
 
-Listing = dict[str, Receipt]
+Listing = Mapping[str, Receipt]
 
 
-def look_for_run(
+def manifests_in(
     bucket: BucketFolder,
     listing: Listing,
-    folder: Path,
     output: str,
     settings: dict[str, Any],
     resume: bool,
-    peers: Peers,
-) -> Elsewhere:
-    """What this process is to take over from the bucket. Of several processes all call it.
+) -> dict[str, Manifest]:
+    """File name -> manifest of the run that the bucket holds; none for an empty one.
 
-    listing: of the bucket's objects. folder: of the run. output: name of the predictions or of the
-    submission. settings: of `ShardWriter`. Raises UserError for a bucket that holds a run without
-    `resume`, or another run than `folder`.
+    listing: of the bucket's objects. output: name of the predictions or of the submission. Raises
+    UserError for a bucket that holds a run without `resume`, or another run.
     """
     held = [name for name in listing if stem(name)]
     if not resume:
         if not held and output not in listing:
-            return Elsewhere(names=listing)
+            return {}
         there = "holds a run" if held else f"holds {output} already"
         if "metadata.json" in held:
-            run = merge_manifests(read_manifests(bucket.uri))
+            run = union_of(read_manifests(bucket.uri))
             there = f"holds a run ({run['status']}, {run['total_samples']} samples)"
         raise UserError(
             f"{bucket} {there}: --resume continues a run; objects are never replaced, not with "
             "--overwrite either, so choose another prefix"
         )
-    local = read_manifests(folder) if folder.exists() else {}
-    here = {
-        entry["filename"]: entry["crc32c"]
-        for manifest in local.values()
-        for entry in manifest["files"]
-        if not entry.get("elsewhere")
-    }
-    said = peers.exchange("known", [sorted(local), here])
-    known_manifests = {name for names, _ in said for name in names}
-    known = {name: crc32c for _, files in said for name, crc32c in files.items()}
     if not held and output in listing:
         raise UserError(
             f"{bucket} holds {output} already, and no run to resume: choose another prefix"
         )
     manifests = read_manifests(bucket.uri) if held else {}
-    if not manifests:
-        if all(name in known for name in filter(SHARD.fullmatch, held)):
-            return Elsewhere(names=listing)
-        raise UserError(f"{bucket} holds a run's files but no metadata.json: choose another prefix")
     for manifest in manifests.values():
-        if changes := differences({key: manifest.get(key) for key in settings}, settings):
+        if changes := changed_settings(manifest, settings):
             raise UserError(
                 f"{bucket} holds another run: {some(changes)}; choose another prefix, or go back "
                 "to its settings"
             )
-    listed = merge_manifests(manifests)["files"]
-    names = known.keys() | {entry["filename"] for entry in listed}
-    orphans = [name for name in held if SHARD.fullmatch(name) and name not in names]
-    if orphans and peers.index == 0:
+    return manifests
+
+
+def restored_from(
+    bucket: BucketFolder,
+    listing: Listing,
+    manifests: dict[str, Manifest],
+    folder: Path,
+    writer: Writer,
+    peers: Peers,
+) -> dict[str, bytes]:
+    """File name -> content of the manifests and journals that this process takes from the bucket,
+    because the folders of the run have lost them. Of several processes all call it.
+
+    Raises UserError where the bucket and the folders do not speak of one run.
+    """
+    local = read_manifests(folder) if folder.exists() else {}
+    here = {name: shard.crc32c for name, shard in shards_of(local.values()).items()}
+    said = peers.exchange("known", [sorted(local), here])
+    known_manifests = {name for names, _ in said for name in names}
+    known = {name: crc32c for _, files in said for name, crc32c in files.items()}
+    listed = shards_of(manifests.values())
+    shards = [name for name in listing if SHARD.fullmatch(name)]
+    if not manifests and any(name not in known for name in shards):
+        raise UserError(f"{bucket} holds a run's files but no metadata.json: choose another prefix")
+    for name, shard in listed.items():
+        unknown = name not in known and manifest_name(shard.owner) in known_manifests
+        if unknown or known.get(name, shard.crc32c) != shard.crc32c:
+            raise UserError(
+                f"{bucket} holds {name}, which {folder} does not know, or knows "
+                "otherwise: it is another run's, so choose another prefix, or the folder is an "
+                "older copy: move it away and --resume"
+            )
+    orphans = [name for name in shards if name not in known and name not in listed]
+    if manifests and orphans and peers.index == 0:
         log.info(
             "%d shards in %s are in no manifest, %s for one: a machine was lost as it sent them; "
             "their samples are computed again; readers ignore them, and they can be deleted",
             *(len(orphans), bucket, orphans[0]),
         )
-    owners = {f"_host{i:03d}" for i in range(peers.count)} if peers.count > 1 else {""}
-    own = f"_host{peers.index:03d}" if peers.count > 1 else ""
-    taken: dict[str, Manifest] = {}
-    if own == "" and "metadata.json" in manifests and "metadata.json" not in known_manifests:
-        taken["metadata.json"] = {**manifests["metadata.json"], "files": []}
-    for entry in listed:
-        owner, name = owner_of(entry["filename"]), f"metadata{owner_of(entry['filename'])}.json"
-        if owner != own and (peers.index or owner in owners):
-            continue  # another process looks after it
-        if (crc32c := known.get(entry["filename"])) == entry["crc32c"]:
+    restored: dict[str, bytes] = {}
+    for owner in sorted({shard.owner for shard in listed.values()} | set(map(owner_of, manifests))):
+        name = manifest_name(owner)
+        if name in known_manifests or not writer.looks_after(owner):
             continue
-        if crc32c or name in known_manifests:
+        if name in manifests:
+            restored[name] = bucket.read(name)
+        else:  # its shards were sent by another process, which alone lists them
+            files = [shard for shard in listed.values() if shard.owner == owner]
+            restored[name] = _manifest_of(next(iter(manifests.values())), files)
+        if (journal := journal_name(owner)) in listing:
+            restored[journal] = bucket.read(journal)
+    return restored
+
+
+def _manifest_of(other: Manifest, shards: list[Shard]) -> bytes:
+    """A manifest of these shards, of the same run as `other`."""
+    files = [shard.to_json() for shard in shards]
+    return json_lines({**other, "status": "running", **totals(shards), "files": files})
+
+
+def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:
+    """The samples that are stored, in whichever process's folder; of several processes all call it.
+
+    Tells `folder` which shards are lost, and for which it speaks. Raises UserError where folders
+    hold the same sample, or one holds what another process is about to write: brought together,
+    one would hide the other.
+    """
+    said = peers.exchange("samples", _holdings(folder))
+    owners = {folder.writer.with_index(index).owner: index for index in range(peers.count)}
+    _check_that_folders_fit(said, owners)
+    there = {name for holdings in said for name in holdings["there"]}
+    listed = {name: samples for h in said for name, (_, samples) in h["listed"].items()}
+    lost = {name for holdings in said for name in holdings["missing"]}
+    lost = (lost | {name for name in listed if owner_of(name) in owners}) - there
+    if lost and peers.index == 0:
+        log.warning(
+            "%d shards are missing or damaged, and their samples are computed again: %s",
+            *(len(lost), some(sorted(lost))),
+        )
+    speaker: dict[str, int] = {}  # who wrote it; else the first who has the file, or lists it
+    for kind in ("files", "listed"):
+        for index, holdings in enumerate(said):
+            for name in holdings[kind]:
+                host = owners.get(owner_of(name), index)
+                speaker.setdefault(name, host if name in said[host]["listed"] else index)
+    mine = {name for name, index in speaker.items() if index == peers.index}
+    folder.settle(lost, mine - lost)
+    return {tuple(key) for name in listed.keys() - lost for key in listed[name]}
+
+
+def _holdings(folder: RunFolder) -> dict[str, Any]:
+    """What a process tells the others of its folder, in JSON."""
+    held = folder.held
+    return {
+        "folder": str(folder.path),
+        "listed": {name: [s.crc32c, s.samples] for name, s in held.shards.items()},
+        "there": sorted(held.there),
+        "files": sorted(name for name in held.there if (folder.path / name).is_file()),
+        "missing": sorted(held.missing),
+    }
+
+
+def _check_that_folders_fit(said: list[dict[str, Any]], owners: dict[str, int]) -> None:
+    holders: dict[SampleKey, tuple[str, int]] = {}
+    for index, holdings in enumerate(said):
+        twice = []
+        for name in holdings["there"]:
+            crc32c, samples = holdings["listed"][name]
+            for key in map(tuple, samples):
+                shard, other = holders.setdefault(key, (f"{name} {crc32c}", index))
+                if shard != f"{name} {crc32c}":
+                    twice.append((key, other))
+        if twice:
+            key, other = twice[0]
             raise UserError(
-                f"{bucket} holds {entry['filename']}, which {folder} does not know, or knows "
-                "otherwise: it is another run's, so choose another prefix, or the folder is an "
-                "older copy: move it away and --resume"
+                f"{holdings['folder']} of process {index} and {said[other]['folder']} of process "
+                f"{other} both hold {len(twice)} samples, {sample_name(key)} for one: move one of "
+                "the folders away"
             )
-        base = manifests.get(name) or next(iter(manifests.values()))
-        adopted = taken.setdefault(name, {**base, "files": []})
-        entry = {key: value for key, value in entry.items() if key != "elsewhere"}
-        adopted["files"] = [*adopted["files"], entry]
-    journals = [f"answers{owner_of(name)}.jsonl" for name, part in taken.items() if part["files"]]
-    return Elsewhere(
-        taken,
-        listing,
-        {name: bucket.read(name) for name in journals if name in listing},
-        [{key: entry[key] for key in entry if key != "elsewhere"} for entry in listed],
-    )
+    for index, holdings in enumerate(said):
+        for name in holdings["files"]:
+            host = owners.get(owner_of(name), index)
+            if name not in said[host]["files"]:
+                raise UserError(
+                    f"{holdings['folder']} of process {index} holds shards of process {host}, "
+                    f"which writes to {said[host]['folder']}: give each process the folder that "
+                    "it had"
+                )
 
 
 def uploaded_before(
-    bucket: BucketFolder, listing: Listing, folder: Path, entries: list[dict[str, Any]]
+    bucket: BucketFolder, listing: Listing, folder: RunFolder
 ) -> dict[str, Receipt]:
-    """Of the shards, those that the bucket holds. Raises UserError for one that it holds with other
-    content, and for one that is nowhere any more."""
+    """Of the shards that this process speaks for, those that the bucket holds. Raises UserError for
+    one that it holds with other content, and for one that is nowhere any more."""
     receipts = {}
-    for entry in entries:
-        name = entry["filename"]
+    for name, shard in folder.shards.items():
+        if name not in folder.speaks_for:
+            continue
         there = listing.get(name)
         if there is None:
-            if not (folder / name).is_file():
-                was = entry["uploaded"]["uri"] if entry["uploaded"] else ""
+            if not (folder.path / name).is_file():
+                was = shard.uploaded["uri"] if isinstance(shard.uploaded, dict) else ""
                 way_on = "put it back, or start again with another --activations_dir and prefix"
                 if was and was != bucket.uri_of(name):
                     way_on = f"it was sent to {was}, so resume with that --cloud_bucket"
-                raise UserError(f"{name} is neither in {folder} nor in {bucket}: {way_on}")
-        elif there.holds(entry["size_bytes"], entry["crc32c"]):
+                raise UserError(f"{name} is neither in {folder.path} nor in {bucket}: {way_on}")
+        elif there.holds(shard.size_bytes, shard.crc32c):
             receipts[name] = there
         else:
             raise NameTaken(
-                f"{there.uri} (crc32c {there.crc32c}) holds other content than {folder / name} "
-                f"(crc32c {entry['crc32c']}): another run writes under this prefix; choose another"
+                f"{there.uri} (crc32c {there.crc32c}) holds other content than "
+                f"{folder.path / name} (crc32c {shard.crc32c}): another run writes under this "
+                "prefix; choose another"
             )
     return receipts

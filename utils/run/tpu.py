@@ -13,25 +13,24 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.model.engine import for_every_shape
 from utils.model.generate import Shape
-from utils.model.mesh import check_shape
 from utils.model.weights import abstract_params, placement
 from utils.plan.batching import padding_share
 from utils.plan.memory import device_bytes
-from utils.plan.plan import Prepared, on_mesh, prepare
+from utils.plan.plan import Plan, plan_meshes
 from utils.plan.request import Request
-from utils.run.compute import COMPILERS, Computation
+from utils.run.compute import Computation
 from utils.run.dry_run import plan_storage
 from utils.store.local import check_writable, write_json_atomic
 
@@ -72,7 +71,10 @@ SLICES = {
     **{f"v5p-{2 * n}": f"v5p:{shape}" for n, shape in _CUBES.items()},
     **{f"v6e-{n}": f"v6e:{shape}" for n, shape in _FLAT.items()},
 }
-_NO_METADATA = {
+# Of this machine nothing is asked: neither a metadata server, nor the TPU, if it has one, nor the
+# lock of a process that uses it, or that plans too.
+_COMPILER_ALONE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -86,9 +88,10 @@ def slice_devices(name: str) -> Sequence[jax.Device]:
     where libtpu is not installed."""
     if name not in SLICES:
         raise UserError(f"--plan {name} is not a slice: there are {', '.join(SLICES)}")
-    # Nothing of this machine is asked: neither its TPU, if it has one, nor a metadata server.
-    for variable, value in _NO_METADATA.items():
+    for variable, value in _COMPILER_ALONE.items():
         os.environ.setdefault(variable, value)
+    # Without a TPU a program that is kept can be written, but not read.
+    jax.config.update("jax_enable_compilation_cache", False)
     from jax.experimental import topologies
 
     options = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
@@ -113,15 +116,11 @@ def main(
             raise UserError(f"{plan_json} is a folder: give --plan_json the path of a file")
         check_writable(Path(plan_json).parent)
     devices = slice_devices(name)
-    for shape in filter(None, shapes):
-        check_shape(*shape, devices)
-    first = replace(request, mesh_shape=shapes[0])
-    prepared = prepare(first, devices, writes=False)
     plans = []
-    for shape in shapes:
+    for shape, plan in zip(shapes, plan_meshes(request, shapes, devices, False), strict=True):
         if len(shapes) > 1:
             log.info("mesh %s", "x".join(map(str, shape)))
-        plans.append(plan(on_mesh(prepared, shape, devices), name))
+        plans.append(estimate(plan, name))
     if len(plans) > 1:
         print_table(plans)
     best = max(plans, key=lambda p: (p["fits"], p["estimated_tokens_per_second"] or 0))
@@ -132,33 +131,26 @@ def main(
     return 0
 
 
-def plan(prepared: Prepared, name: str) -> dict[str, Any]:
+def estimate(plan: Plan, name: str) -> dict[str, Any]:
     """The plan of a run on a slice; keys as the README of distributed inference explains them."""
-    layout, request = prepared.layout, prepared.request
+    layout, request = plan.layout, plan.request
     chip = CHIPS[name.partition("-")[0]]
     mesh = layout.mesh
-    computation = Computation(prepared, params=_abstract(prepared))
-    shapes = list(dict.fromkeys((batch.shape, len(batch.rows)) for batch in prepared.batches))
-    with (
-        ThreadPoolExecutor(COMPILERS) as pool,
-        tqdm(total=len(shapes), desc=f"compiling for {name}", unit=" shapes") as bar,
-    ):
-
-        def compiled(shape: tuple[Shape, int]) -> dict[str, Any]:
-            found = _bucket(prepared, computation, chip, *shape)
-            bar.update()
-            return found
-
-        buckets = list(pool.map(compiled, shapes))
-    by_shape = dict(zip(shapes, buckets, strict=True))
+    computation = Computation(plan, params=_abstract(plan))
+    by_shape = for_every_shape(
+        ((batch.shape, len(batch.rows)) for batch in plan.batches),
+        partial(_bucket, plan, computation, chip),
+        f"compiling for {name}",
+    )
+    buckets = list(by_shape.values())
     for bucket in buckets:
         bucket["batches"] = 0
     seconds = 0.0
-    for batch in prepared.batches:
+    for batch in plan.batches:
         bucket = by_shape[batch.shape, len(batch.rows)]
         bucket["batches"] += 1
         seconds += bucket["seconds"]
-    tokens, shards = plan_storage(prepared)
+    tokens, shards = plan_storage(plan)
     limit = device_bytes(mesh.devices.flat[0])
     worst = max(buckets, key=lambda b: b["hbm_bytes"] if b["hbm_bytes"] else float("inf"))
     need = worst["hbm_bytes"]
@@ -176,23 +168,23 @@ def plan(prepared: Prepared, name: str) -> dict[str, Any]:
         "prefill": worst["prefill"],
         "decode": worst["decode"],
         "buckets": buckets,
-        "padding": padding_share([s.length for s in prepared.samples], prepared.batches),
+        "padding": padding_share([s.length for s in plan.samples], plan.batches),
         "estimated_tokens_per_second": tokens / seconds if fits else None,
-        "estimated_prefill_tokens_per_second": _prefill_rate(prepared, by_shape) if fits else None,
+        "estimated_prefill_tokens_per_second": _prefill_rate(plan, by_shape) if fits else None,
         "estimated_hours": seconds / 3600 if fits else None,
-        "num_samples": len(prepared.samples),
+        "num_samples": len(plan.samples),
         "num_tokens_total": tokens,
         "activation_bytes_total": sum(size for _, size in shards) if stored else 0,
         "shards": len(shards) if stored else 0,
-        "advice": [] if fits else _advice(prepared, worst, limit),
+        "advice": [] if fits else _advice(plan, worst, limit),
     }
 
 
-def _abstract(prepared: Prepared) -> Any:
+def _abstract(plan: Plan) -> Any:
     """The parameters as the run would hold them, without their values."""
-    layout, dtype = prepared.layout, np.dtype(prepared.dtype)
+    layout, dtype = plan.layout, np.dtype(plan.dtype)
     leaves = {}
-    for path, shape in abstract_params(prepared.config).items():
+    for path, shape in abstract_params(plan.config).items():
         place = placement(path, shape, layout)
         sharding = layout.sharding(*place.spec)
         leaves[path] = jax.ShapeDtypeStruct(place.shape, dtype, sharding=sharding)
@@ -200,10 +192,10 @@ def _abstract(prepared: Prepared) -> Any:
 
 
 def _bucket(
-    prepared: Prepared, computation: Computation, chip: Chip, shape: Shape, rows: int
+    plan: Plan, computation: Computation, chip: Chip, shape: Shape, rows: int
 ) -> dict[str, Any]:
     """One compiled shape: its programs' figures, and the seconds that a batch takes at least."""
-    layout, work = prepared.layout, prepared.workload
+    layout, work = plan.layout, plan.workload
     found: dict[str, Any] = {"rows": rows, "length": shape.length, "answer": shape.answer}
     try:
         programs = computation.programs(shape, rows)
@@ -221,7 +213,7 @@ def _bucket(
     # The parameters are there once, whichever program runs; a prefill's cache outlives it.
     memory = max(figures["hbm_bytes"] for figures in (prefill, *decodes)) + waiting
     seconds = _seconds(prefill, chip)
-    steps = prepared.request.max_output_tokens if decodes else 0
+    steps = plan.request.max_output_tokens if decodes else 0
     seconds += sum(_seconds(figures, chip) * steps for figures in decodes)
     return {
         **found,
@@ -284,17 +276,17 @@ def _seconds(figures: dict[str, Any], chip: Chip) -> float:
     )
 
 
-def _prefill_rate(prepared: Prepared, by_shape: dict[Any, dict[str, Any]]) -> float:
+def _prefill_rate(plan: Plan, by_shape: dict[Any, dict[str, Any]]) -> float:
     """Tokens a second of the samples' prompts, and forced answers, alone."""
-    tokens = sum(sample.length.total for sample in prepared.samples)
+    tokens = sum(sample.length.total for sample in plan.samples)
     return tokens / sum(
-        by_shape[batch.shape, len(batch.rows)]["prefill_seconds"] for batch in prepared.batches
+        by_shape[batch.shape, len(batch.rows)]["prefill_seconds"] for batch in plan.batches
     )
 
 
-def _advice(prepared: Prepared, worst: dict[str, Any], limit: int) -> list[str]:
-    layout, request = prepared.layout, prepared.request
-    share = prepared.workload.parameter_bytes(layout) / limit
+def _advice(plan: Plan, worst: dict[str, Any], limit: int) -> list[str]:
+    layout, request = plan.layout, plan.request
+    share = plan.workload.parameter_bytes(layout) / limit
     devices = layout.mesh.size
     advice = []
     if layout.model < devices:

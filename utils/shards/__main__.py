@@ -1,14 +1,15 @@
 """`python -m utils.shards merge`: the runs of hosts that did not talk to each other, as one.
 
-Each ran its part of the tasks (`--shard_id I --num_shards N`) into a folder of its own. The merged
-folder is like that of one run of N processes: its shards are hard links, or copies where the disks
-differ, and nothing that was there is changed.
+Each ran its part of the tasks (`--shard_id I --num_shards N`) into a folder of its own, and its
+files have its number in their names. The merged folder is like that of one run of N processes: its
+shards are hard links, or copies where the disks differ, and nothing that was there is changed.
 """
 
 import argparse
 import json
 import os
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from utils.shards.items import sample_key
 from utils.shards.manifest import (
     Manifest,
     differences,
-    merge_manifests,
+    journal_name,
+    manifest_name,
     read_answers,
     read_manifest,
+    shards_of,
+    union_of,
 )
 from utils.shards.reader import load_shard
-from utils.store.local import check_writable, write_json_atomic
+from utils.store.local import check_writable, new_folder, to_json, write_json, write_json_atomic
 
 _SETTINGS = ("model", "prompt", "activations", "capture", "generation")
 
@@ -150,55 +154,61 @@ def _settings(manifest: Manifest) -> Manifest:
 
 def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest:
     """Makes the folder `into`, which appears when it is whole."""
-    made = into.with_name(into.name + ".partial")
-    shutil.rmtree(made, ignore_errors=True)
     try:
-        made.mkdir(parents=True)
-        merged = _fill(made, folders, manifests)
-        os.rename(made, into)
+        with new_folder(into) as made:
+            parts = {}
+            for folder, manifest in zip(folders, manifests, strict=True):
+                parts |= _collect(made, folder, manifest)
+            merged = _joint(folders, parts)
+            write_json(made / "metadata.json", merged)
     except OSError as error:
         raise UserError(
             f"cannot write {into}: {error.strerror}; make room, and merge again"
         ) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return merged
 
 
-def _fill(into: Path, folders: list[Path], manifests: list[Manifest]) -> Manifest:
+def _collect(into: Path, folder: Path, manifest: Manifest) -> dict[str, Manifest]:
+    """Links the shards of a part, and writes its answers and its manifests, by process."""
+    part = manifest["arguments"].get("shard_id", 0)
+    answers = read_answers(folder)
     parts: dict[str, Manifest] = {}
-    for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
-        suffix = f"_host{number:03d}"
-        files = []
-        for count, entry in enumerate(manifest["files"], 1):
-            name = f"activations{suffix}_batch_{count:06d}.pkl"
-            _link(folder / entry["filename"], into / name)
-            entry = {**entry, "filename": name, "uploaded": False}
-            entry.pop("elsewhere", None)
-            files.append(entry)
-        parts[f"metadata{suffix}.json"] = {**manifest, "files": files}
-        lines = (json.dumps(answer) + "\n" for answer in read_answers(folder).values())
-        (into / f"answers{suffix}.jsonl").write_text("".join(lines))
-    merged = merge_manifests(parts)
-    hashes = "".join(manifest["dataset"]["hash"] for manifest in manifests)
+    for shard in shards_of([manifest]).values():
+        # A part of format 1 as it was first written has no number in its names.
+        name = shard.filename if shard.owner else f"activations_host{part:03d}_{shard.short_name}"
+        _link(folder / shard.filename, into / name)
+        shard = replace(shard, filename=name, uploaded=False)
+        own = parts.setdefault(manifest_name(shard.owner), {**manifest, "files": []})
+        own["files"].append(shard.to_json())
+        with open(into / journal_name(shard.owner), "a") as journal:
+            journal.writelines(to_json(answers[key]) + "\n" for key in shard.samples)
+    return parts or {manifest_name(f"_host{part:03d}"): manifest}
+
+
+def _joint(folders: list[Path], parts: dict[str, Manifest]) -> Manifest:
+    merged = union_of(parts)
+    by_part = {m["arguments"].get("shard_id", 0): m["dataset"] for m in parts.values()}
+    datasets = [by_part[number] for number in sorted(by_part)]
+    hashes = "".join(dataset["hash"] for dataset in datasets)
     merged |= {
         "dataset": {
             **merged["dataset"],
             "hash": sha256(hashes.encode()).hexdigest(),
-            "tasks": sum(manifest["dataset"]["tasks"] for manifest in manifests),
+            "tasks": sum(dataset["tasks"] for dataset in datasets),
         },
         "arguments": {**merged["arguments"], "shard_id": 0, "num_shards": 1},
         "merged_from": [str(folder) for folder in folders],
     }
     merged.pop("scores", None)  # they were one part's
     merged.pop("useful_slots", None)
-    write_json_atomic(into / "metadata.json", merged)
     return merged
 
 
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
+    except FileExistsError:
+        raise
     except OSError:  # another disk, or a file system without links
         shutil.copyfile(source, target)
 

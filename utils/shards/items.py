@@ -100,6 +100,8 @@ def to_float32(array: np.ndarray) -> np.ndarray:
 
 def _all_finite(halves: np.ndarray) -> bool:
     """Of float16: as integers, what is not finite sorts above what is; two passes, no temporary."""
+    if not halves.size:
+        return True
     top = halves.view(np.int16).max(), halves.view(np.uint16).max()
     return top[0] < 0x7C00 and top[1] < 0xFC00
 
@@ -199,6 +201,15 @@ def load(file: BinaryIO) -> list[dict[str, Any]]:
                 if type(value) is _Reconstructed:
                     mapping[key] = value.view(np.ndarray)
     return items
+
+
+def non_finite_rows(item: dict[str, Any]) -> int:
+    """Activation rows of a stored item that hold a NaN or an infinity, over all its activations."""
+    count = 0
+    for array in item["activations"].values():
+        if not (_all_finite(array) if array.dtype == np.float16 else np.isfinite(array).all()):
+            count += int((~np.isfinite(array).all(axis=-1)).sum())
+    return count
 
 
 class _Pickler(pickle.Pickler):

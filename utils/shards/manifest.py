@@ -1,20 +1,22 @@
-"""The manifest of a run's folder and the journal of its answers: names, reading, merging.
+"""The manifest of a run's folder and the journal of its answers: names, reading, and the union.
 
-A folder can hold the manifest of the only process (`metadata.json`), of each of several
-(`metadata_host003.json`), and the merged one (`metadata.json`); the run is the union of what they
-list, whichever is newer.
+A folder can hold the manifest of the only process (`metadata.json`), one of each of several
+(`metadata_host003.json`), and the one of all (`metadata.json`). A run is the union of what its
+manifests list, wherever they lie: a process lists the shards that it wrote, and who sends a shard
+to a bucket lists it with its receipt.
 """
 
 import json
-import os
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.arc.tasks import SampleKey
-from utils.errors import UserError, some
+from utils.errors import UserError
 from utils.shards.items import sample_key, sample_name
-from utils.store.local import PARTIAL
+from utils.store.local import whole_name
 from utils.store.places import place_of
 
 FORMAT_VERSION = 1
@@ -23,20 +25,85 @@ MANIFEST = re.compile(r"metadata(_host\d{3,})?\.json")
 JOURNAL = re.compile(r"answers(_host\d{3,})?\.jsonl")
 
 _TIMINGS = ("seconds", "compile_seconds", "tokens_per_second")
-_ENTRY = {"samples", "size_bytes", "crc32c", "uploaded"}
+_EMPTY = (None, [], {})
+_LATER = ("prompt.tokenizer_hash", "prompt.stop_ids")  # which the first manifests do not say
 
-Manifest = dict[str, Any]
+Manifest = dict[str, Any]  # the JSON object that `metadata.json` holds
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as a manifest lists it. Sizes are in bytes, `crc32c` is base64 as buckets give it.
+
+    uploaded: the receipt of the bucket (`uri`, `size`, `crc32c`, `generation`), or False.
+    float16_overflows: arrays that were stored as float32. non_finite: activation rows in which the
+    model itself made a NaN or an infinity.
+    """
+
+    filename: str
+    num_samples: int
+    num_tokens: int
+    size_bytes: int
+    crc32c: str
+    samples: tuple[SampleKey, ...]
+    float16_overflows: int = 0
+    non_finite: int = 0
+    uploaded: dict[str, Any] | bool = False
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Shard":
+        """Raises KeyError, TypeError or ValueError for anything else than an entry of `files`."""
+        if not SHARD.fullmatch(entry["filename"]):
+            raise ValueError(entry["filename"])
+        return cls(
+            filename=entry["filename"],
+            num_samples=int(entry["num_samples"]),
+            num_tokens=int(entry["num_tokens"]),
+            size_bytes=int(entry["size_bytes"]),
+            crc32c=entry["crc32c"],
+            samples=tuple(map(tuple, entry["samples"])),
+            float16_overflows=int(entry.get("float16_overflows", 0)),
+            non_finite=int(entry.get("non_finite", 0)),
+            uploaded=entry["uploaded"],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "samples": [list(key) for key in self.samples]}
+
+    @property
+    def owner(self) -> str:
+        return owner_of(self.filename)
+
+    @property
+    def short_name(self) -> str:
+        """`batch_000001.pkl`: the name without its owner."""
+        return f"batch_{SHARD.fullmatch(self.filename)[2]}.pkl"
 
 
 def stem(name: str) -> str | None:
     """The name, less the mark of a partial file, if a run gives such names; else None."""
-    name = name.removesuffix(PARTIAL)
+    name = whole_name(name)
     return name if any(kind.fullmatch(name) for kind in (SHARD, MANIFEST, JOURNAL)) else None
 
 
 def owner_of(name: str) -> str:
-    """`_host003`, or nothing, of the name of a file of a run."""
+    """`_host003`, or nothing, of the name of a file of a run: which process writes it."""
     return (re.search(r"_host\d+", name) or [""])[0]
+
+
+def manifest_name(owner: str) -> str:
+    return f"metadata{owner}.json"
+
+
+def journal_name(owner: str) -> str:
+    return f"answers{owner}.jsonl"
+
+
+def whole_size(path: Path) -> int:
+    """Bytes of a file; of a journal those of whole lines, since a kill cuts the last one short."""
+    if JOURNAL.fullmatch(path.name):
+        return path.read_bytes().rfind(b"\n") + 1
+    return path.stat().st_size
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -45,7 +112,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     folder: of a disk, or `gs://bucket/prefix`.
     """
     if manifests := read_manifests(folder):
-        return merge_manifests(manifests)
+        return union_of(manifests)
     raise UserError(
         f"{folder} holds no metadata.json: is it the --activations_dir or --cloud_bucket of a run?"
     )
@@ -55,17 +122,17 @@ def read_manifests(folder: str | Path) -> dict[str, Manifest]:
     """File name -> manifest. Raises UserError for a file of that name that is no manifest."""
     place = place_of(folder)
     names = filter(MANIFEST.fullmatch, place.names())
-    return {name: _parse(f"{place}/{name}", place.read(name)) for name in names}
+    return {name: parse(f"{place}/{name}", place.read(name)) for name in names}
 
 
-def _parse(path: str, content: bytes) -> Manifest:
+def parse(path: str, content: bytes) -> Manifest:
+    """The manifest in the file `path`. Raises UserError where `content` is none."""
     try:
         manifest = json.loads(content)
-        version, files = manifest["format_version"], manifest["files"]
-        totals(files)
-        valid = {"status", "skipped", *_TIMINGS} <= manifest.keys() and all(
-            entry.keys() >= _ENTRY and SHARD.fullmatch(entry["filename"]) for entry in files
-        )
+        version = manifest["format_version"]
+        for entry in manifest["files"]:
+            Shard.from_json(entry)
+        valid = {"status", "skipped", *_TIMINGS} <= manifest.keys()
     except (ValueError, KeyError, TypeError, AttributeError):
         valid, version = False, FORMAT_VERSION
     if version != FORMAT_VERSION:
@@ -78,92 +145,67 @@ def _parse(path: str, content: bytes) -> Manifest:
     return manifest
 
 
-def merge_manifests(manifests: dict[str, Manifest]) -> Manifest:
+def shards_of(manifests: Iterable[Manifest]) -> dict[str, Shard]:
+    """File name -> shard, of all that the manifests of one run list, each once.
+
+    Of entries for one file, one with a receipt of a bucket is believed. Raises UserError where two
+    shards hold the same sample, or two entries speak of different files.
+    """
+    shards: dict[str, Shard] = {}
+    owners: dict[SampleKey, str] = {}
+    for entry in (entry for manifest in manifests for entry in manifest["files"]):
+        shard = Shard.from_json(entry)
+        known = shards.setdefault(shard.filename, shard)
+        if known.crc32c != shard.crc32c:
+            raise UserError(
+                f"two manifests speak of different files {shard.filename}: not one run's shards"
+            )
+        if shard.uploaded:
+            shards[shard.filename] = shard
+    for name, shard in shards.items():
+        for key in shard.samples:
+            if (other := owners.setdefault(key, name)) != name:
+                raise UserError(
+                    f"{other} and {name} both hold {sample_name(key)}: not one run's shards"
+                )
+    return shards
+
+
+def union_of(manifests: dict[str, Manifest]) -> Manifest:
     """File name -> manifest of one run, to one manifest.
 
     Of `metadata.json`, where there is one, the settings, status and extra entries are kept. Raises
     UserError when two shards hold the same sample.
     """
     ordered = [manifests[name] for name in sorted(manifests, key=lambda name: (len(name), name))]
-    files: dict[str, dict[str, Any]] = {}
-    for entry in (entry for manifest in ordered for entry in manifest["files"]):
-        known = files.setdefault(entry["filename"], entry)
-        if entry["uploaded"] or known.get("elsewhere"):
-            files[entry["filename"]] = entry
-    owners: dict[SampleKey, str] = {}
-    for name, entry in files.items():
-        for key in map(tuple, entry["samples"]):
-            if (other := owners.setdefault(key, name)) != name:
-                raise UserError(
-                    f"{other} and {name} both hold {sample_name(key)}: not one run's shards"
-                )
-    skipped = {sample_key(s): s for m in ordered for s in m["skipped"]}
     merged = manifests.get("metadata.json")
-    parts = [m for m in ordered if m is not merged]
+    parts = [manifest for manifest in ordered if manifest is not merged]
+    skipped = {sample_key(entry): entry for manifest in ordered for entry in manifest["skipped"]}
     seconds, compile_seconds, tokens = map(max, zip(*map(timing, ordered), strict=True))
     tokens = max(tokens, sum(timing(part)[2] for part in parts))  # processes run side by side
-    complete = all(m["status"] == "complete" for m in ([merged] if merged else parts))
+    complete = all(part["status"] == "complete" for part in ([merged] if merged else parts))
+    shards = shards_of(ordered).values()
     return {
         **ordered[0],
         "status": "complete" if complete else "running",
-        **totals(list(files.values())),
+        **totals(shards),
         "seconds": seconds,
         "compile_seconds": compile_seconds,
         "tokens_per_second": tokens / seconds if seconds else 0.0,
         "skipped": list(skipped.values()),
-        "files": list(files.values()),
+        "files": [shard.to_json() for shard in shards],
     }
 
 
-def resumable_run(
-    folder: Path, manifests: dict[str, Manifest], settings: dict[str, Any], resume: bool
-) -> Manifest | None:
-    """The run that `folder` holds, once it is sure that it can be continued; None for no run.
-
-    manifests: of the folder, and of what is known of the run from elsewhere. Raises UserError
-    without `resume`, and when settings differ or shards are missing.
-    """
-    there = folder.exists() and any(name == stem(name) for name in os.listdir(folder))
-    if not there and not manifests:
-        return None
-    if not manifests:
-        raise UserError(
-            f"{folder} holds files of a run but no metadata.json: put that back and --resume, "
-            "replace the run with --overwrite, or choose another folder"
-        )
-    run = merge_manifests(manifests)
-    if not resume:
-        raise UserError(
-            f"{folder} holds a run ({run['status']}, {run['total_samples']} samples): "
-            "--resume continues it, --overwrite replaces it"
-        )
-    if changes := differences({key: run.get(key) for key in settings}, settings):
-        raise UserError(
-            f"cannot resume {folder} with other settings: {some(changes)}; go back to the former, "
-            "choose another folder, or --overwrite"
-        )
-    if damaged := [entry["filename"] for entry in run["files"] if not _is_there(folder, entry)]:
-        raise UserError(
-            f"cannot resume {folder}, shards are missing or damaged: {some(damaged)}; put them "
-            "back, or --overwrite"
-        )
-    return run
-
-
-def _is_there(folder: Path, entry: dict[str, Any]) -> bool:
-    path = folder / entry["filename"]
-    if entry.get("elsewhere"):  # in the folder of another process, which looks after it
-        return True
-    return path.stat().st_size == entry["size_bytes"] if path.is_file() else entry["uploaded"]
-
-
-def totals(files: list[dict[str, Any]]) -> dict[str, int]:
+def totals(shards: Iterable[Shard]) -> dict[str, int]:
     """The manifest entries that sum up its files."""
+    shards = list(shards)
     return {
-        "total_samples": sum(entry["num_samples"] for entry in files),
-        "total_batches": len(files),
-        "total_tokens": sum(entry["num_tokens"] for entry in files),
-        "float16_overflows": sum(entry["float16_overflows"] for entry in files),
+        "total_samples": sum(shard.num_samples for shard in shards),
+        "total_batches": len(shards),
+        "total_tokens": sum(shard.num_tokens for shard in shards),
+        "float16_overflows": sum(shard.float16_overflows for shard in shards),
+        "non_finite": sum(shard.non_finite for shard in shards),
     }
 
 
@@ -173,10 +215,22 @@ def timing(manifest: Manifest) -> tuple[float, float, float]:
     return seconds, compile_seconds, rate * seconds
 
 
+def changed_settings(manifest: Manifest, settings: Mapping[str, Any]) -> list[str]:
+    """What a resumed run was asked to do otherwise than `manifest` says; see `differences`."""
+    return differences({key: manifest.get(key) for key in settings}, dict(settings))
+
+
 def differences(was: Any, now: Any, name: str = "") -> list[str]:
-    """`model.hash was 'a', is 'b'` for each entry that differs; keys named `path` do not count."""
+    """`model.hash was 'a', is 'b'` for each entry that differs; keys named `path` do not count.
+
+    An entry that is not there is one that is empty. Those of _LATER are compared where both sides
+    have them: manifests of earlier versions do not say what they were.
+    """
     if not isinstance(was, dict) or not isinstance(now, dict):
-        return [] if was == now else [f"{name} was {was!r:.80}, is {now!r:.80}"]
+        unknown = name in _LATER and None in (was, now)
+        if was == now or unknown or (was in _EMPTY and now in _EMPTY):
+            return []
+        return [f"{name} was {was!r:.80}, is {now!r:.80}"]
     return [
         change
         for key in {**was, **now}
@@ -185,27 +239,29 @@ def differences(was: Any, now: Any, name: str = "") -> list[str]:
     ]
 
 
-def read_answers(folder: str | Path, all_here: bool = True) -> dict[SampleKey, dict[str, Any]]:
-    """The answer to every sample that the manifest lists, from the journals of all processes.
+def read_answers(folder: str | Path) -> dict[SampleKey, dict[str, Any]]:
+    """The answer to every sample that the manifest lists, from the journals of all processes."""
+    return answers_to(folder, shards_of(read_manifests(folder).values()).values())
 
-    all_here: raise UserError for those whose journal is in another process's folder.
+
+def answers_to(folder: str | Path, shards: Iterable[Shard]) -> dict[SampleKey, dict[str, Any]]:
+    """The answers to the samples of these shards, from the journals in their folder.
+
+    Raises UserError where one is missing.
     """
     journals: dict[str, dict[SampleKey, dict[str, Any]]] = {}
     answers = {}
-    for entry in read_manifest(folder)["files"]:
-        host = owner_of(entry["filename"])
-        journal = Path(folder) / f"answers{host}.jsonl"
-        if entry.get("elsewhere") and not all_here and not journal.exists():
-            continue
-        if host not in journals:
-            journals[host] = _read_journal(journal)
-        for key in map(tuple, entry["samples"]):
-            if key not in journals[host]:
+    for shard in shards:
+        journal = Path(folder) / journal_name(shard.owner)
+        if shard.owner not in journals:
+            journals[shard.owner] = _read_journal(journal)
+        for key in shard.samples:
+            if key not in journals[shard.owner]:
                 raise UserError(
                     f"{journal} lacks the answer to {sample_name(key)}: put the file back, or "
                     "--overwrite"
                 )
-            answers[key] = journals[host][key]
+            answers[key] = journals[shard.owner][key]
     return answers
 
 

@@ -10,18 +10,18 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from utils.cli import command_to_resume
 from utils.errors import UserError, some
-from utils.shards.manifest import MANIFEST
-from utils.shards.writer import ShardWriter
-from utils.store.bucket import BucketFolder, Damaged, Receipt, Stopped, opened, within
+from utils.shards.manifest import JOURNAL, MANIFEST, Shard, journal_name, whole_size
+from utils.shards.writer import RunFolder
+from utils.store.bucket import BucketFolder, Damaged, Receipt, Stopped, opened
+from utils.store.deadline import within
 from utils.store.local import checksum
 
 THREADS = 4  # each holds a chunk of 8 MiB, twice for a file that goes in one request
@@ -30,87 +30,76 @@ MANIFEST_SECONDS = 1.0  # between two writes of one object, which a bucket asks 
 MAX_MANIFEST_SECONDS = 60.0  # the same, at most, of a manifest that took long to send
 CLAIM_SECONDS = 120
 LAST_SECONDS = 5  # for the last files, at least, also where the shards took all of the time
-STOP_SECONDS = 15  # for uploads after a signal; a process is to be gone after 20
 PATIENCE_SECONDS = 10  # before trouble is spoken of, and then once in
 TELL_SECONDS = 60
 
 log = logging.getLogger(__name__)
+Check = Callable[[], None]  # called time and again; what it raises ends a wait
 
 
 class Uploads:
-    """Of a run that goes to no bucket: nothing to do, ever. See `BucketUploads`."""
+    """Of a run that goes to no bucket: nothing to do, ever. What each verb is for:"""
 
-    num_bytes = 0
-    waited = 0.0
-    receipts: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (never written to)
+    num_bytes, waited = 0, 0.0
+    receipts: Mapping[str, dict] = {}
 
-    def start(self) -> None:
-        """Takes the prefix for this process's own, and begins to send."""
-
-    def make_room(self) -> None:
-        """Waits while more than enough shards wait for the network."""
-
-    def check(self) -> None:
-        """Raises UserError when an upload failed for good."""
-
-    def drain(self, check: Callable[[], None]) -> None:
-        """Returns when the bucket holds every shard, and raises UserError when it does not.
-
-        check: called time and again; what it raises ends the wait.
-        """
-
-    def finish(self, check: Callable[[], None], *paths: Path) -> None:
-        """Sends what a run ends with, in this order."""
-
-    def holds(self, entries: list[dict[str, Any]], *paths: Path) -> bool:
-        """Whether there is nothing to send."""
+    def holds(self, *paths: Path) -> bool:
+        """Whether the bucket has the shards, and these files as they are now."""
         return True
 
-    def release(self) -> None:
-        """The run ends early: nobody waits for room from here on."""
+    def start(self) -> None:
+        """Takes the prefix for this run's own, and begins to send."""
 
-    def stop(self) -> None:
-        """Sends what it can within STOP_SECONDS of `release`, and says what is left."""
+    def wait_for_room(self, check: Check) -> None:
+        """Takes what was sealed, and waits while too many shards wait for the network."""
 
-    def close(self) -> None:
-        """Ends the threads, as soon as the request at hand is over."""
+    def check(self) -> None:
+        """Raises UserError when an upload failed for good; so do all that wait."""
+
+    def drain(self, check: Check) -> None:
+        """Returns when the bucket holds every shard, and raises UserError when it does not."""
+
+    def send(self, check: Check, *paths: Path) -> None:
+        """Sends what a run ends with, in this order."""
+
+    def stop(self, seconds: float) -> None:
+        """Sends what it can within so long, says what is left, and ends."""
 
 
 class BucketUploads(Uploads):
-    """Sends what `writer` seals to `bucket`.
+    """Sends to `bucket` the shards that `folder` speaks for, and those that it seals.
 
-    known: receipts of objects that were there before. max_pending_bytes: of shards that may wait.
-    timeout: seconds for what is left at the end, and seconds that a full backlog may stand still.
-    claim: name of the manifest by which this process takes the prefix. joint_files: of the first of
-        several, which takes `metadata.json` besides: what the bucket lists already. shards: whether
-        they are sent, or only what the run ends with.
-    num_bytes: sent so far, of all kinds. waited: seconds that computing waited. receipts:
-        of the shards, as the manifest has them.
+    sent_before: receipts of those that the bucket holds. there: of all its objects.
+    max_pending_bytes: of shards that may wait. timeout: seconds for what is left at the end, and
+    seconds that a full backlog may stand still. listed: shards that the bucket's manifests list,
+    for the `metadata.json` by which the first of several processes takes the prefix. shards:
+    whether they are sent, or only what the run ends with.
+
+    num_bytes: sent so far, of all kinds. waited: seconds that computing waited. receipts: of the
+    shards, as the manifest has them.
     """
 
     def __init__(
         self,
         bucket: BucketFolder,
-        writer: ShardWriter,
-        known: dict[str, Receipt],
+        folder: RunFolder,
+        sent_before: Mapping[str, Receipt],
+        there: Mapping[str, Receipt],
         *,
         max_pending_bytes: float,
         timeout: float,
         delete_after_upload: bool = False,
-        claim: str,
-        joint_files: list[dict[str, Any]] | None = None,
+        listed: Collection[Shard] = (),
         shards: bool = True,
     ):
-        self.bucket, self.writer = bucket, writer
-        self.num_bytes = 0
-        self.waited = 0.0
-        self.receipts: dict[str, dict[str, Any]] = {}
-        self._there = dict(known)
+        self.bucket, self.folder = bucket, folder
+        self.num_bytes, self.waited = 0, 0.0
+        self.receipts = {name: asdict(receipt) for name, receipt in sent_before.items()}
+        self._sent_before, self._there = dict(sent_before), dict(there)
         self._max_pending, self._timeout = max_pending_bytes, timeout
-        self._deletes, self._claim, self._shards = delete_after_upload, claim, shards
-        self._joint_files = joint_files
+        self._deletes, self._shards, self._joint = delete_after_upload, shards, list(listed)
         self._changed = threading.Condition()  # of what follows
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         self._sizes: dict[str, int] = {}  # of what is sealed and not in the bucket's manifest
         self._pending: dict[str, int] = {}  # of what fills the disk until it is sent
         self._new: dict[str, Receipt] = {}  # sent, and not in a manifest
@@ -119,17 +108,15 @@ class BucketUploads(Uploads):
         self._trouble, self._told, self._healthy = "", float("-inf"), time.monotonic()
         self._told_waiting = float("-inf")
         self._deadline = 0.0  # of what is sent after the last sample
-        self._stop_by: float | None = None
+        self._given_up = False  # the time for what is left is over
         self._stopping, self._hurry = threading.Event(), threading.Event()
+        self._threads = {"stopping": self._stopping, "trouble": self._tell}
 
     # ------------------------------------------------------------------------- the run's side
 
     def start(self) -> None:
-        files = self.writer.files
-        known = {e["filename"]: self._there.get(e["filename"]) for e in files}
-        self.receipts = {name: asdict(receipt) for name, receipt in known.items() if receipt}
-        if self.receipts:
-            self.writer.record_uploads(self.receipts)
+        if self.receipts and self._shards:
+            self.folder.record(self.receipts)
         within(
             CLAIM_SECONDS,
             self._take_prefix,
@@ -137,88 +124,94 @@ class BucketUploads(Uploads):
                               f"{self._trouble}; check the network, then --resume", exit_code=1),
         )  # fmt: skip
         if self._shards:
-            for entry in files:
-                if entry["filename"] not in self.receipts:
-                    self.submit(entry)
-            self.writer.on_sealed = self.submit
+            for name in sorted(self.folder.speaks_for - self.receipts.keys()):
+                self._submit(self.folder.shards[name])
         if self._deletes:  # what an earlier run sent and left
-            for entry in filter(self._is_left, files):
-                self._sizes[entry["filename"]] = entry["size_bytes"]
-                self._new[entry["filename"]] = self._there[entry["filename"]]
+            for name in filter(self._is_left, self._sent_before):
+                self._sizes[name] = self.folder.shards[name].size_bytes
+                self._new[name] = self._sent_before[name]
         for name, work in [("manifests", self._keep_manifest)] + [("upload", self._send)] * THREADS:
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True).start()
 
-    def holds(self, entries: list[dict[str, Any]], *paths: Path) -> bool:
-        """Whether the bucket holds these shards, and these files as they are now."""
+    def holds(self, *paths: Path) -> bool:
         for path in paths:
-            there = self._there.get(path.name)
-            if there is None or not path.exists():
+            if path.name not in self._there or not path.exists():
                 return False
+            size = whole_size(path)
             with open(path, "rb") as file:
-                if not there.holds(path.stat().st_size, checksum(file)):
+                if not self._there[path.name].holds(size, checksum(file, size)):
                     return False
-        if self._deletes and any(map(self._is_left, entries)):
+        if self._deletes and any(map(self._is_left, self._sent_before)):
             return False
-        return all(entry["filename"] in self._there for entry in entries)
+        return not self._shards or self.folder.speaks_for <= self._sent_before.keys()
 
-    def _is_left(self, entry: dict[str, Any]) -> bool:
-        """Whether a shard that the bucket holds is still on the disk."""
-        name = entry["filename"]
-        return name in self._there and (self.writer.folder / name).exists()
+    def _is_left(self, name: str) -> bool:
+        return (self.folder.path / name).exists()
 
-    def submit(self, entry: dict[str, Any]) -> None:
+    def _submit(self, shard: Shard) -> None:
         with self._changed:
-            self._sizes[entry["filename"]] = entry["size_bytes"]
-            self._pending[entry["filename"]] = entry["size_bytes"]
-        self._queue.put(entry)
+            self._sizes[shard.filename] = self._pending[shard.filename] = shard.size_bytes
+        self._queue.put(shard)
 
-    def make_room(self) -> None:
-        begin = still = time.monotonic()
-        sent = self.num_bytes, self.bucket.num_chunks
+    def _take_sealed(self) -> None:
+        while self._shards and self.folder.sealed:
+            self._submit(self.folder.sealed.popleft())
+
+    def wait_for_room(self, check: Check) -> None:
+        self._take_sealed()
+        begin, still, sent = time.monotonic(), time.monotonic(), self._progress()
         with self._changed:
             if self._has_room():
-                return
+                return self.check()
             if begin > self._told_waiting + TELL_SECONDS:
                 self._told_waiting = begin
                 log.info(
                     "computing waits for the network: %.2f GB of shards wait to be uploaded",
                     sum(self._pending.values()) / 1e9,
                 )
-            while not self._has_room():
-                self._changed.wait(0.5)
-                if sent != (now := (self.num_bytes, self.bucket.num_chunks)):
-                    sent, still = now, time.monotonic()
-                if time.monotonic() - still > self._timeout:
-                    self._stop_by = time.monotonic()
-                    waiting = sum(self._pending.values()) / 1e9
-                    raise UserError(
-                        f"nothing could be uploaded to {self.bucket} for {self._timeout:g} s, while"
-                        f" {waiting:.2f} GB wait ({self._trouble or 'no answer'}); they are intact "
-                        f"in {self.writer.folder}. To go on: {command_to_resume()}",
-                        exit_code=1,
-                    )
+        while not self._settled_or(self._has_room, 0.5):
+            check()
+            if sent != (now := self._progress()):
+                sent, still = now, time.monotonic()
+            if time.monotonic() - still > self._timeout:
+                self._given_up = True
+                waiting = sum(self._pending.values()) / 1e9
+                raise UserError(
+                    f"nothing could be uploaded to {self.bucket} for {self._timeout:g} s, while"
+                    f" {waiting:.2f} GB wait ({self._trouble or 'no answer'}); they are intact "
+                    f"in {self.folder.path}. To go on: {command_to_resume()}",
+                    exit_code=1,
+                )
         self.waited += time.monotonic() - begin
+        self.check()
+
+    def _progress(self) -> int:  # grows also as a shard that takes long is sent
+        return self.num_bytes + self.bucket.bytes_read
 
     def _has_room(self) -> bool:
-        ending = self._stopping.is_set() or self._hurry.is_set() or self._failure is not None
-        return ending or sum(self._pending.values()) <= self._max_pending
+        return sum(self._pending.values()) <= self._max_pending
+
+    def _settled_or(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Whether that holds, or an upload failed for good, after at most so long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: condition() or self._failure is not None, seconds)
 
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def drain(self, check: Callable[[], None]) -> None:
+    def drain(self, check: Check) -> None:
+        self._take_sealed()
         deadline = self._deadline = time.monotonic() + self._timeout
         self._hurry.set()
-        with self._changed:
-            total = sum(self._sizes.values())
+        total = sum(self._left().values())
         if total:
             with tqdm(total=total, unit="B", unit_scale=True, desc="uploading") as bar:
-                while not self._settled(0.2) and time.monotonic() < deadline:
+                while not self._is_sent(0.2) and time.monotonic() < deadline:
                     check()
                     bar.update(total - sum(self._left().values()) - bar.n)
                 bar.update(total - sum(self._left().values()) - bar.n)
-        self._stop_by = time.monotonic()
+        self._given_up = True
         self.check()
         problems = [
             f"{words} (restore the file, or start again with another --activations_dir and prefix)"
@@ -228,13 +221,13 @@ class BucketUploads(Uploads):
             problems.append(
                 f"{_shards(left)} could not be uploaded to {self.bucket} within {self._timeout:g} s"
                 f" ({self._trouble or 'too slow'}): {some(sorted(left))}; what is left is intact in"
-                f' {self.writer.folder}, where metadata.json says "uploaded": false'
+                f' {self.folder.path}, where metadata.json says "uploaded": false'
             )
         if problems:
             way_on = f". To send the rest: {command_to_resume()}" if left else ""
             raise UserError("; ".join(problems) + way_on, exit_code=1)
 
-    def finish(self, check: Callable[[], None], *paths: Path) -> None:
+    def send(self, check: Check, *paths: Path) -> None:
         def late() -> UserError:
             return UserError(
                 f"{some([path.name for path in paths])} could not be uploaded to {self.bucket} "
@@ -243,43 +236,33 @@ class BucketUploads(Uploads):
                 exit_code=1,
             )
 
-        def send() -> None:
+        def put() -> None:
             for path in paths:
-                self._put(path, path.stat().st_size)
+                self._put(path, whole_size(path))
 
-        within(max(LAST_SECONDS, self._deadline - time.monotonic()), send, late, check)
+        within(max(LAST_SECONDS, self._deadline - time.monotonic()), put, late, check)
 
-    def release(self) -> None:
-        self._stop_by = self._stop_by or time.monotonic() + STOP_SECONDS
+    def stop(self, seconds: float) -> None:
+        self._take_sealed()
+        deadline = time.monotonic() + (0 if self._given_up else seconds)
         self._hurry.set()
-        with self._changed:
-            self._changed.notify_all()
-
-    def close(self) -> None:
+        if (left := self._left()) and not self._given_up:
+            log.info("sending %s for up to %d s", _shards(left), seconds)
+        while not self._is_sent(0.1) and time.monotonic() < deadline:
+            pass
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
         for _ in range(THREADS):
             self._queue.put(None)
-
-    def stop(self) -> None:
-        self.release()
-        if (left := self._left()) and self._stop_by > time.monotonic():
-            log.info("sending %s for up to %d s", _shards(left), STOP_SECONDS)
-        while not self._settled(0.1) and time.monotonic() < self._stop_by:
-            pass
-        self._stopping.set()
         if left := self._left():
             log.info(
                 "on this disk, and not yet in %s: %s; --resume sends the rest",
                 *(self.bucket, _shards(left)),
             )
 
-    def _settled(self, seconds: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: not self._left() or self._failure is not None, seconds
-            )
+    def _is_sent(self, seconds: float) -> bool:
+        return self._settled_or(lambda: not self._left(), seconds)
 
     def _left(self) -> dict[str, int]:
         with self._changed:
@@ -299,17 +282,11 @@ class BucketUploads(Uploads):
 
     def _send(self) -> None:
         """Shards, one after the other, for as long as the process lives."""
-        while entry := self._queue.get():
-            name, size = entry["filename"], entry["size_bytes"]
+        while shard := self._queue.get():
+            name, size = shard.filename, shard.size_bytes
             try:
-                receipt = self.bucket.put(
-                    self.writer.folder / name,
-                    name,
-                    size,
-                    entry["crc32c"],
-                    stopping=self._stopping,
-                    trouble=self._tell,
-                )
+                path, threads = self.folder.path / name, self._threads
+                receipt = self.bucket.put(path, name, size, shard.crc32c, **threads)
             except Damaged as error:
                 log.error("%s", error)
                 with self._changed:
@@ -337,7 +314,7 @@ class BucketUploads(Uploads):
                 return
             begin = time.monotonic()
             receipts = {name: asdict(receipt) for name, receipt in new.items()}
-            self.writer.record_uploads(receipts)
+            self.folder.record(receipts)
             self.receipts |= receipts
             self._send_manifest()
             if self._deletes:
@@ -353,20 +330,23 @@ class BucketUploads(Uploads):
 
     def _take_prefix(self) -> None:
         """By `metadata.json`, whatever the number of processes, and this process's manifest."""
-        if self._joint_files is not None:
-            manifest = self.writer.bucket_manifest((), self._joint_files)[0]
+        folder = self.folder
+        if folder.writer.owner and folder.writer.index == 0:
+            manifest = folder.manifest_of((), self._joint)[0]
             self._put(manifest, len(manifest), "metadata.json", always=True)
-        self._send_manifest(always=True)
+        owners = {folder.shards[name].owner for name in folder.speaks_for} - {folder.writer.owner}
+        for path in (folder.path / journal_name(owner) for owner in sorted(owners)):
+            if self._shards and path.exists():  # of processes that take no part: it does not change
+                self._put(path, whole_size(path))
+        if self._shards or not folder.writer.owner:
+            self._send_manifest(always=True)
 
     def _send_manifest(self, always: bool = False) -> None:
         """The answers first, so that none is missing that the manifest speaks of."""
-        manifest, journal_bytes = self.writer.bucket_manifest(self.receipts)
-        if self._shards:
-            for path in self.writer.other_journals() if always else ():  # which do not change
-                self._put(path, path.stat().st_size)
-            if self.receipts:
-                self._put(self.writer.journal_path, journal_bytes)
-        self._put(manifest, len(manifest), self._claim, always)
+        manifest, journal_bytes = self.folder.manifest_of(self.receipts)
+        if self._shards and self.receipts:
+            self._put(self.folder.journal_path, journal_bytes)
+        self._put(manifest, len(manifest), self.folder.manifest_path.name, always)
 
     def _put(self, source: Path | bytes, size: int, name: str = "", always: bool = False) -> None:
         """Sends what changes in the course of a run, unless the bucket holds just that."""
@@ -376,22 +356,23 @@ class BucketUploads(Uploads):
         there = self._there.get(name)
         if there and there.holds(size, crc32c) and not always:
             return
+        if there and JOURNAL.fullmatch(name) and size < there.size:
+            raise UserError(
+                f"{source} holds fewer answers than {self.bucket.uri_of(name)}: put the file back, "
+                "or take the one of the bucket",
+                exit_code=1,
+            )
+        replaces = there.generation if there else 0
+        exclusive = bool(MANIFEST.fullmatch(name))
         self._there[name] = self.bucket.put(
-            source,
-            name,
-            size,
-            crc32c,
-            replaces=there.generation if there else 0,
-            exclusive=bool(MANIFEST.fullmatch(name)),
-            stopping=self._stopping,
-            trouble=self._tell,
+            source, name, size, crc32c, replaces=replaces, exclusive=exclusive, **self._threads
         )
         with self._changed:
             self._count(size)
 
     def _delete(self, receipts: dict[str, Receipt]) -> None:
         for name, receipt in receipts.items():
-            path = self.writer.folder / name
+            path = self.folder.path / name
             if not path.exists():
                 continue
             try:

@@ -1,26 +1,28 @@
-"""Shard files of a run: filling, closing, committing, resuming.
+"""The folder of a run, as one process writes to it: filling, closing, committing, resuming.
 
 A kill at any moment leaves a manifest whose every shard is whole, and perhaps files that no
 manifest lists; those are not part of the run. Knows nothing of models, meshes or buckets.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from utils.arc.tasks import SampleKey
 from utils.errors import UserError
+from utils.shards.filling import OpenShard
+from utils.shards.held import Mode, Writer, held_in
 from utils.shards.items import (
     CELL_COLUMNS,
-    array_bytes,
     dump,
     float16_overflows,
+    non_finite_rows,
     sample_key,
     sample_name,
     shard_bytes,
@@ -30,258 +32,266 @@ from utils.shards.manifest import (
     FORMAT_VERSION,
     SHARD,
     Manifest,
+    Shard,
+    journal_name,
+    manifest_name,
     owner_of,
-    read_manifests,
-    resumable_run,
     stem,
     timing,
     totals,
+    union_of,
+    whole_size,
 )
-from utils.store.local import Sink, check_writable, free_bytes, json_lines, replacing, write_json
+from utils.store.local import (
+    Sink,
+    check_writable,
+    free_bytes,
+    json_lines,
+    replacing,
+    to_json,
+    write_json,
+)
+from utils.store.locks import locked_file
 
 
-class OpenShard:
-    """The shard being filled, and the one rule, the dry run's too, of when it is closed.
-
-    That is after `save_every_n_samples` samples, and before an item that would push its arrays past
-    `max_shard_mb` megabytes (10^6 bytes); an item larger than that has a shard of its own.
-    """
-
-    def __init__(self, save_every_n_samples: int | None, max_shard_mb: float):
-        self._max_samples = save_every_n_samples or float("inf")
-        self._max_bytes = max_shard_mb * 1e6
-        self.clear()
-
-    def clear(self) -> None:
-        self.items: list[dict[str, Any]] = []
-        self._bytes = 0
-
-    def lacks_room_for(self, item: dict[str, Any]) -> bool:
-        return bool(self.items) and self._bytes + array_bytes(item) > self._max_bytes
-
-    def append(self, item: dict[str, Any]) -> None:
-        self.items.append(item)
-        self._bytes += array_bytes(item)
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.items) >= self._max_samples
-
-
-def planned_shards(
-    items: Iterable[dict[str, Any] | None],
-    activation_dtype: str,
-    save_every_n_samples: int | None,
-    max_shard_mb: float,
-) -> Iterator[tuple[int, int]]:
-    """(samples, file size in bytes) of each shard that `ShardWriter` would make of `items`.
-
-    Arrays of `np.zeros` in the stored dtype take no memory. None stands for a `close_shard()`.
-    """
-    shard = OpenShard(save_every_n_samples, max_shard_mb)
-    for item in itertools.chain(items, [None]):
-        if item is not None:
-            item = stored_item(item, activation_dtype)
-        if shard.items and (item is None or shard.lacks_room_for(item)):
-            yield len(shard.items), shard_bytes(shard.items)
-            shard.clear()
-        if item is not None:
-            shard.append(item)
-            if shard.is_full:
-                yield len(shard.items), shard_bytes(shard.items)
-                shard.clear()
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """What is known of a run from outside of its folder.
-
-    manifests: file name -> manifest; of what it lists, this process is to look after. names: of
-    files there, whose numbers are taken. journals: file name -> content, of the answers to those.
-    listed: entries of all shards that are listed there.
-    """
-
-    manifests: dict[str, Manifest] = field(default_factory=dict)
-    names: Collection[str] = ()
-    journals: dict[str, bytes] = field(default_factory=dict)
-    listed: list[dict[str, Any]] = field(default_factory=list)
-
-
-class ShardWriter:
+class RunFolder:
     """One process's shards, answers and manifest in the folder of a run.
 
-    The constructor only checks; `start` is the first to change anything, so that whatever else can
-    fail before a run begins leaves an older run as it is. `add`, `close_shard` and `finish` are for
-    one thread at a time, shielded from signals; `record_uploads` and `bucket_manifest` for another.
+    The constructor takes the lock and reads; it changes nothing, and leaving the `with` block
+    before `begin` leaves nothing behind. `clear` removes what is not part of the run, and `begin`
+    writes the first manifest: of several processes each calls the one, and when all have, the
+    other. Then `add`, `seal` and `finish` are for one thread; `record` and `manifest_of` for others
+    besides.
 
     settings: top-level manifest entries that decide what is computed (`model`, `dataset`, `prompt`,
         `activations`, ...), nested dicts; a resumed run must have the same, but for keys named
         `path`. facts: entries that a resumed run may change (`arguments`, `versions`, `devices`,
         `mesh_shape`, `processes`).
-    elsewhere: what a bucket holds of the run, and this folder does not.
-    host: this process's number among `num_hosts`, None for the only one. In a folder that several
-        share every process constructs, then the one that leads starts, then the others.
-    done: samples of the shards in this folder, and those added since. hosts: processes that wrote
-        some of them. here: manifest entries of them; files: of those that this process looks after.
-    continues: a run that the folder holds is resumed. complete: that run is; there is nothing to
-        start. on_sealed: called with the entry of each new shard, once it is in the manifest.
-    Raises UserError, exit code 2 from the constructor, 1 from `start` on when the disk fails.
+    restored: file name -> content of manifests and journals that a bucket holds and the folder has
+        lost. taken: names of shards that are not to be given again.
+
+    held: what was there. shards: all shards that this process knows of, by file name; done: their
+    samples, and those added since. sealed: the shards that were committed, for `Uploads` to take.
+    Raises UserError, exit code 2 from the constructor, 1 from `clear` on when the disk fails.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        path: str | Path,
         settings: dict[str, Any],
         facts: dict[str, Any],
         *,
+        mode: Mode = "new",
+        writer: Writer | None = None,
         activation_dtype: str = "float16",
         save_every_n_samples: int | None = None,
         max_shard_mb: float = 512,
-        resume: bool = False,
-        overwrite: bool = False,
-        host: int | None = None,
-        num_hosts: int = 1,
-        elsewhere: Elsewhere | None = None,
+        restored: Mapping[str, bytes] | None = None,
+        taken: Collection[str] = (),
     ):
-        if resume and overwrite:
-            raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
-        self.folder, self.host = Path(folder), host
+        self.path, self.writer, self.mode = Path(path), writer or Writer(), mode
         self.activation_dtype = activation_dtype
-        self._overwrite = overwrite
-        self._suffix = "" if host is None else f"_host{host:03d}"
-        self._others = {f"_host{i:03d}" for i in range(num_hosts)} if host is not None else set()
-        self.manifest_path = self.folder / f"metadata{self._suffix}.json"
-        self.journal_path = self.folder / f"answers{self._suffix}.jsonl"
         settings = json.loads(json.dumps(settings))  # as the manifest gives them back
         self._static = {**facts, **settings}
+        self._restored = dict(restored or {})
         self._open = OpenShard(save_every_n_samples, max_shard_mb)
         self._answers: list[str] = []  # journal lines of the open shard
         self._timing = (0.0, 0.0, 0.0)
+        self._status, self._extra = "running", {}
+        self._skipped: list[dict[str, Any]] = []
         self._failure: UserError | None = None
-        self._lock = threading.RLock()
-        self.elsewhere = elsewhere or Elsewhere()
-        self._extra: dict[str, Any] = {}
-        self.on_sealed: Callable[[dict[str, Any]], None] = lambda entry: None
+        self._stamp: tuple[int, ...] = ()  # of the manifest as this process left it
+        self._commits = threading.RLock()
+        self.sealed: deque[Shard] = deque()
+        check_writable(self.path)
+        held_in(self.path, settings, mode, self._restored)  # refused before a file is made
+        self._locks = contextlib.ExitStack()
+        try:
+            self._take_lock()
+            self.held = held_in(self.path, settings, mode, self._restored)
+        except BaseException:
+            self.close()
+            raise
+        self.shards = dict(self.held.shards)
+        self.speaks_for = frozenset(self.shards)
+        own = self.held.manifests.get(self.manifest_path.name)
+        self._listed = set(self.shards)  # by the only process; one of several lists its own
+        if self.writer.owner:
+            self._listed = {entry["filename"] for entry in own["files"]} if own else set()
+        self._earlier = timing(own or {})
+        if own is None and self.writer.index == 0 and self.held.manifests:  # of other processes
+            self._earlier = timing(union_of(self.held.manifests))
+        self._next_number = 1 + max(self._numbers([*self.shards, *taken]), default=0)
+        self.done: set[SampleKey] = set()
+        self.settle(self.held.missing if self.writer.count == 1 else ())
 
-        check_writable(self.folder)
-        manifests = read_manifests(self.folder) if self.folder.exists() else {}
-        manifests = {**self.elsewhere.manifests, **manifests}
-        run = None if overwrite else resumable_run(self.folder, manifests, settings, resume)
-        self.continues = run is not None
-        run = run or {"status": "running", "files": []}
-        own = {} if overwrite else manifests.get(self.manifest_path.name, {})
-        earlier = run if host is None else own
-        self.complete = run["status"] == "complete"
-        # Those in the folders of other processes are theirs to look after.
-        here = self.here = [entry for entry in run["files"] if not entry.get("elsewhere")]
-        owners = {owner_of(entry["filename"]) for entry in here} - {""}
-        self.hosts = sorted(int(owner.removeprefix("_host")) for owner in owners)
-        self._listed = {entry["filename"] for entry in run["files"]}
-        self.done: set[SampleKey] = {tuple(key) for entry in here for key in entry["samples"]}
-        taken = filter(SHARD.fullmatch, {*self._listed, *self.elsewhere.names})
-        named = [SHARD.fullmatch(name).groups() for name in taken]
-        numbers = [int(number) for suffix, number in named if (suffix or "") == self._suffix]
-        self._next_number = 1 + max(numbers, default=0)
-        self.files: list[dict[str, Any]] = [
-            entry for entry in earlier.get("files", []) if not entry.get("elsewhere")
-        ]
-        self._skipped: list[dict[str, Any]] = earlier.get("skipped", [])
-        first = host == 0 and not own  # of several, after a run of one
-        self._earlier = timing(run if first and "seconds" in run else earlier)
+    # ------------------------------------------------------------------------------ opening
 
-    def start(self, leads: bool = True) -> None:
-        """Clear away what is not part of the run, and write the first manifest.
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / manifest_name(self.writer.owner)
 
-        leads: the first, or only, process that writes to this folder, which clears away after
-        processes that take no part any more.
-        """
+    @property
+    def journal_path(self) -> Path:
+        return self.path / journal_name(self.writer.owner)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the locks back; a folder and journals that were made for them alone go again."""
+        self._locks.close()
+
+    def _take_lock(self) -> None:
+        """Locks this process's journal, and those of processes that take no part any more: one of
+        those may be frozen, and wake."""
+        names = [self.journal_path.name]
+        if self.writer.index == 0 and self.path.exists():
+            journals = [n for n in os.listdir(self.path) if n == stem(n) and n.endswith(".jsonl")]
+            names += [n for n in journals if owner_of(n) not in self.writer.owners]
+        for name in names:
+            self._locks.enter_context(locked_file(self.path / name))
+
+    @property
+    def share(self) -> float:
+        """Of the samples of the run, those that are stored here, by one of the processes that share
+        this folder: their locked journals are in it once all have opened it."""
+        journals = [self.path / journal_name(owner) for owner in self.writer.owners]
+        return sum(map(Path.exists, journals)) / len(journals)
+
+    def _numbers(self, names: Iterable[str]) -> list[int]:
+        """Of this process's shards among `names`."""
+        found = map(SHARD.fullmatch, names)
+        return [int(m[2]) for m in found if m and (m[1] or "") == self.writer.owner]
+
+    def settle(self, lost: Collection[str], speaks_for: Collection[str] | None = None) -> None:
+        """lost: shards that are nowhere any more, whose samples are to be computed again.
+        speaks_for: shards of which this process, and no other, sends answers and entries to the
+        first and bytes to the bucket: its own, and some of processes that take no part any more."""
+        self.shards = {name: s for name, s in self.shards.items() if name not in lost}
+        self._listed -= set(lost)
+        self.speaks_for = frozenset(self.shards if speaks_for is None else speaks_for)
+        self.done = {key for shard in self.shards.values() for key in shard.samples}
+
+    def clear(self) -> None:
+        """Removes what is not part of the run: all of an earlier one that is overwritten, else what
+        a kill left of this process's own files."""
         with self._disk():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in os.listdir(self.folder):
-                if not (whole_name := stem(name)):
+            for name in os.listdir(self.path):
+                whole = stem(name)
+                if not whole:
                     continue
-                owner = owner_of(whole_name)
-                mine = owner == self._suffix or (leads and owner not in self._others)
-                orphan = SHARD.fullmatch(whole_name) and whole_name not in self._listed
-                stale = name != whole_name or orphan
-                if leads if self._overwrite else (mine and stale):
-                    (self.folder / name).unlink()
-            if leads and self.host is not None:  # of processes that take no part any more
-                known = {entry["filename"] for entry in self.files}
-                others = self._others - {self._suffix}
-                self.files += [
-                    entry
-                    for entry in self.here
-                    if entry["filename"] not in known and owner_of(entry["filename"]) not in others
-                ]
-            self._write_journals()
-            self._commit(self.files, "running")
-            with open(self.journal_path, "a+b") as journal:
-                journal.seek(0)  # a line that a kill cut short has no newline
-                self._journal_bytes = journal.read().rfind(b"\n") + 1
+                if self.mode == "overwrite":
+                    of_a_process = owner_of(whole) in self.writer.owners
+                    goes = name != whole or not (of_a_process and whole.endswith(".jsonl"))
+                else:
+                    unlisted = SHARD.fullmatch(whole) and whole not in self.shards
+                    goes = owner_of(whole) == self.writer.owner and (name != whole or unlisted)
+                if goes:
+                    (self.path / name).unlink(missing_ok=True)
+            if self.mode == "overwrite":
+                os.truncate(self.journal_path, 0)
 
-    def _write_journals(self) -> None:
-        """The answers that belong to shards which are in a bucket alone."""
-        for name, content in self.elsewhere.journals.items():
-            if not (self.folder / name).exists():
-                with replacing(self.folder / name) as sink:
-                    sink.write(content)
+    def begin(self, skipped: list[dict[str, Any]] | None = None) -> None:
+        """Writes the first manifest. skipped: see `set_skipped`."""
+        self._skipped = skipped or []
+        with self._disk():
+            for name in sorted(self._restored):  # answers first, and then the list of the shards
+                self._restore(self.path / name, self._restored[name])
+            self._correct_other_manifests()
+            self._commit()
+            self._journal_bytes = whole_size(self.journal_path)
 
-    def other_journals(self) -> list[Path]:
-        """Of processes that take no part any more, and whose shards this one looks after."""
-        owners = sorted({owner_of(entry["filename"]) for entry in self.files})
-        paths = [self.folder / f"answers{owner}.jsonl" for owner in owners]
-        return [path for path in paths if path != self.journal_path and path.exists()]
+    def _restore(self, path: Path, content: bytes) -> None:
+        if path.exists() and path.stat().st_size:
+            return
+        if path.suffix == ".json":
+            with replacing(path) as sink:
+                sink.write(content)
+            return
+        with open(path, "ab") as journal:  # in place, because it is locked
+            journal.write(content)
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def _correct_other_manifests(self) -> None:
+        """What is lost is listed by no manifest of a process that takes no part any more; nor does
+        that of all say that a run is complete which goes on."""
+        for name, manifest in self.held.manifests.items():
+            if owner_of(name) in self.writer.owners:
+                continue
+            files = [entry for entry in manifest["files"] if entry["filename"] in self.shards]
+            status = "running" if name == "metadata.json" else manifest["status"]
+            if (files, status) != (manifest["files"], manifest["status"]):
+                sums = totals(map(Shard.from_json, files))
+                write_json(self.path / name, {**manifest, **sums, "status": status, "files": files})
+
+    # ------------------------------------------------------------------------------ writing
 
     def add(self, item: dict[str, Any], answer: dict[str, Any]) -> None:
         """Take a sample, once; commits a shard whenever one is full.
 
         item: see `utils.shards.items`; its arrays must not be changed afterwards. answer: what
         `predictions.json` is rebuilt from (`utils.arc.scores.answer`). Raises ValueError for a
-        sample that was added before.
+        sample that was added before, and UserError for one of which the model gave no finite row.
         """
         item = stored_item(item, self.activation_dtype)
         key = sample_key(item)
         if key in self.done or key != sample_key(answer):
             name = sample_name(key)
             raise ValueError(f"{name} is stored already, or the answer is another sample's")
-        line = json.dumps(answer) + "\n"
+        rows = sum(map(len, item["activations"].values()))
+        if rows and non_finite_rows(item) == rows:
+            raise UserError(
+                f"{sample_name(key)}: none of its {rows} rows is finite, the model gives NaN or "
+                "infinities alone: check the weights, or take another --dtype",
+                exit_code=1,
+            )
+        line = to_json(answer) + "\n"
         if self._open.lacks_room_for(item):
-            self.close_shard()
+            self.seal()
         self.done.add(key)
         self._open.append(item)
         self._answers.append(line)
         if self._open.is_full:
-            self.close_shard()
+            self.seal()
 
-    def close_shard(self) -> None:
+    def seal(self) -> None:
         """Commit the samples added since the last shard; nothing where there are none."""
         if not (items := self._open.items):
             return
-        name = f"activations{self._suffix}_batch_{self._next_number:06d}.pkl"
-        with self._disk(items):
-            with replacing(self.folder / name) as sink:
+        name = f"activations{self.writer.owner}_batch_{self._next_number:06d}.pkl"
+        with self._disk(items), self._commits:
+            self._check_that_it_is_ours()
+            with replacing(self.path / name, exclusive=True) as sink:
                 dump(items, sink)
-            entry = {
-                "filename": name,
-                "num_samples": len(items),
-                "num_tokens": sum(len(item["input_ids"]) for item in items),
-                "size_bytes": sink.size,
-                "crc32c": sink.crc32c,
-                "float16_overflows": sum(
-                    float16_overflows(i, self.activation_dtype) for i in items
-                ),
-                "samples": [list(sample_key(item)) for item in items],
-                "uploaded": False,
-            }
+            shard = Shard(
+                filename=name,
+                num_samples=len(items),
+                num_tokens=sum(len(item["input_ids"]) for item in items),
+                size_bytes=sink.size,
+                crc32c=sink.crc32c,
+                samples=tuple(map(sample_key, items)),
+                float16_overflows=sum(float16_overflows(i, self.activation_dtype) for i in items),
+                non_finite=sum(map(non_finite_rows, items)),
+            )
             self._append_answers()
-            with self._lock:
-                self._commit([*self.files, entry], "running")
-                self.files = [*self.files, entry]
+            self.shards[name] = shard
+            self._listed.add(name)
+            try:
+                self._commit()
+            except BaseException:  # what no manifest lists is not stored
+                del self.shards[name]
+                self._listed.remove(name)
+                raise
+        self.speaks_for |= {name}
         self._next_number += 1
         self._answers = []
         self._open.clear()
-        self.on_sealed(entry)
+        self.sealed.append(shard)
 
     def _append_answers(self) -> None:
         lines = "".join(self._answers).encode()
@@ -291,57 +301,69 @@ class ShardWriter:
             os.fsync(journal.fileno())
         self._journal_bytes += len(lines)
 
-    def abandon(self) -> None:
-        """Another thread is stuck in writing the open shard: from here on nothing is written."""
-        self._failure = UserError(f"{self.folder} was given up", exit_code=1)
-
-    def set_skipped(self, skipped: list[dict[str, Any]]) -> None:
-        """All samples left out so far: `task_id`, `sample_idx`, `reason`, and with augmentations
-        `view`."""
-        self._skipped = skipped
+    @property
+    def num_stored(self) -> int:
+        """Samples in shards that a manifest lists."""
+        return sum(shard.num_samples for shard in self.shards.values())
 
     def update_timing(self, seconds: float, compile_seconds: float, tokens: int) -> None:
-        """Since `start`: seconds of the run loop, of compiling; real tokens through the model."""
+        """Since `begin`: seconds of the run loop, of compiling; real tokens through the model."""
         self._timing = (seconds, compile_seconds, tokens)
 
     def finish(self, extra: dict[str, Any] | None = None) -> Manifest:
         """Close the last shard and mark the run complete, with `extra` entries such as scores."""
-        self.close_shard()
-        with self._disk(), self._lock:
-            return self._commit(self.files, "complete", extra)
+        self.seal()
+        with self._disk(), self._commits:
+            self._status, self._extra = "complete", extra or {}
+            return self._commit()
 
-    def record_uploads(self, receipts: dict[str, dict[str, Any]]) -> None:
-        """Commits what a bucket holds: file name -> `uri`, `size`, `crc32c`, `generation`."""
-        with self._disk(), self._lock:
-            files = [
-                {**entry, "uploaded": receipts.get(entry["filename"], entry["uploaded"])}
-                for entry in self.files
-            ]
-            self._commit(files, self._status, self._extra)
-            self.files = files
+    # ---------------------------------------------------------------------- other threads too
 
-    def bucket_manifest(
-        self, names: Collection[str], others: Sequence[dict[str, Any]] = ()
+    def record(self, receipts: Mapping[str, dict[str, Any]]) -> None:
+        """Lists what this process has sent: file name -> `uri`, `size`, `crc32c`, `generation`."""
+        with self._disk(), self._commits:
+            sent = {n: replace(self.shards[n], uploaded=r) for n, r in receipts.items()}
+            self.shards |= sent
+            self._listed |= sent.keys()
+            self._commit()
+
+    def manifest_of(
+        self, names: Collection[str], others: Iterable[Shard] = ()
     ) -> tuple[bytes, int]:
         """The manifest as a reader of the bucket is to find it while the run goes on, with those
-        shards alone and the entries of `others`; and how many bytes of the journal hold the answers
-        to them."""
-        with self._lock:
-            files = [entry for entry in self.files if entry["filename"] in names]
-            files += others
-            return json_lines(self._manifest(files, "running", {})), self._journal_bytes
+        shards alone and `others`; and how many bytes of the journal hold the answers to them."""
+        with self._commits:
+            files = [s for name, s in self.shards.items() if name in names and name in self._listed]
+            return json_lines(self._manifest([*files, *others], "running", {})), self._journal_bytes
 
-    def _commit(
-        self, files: list[dict[str, Any]], status: str, extra: dict[str, Any] | None = None
-    ) -> Manifest:
-        manifest = self._manifest(files, status, extra or {})
+    def _commit(self) -> Manifest:
+        self._check_that_it_is_ours()
+        files = [shard for name, shard in self.shards.items() if name in self._listed]
+        manifest = self._manifest(files, self._status, self._extra)
         write_json(self.manifest_path, manifest)
-        self._status, self._extra = status, extra or {}
+        if self.writer.owner and self.writer.count == 1:  # a part's, by which it is read alone
+            joint = self._manifest(list(self.shards.values()), self._status, self._extra)
+            write_json(self.path / "metadata.json", joint)
+        self._stamp = self._read_stamp()
         return manifest
 
-    def _manifest(
-        self, files: list[dict[str, Any]], status: str, extra: dict[str, Any]
-    ) -> Manifest:
+    def _read_stamp(self) -> tuple[int, ...]:
+        if not self.manifest_path.exists():
+            return ()
+        found = self.manifest_path.stat()
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _check_that_it_is_ours(self) -> None:
+        """Raises UserError where another process has gone on with the run, as one does that was
+        started after this one had been frozen on a disk that several machines share."""
+        if self._stamp and self._stamp != self._read_stamp():
+            raise UserError(
+                f"{self.manifest_path} was changed by another process, which goes on with the run: "
+                "this one ends, and has changed nothing since",
+                exit_code=1,
+            )
+
+    def _manifest(self, files: list[Shard], status: str, extra: dict[str, Any]) -> Manifest:
         timings = zip(self._earlier, self._timing, strict=True)
         seconds, compile_seconds, tokens = map(sum, timings)
         return {
@@ -355,7 +377,7 @@ class ShardWriter:
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             **extra,
             "skipped": self._skipped,
-            "files": files,
+            "files": [shard.to_json() for shard in files],
         }
 
     @contextlib.contextmanager
@@ -367,9 +389,9 @@ class ShardWriter:
             yield
         except OSError as error:
             need = f"the shard takes {shard_bytes(items) / 1e6:.1f} MB, " if items else ""
-            free = free_bytes(self.folder) / 1e6
+            free = free_bytes(self.path) / 1e6
             self._failure = UserError(
-                f"cannot write to {self.folder}: {error.strerror}; {need}{free:.1f} MB are free. "
+                f"cannot write to {self.path}: {error.strerror}; {need}{free:.1f} MB are free. "
                 "What was written before is intact: free space and --resume",
                 exit_code=1,
             )

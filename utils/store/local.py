@@ -1,10 +1,18 @@
-"""Files of a disk: whole or not there, with their checksums; and folders: locks, and free space."""
+"""Files and folders of a disk that are whole or not there, their checksums, and JSON; free space.
+
+Whatever has a final name was written to a temporary file beside it, brought to the disk, and only
+then renamed: see `Draft`, on which all that writes here is built.
+"""
 
 import base64
 import contextlib
-import fcntl
+import errno
+import io
 import json
+import math
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,55 +25,138 @@ import numpy as np
 from utils.errors import UserError
 
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
+_PARTIAL_NAME = re.compile(rf"(.+?)(\.[0-9a-f]{{16}})?{re.escape(PARTIAL)}", re.DOTALL)
 _CHUNK = 1 << 20  # bytes; checksummed, then written, while still in the cache
+_NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_HARD_LINKS = _NO_SUCH_CALL | {errno.EPERM, errno.EMLINK}
 
 
-def check_writable(folder: Path) -> None:
-    """Raises UserError unless files can be written to `folder`, made if need be; leaves nothing."""
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file: choose a folder")
-        with tempfile.TemporaryFile(dir=existing(folder)) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; choose another folder"
-        ) from error
+class Draft:
+    """A file on its way to the name `path`, which it has only once all of it is on the disk.
 
+    Until `commit` it is a new file beside `path` with a random name, which ends in `.partial`; an
+    earlier file at `path` stays as it is. Leaving the `with` block without a commit removes it.
+    Several files that belong together are all brought to the disk by `finish` before the first is
+    committed: a full disk then leaves none of them behind. All methods raise OSError.
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """`folder`, made if need be, for this process alone; ends with the process at the latest.
-
-    Raises UserError while another process holds it. A file system without locks has none.
+    file: unbuffered, to be written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}", exit_code=1) from error
-    try:
+
+    def __init__(self, path: Path):
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EEXIST, "it is there, and is not a file", str(path))
+        self.path = path
+        self._temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+        # "x": the file is ours alone, and a symbolic link of that name is not followed.
+        self.file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115
+
+    def finish(self) -> None:
+        """Brings what was written to the disk, under the temporary name still."""
+        if not self.file.closed:
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+    def commit(self, exclusive: bool = False) -> None:
+        """Gives the file its name.
+
+        exclusive: raise FileExistsError, and replace nothing, where a file has that name already.
+        """
+        self.finish()
+        if exclusive:
+            _rename_to_new(self._temporary, self.path)
+        else:
+            os.replace(self._temporary, self.path)
+        _sync_folder(self.path.parent)
+
+    def __enter__(self) -> "Draft":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):  # of a disk that fails: what is left is thrown away
+            self.file.close()
         with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process is writing to {folder}: wait for its end, or choose another "
-                    "folder"
-                ) from None
-        yield
+            self._temporary.unlink(missing_ok=True)
+
+
+def whole_name(name: str) -> str:
+    """The name that a partial file was to get; any other name as it is."""
+    partial = _PARTIAL_NAME.fullmatch(name)
+    return partial[1] if partial else name
+
+
+def remove_partial(path: Path) -> None:
+    """Removes what processes that were killed have left of the file `path`.
+
+    To be called by the one process that may write it, see `utils.store.locks`.
+    """
+    with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way
+        for name in os.listdir(path.parent):
+            if name != path.name and whole_name(name) == path.name:
+                (path.parent / name).unlink(missing_ok=True)
+
+
+def _rename_to_new(source: Path, target: Path) -> None:
+    """Renames a file to a name that no file has; raises FileExistsError where one has it."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # A file system without hard links cannot look and rename in one step.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        os.replace(source, target)
+    else:
+        os.unlink(source)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk. Where the file system has no such call, what the
+    files hold is on the disk all the same."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SUCH_CALL:
+            raise
     finally:
         os.close(handle)
 
 
-def free_bytes(folder: Path) -> int:
-    """Free space of the disk that `folder` is or will be on."""
-    return shutil.disk_usage(existing(folder)).free
+@contextlib.contextmanager
+def replacing(path: Path, exclusive: bool = False) -> Iterator["Sink"]:
+    """What goes into the sink has the name `path` only once all of it is on the disk.
+
+    exclusive: raise FileExistsError in the end, and replace nothing, where a file has that name.
+    Raises OSError.
+    """
+    with Draft(path) as draft:
+        yield Sink(draft.file)
+        draft.commit(exclusive)
 
 
-def existing(folder: Path) -> Path:
-    """`folder`, or the nearest above it that is there."""
-    return next(path for path in [folder, *folder.absolute().parents] if path.exists())
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to be filled, which is called `path` once the block has ended without an error.
+
+    Until then it lies beside `path` under a random name that ends in `.partial`; an error removes
+    it. Its files are brought to the disk before it is renamed. The parent of `path` is made. Raises
+    OSError, also where `path` is there already and is not an empty folder.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
 
 
 class Sink:
@@ -106,24 +197,32 @@ def _base64(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Sink]:
-    """What goes into the sink has the name `path` only once all of it is on the disk."""
-    partial = path.with_name(path.name + PARTIAL)
+def to_json(value: Any) -> str:
+    """JSON in one line; null for every number that is not finite, which JSON has no word for."""
     try:
-        with open(partial, "wb", buffering=0) as file:
-            yield Sink(file)
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        return json.dumps(value, allow_nan=False)
+    except ValueError:  # it holds such a number
+        return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_lines(value: dict[str, Any]) -> bytes:
+    """A JSON object, a key a line; null for what is not finite."""
+    lines = ",\n".join(f"{json.dumps(key)}: {to_json(entry)}" for key, entry in value.items())
+    return f"{{\n{lines}\n}}\n".encode()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """`write_json_atomic`, raising OSError."""
+    with replacing(path) as sink:
+        sink.write(json_lines(value))
 
 
 def write_json_atomic(path: str | Path, value: dict[str, Any]) -> None:
@@ -141,34 +240,18 @@ def write_json_atomic(path: str | Path, value: dict[str, Any]) -> None:
         ) from error
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """`write_json_atomic`, raising OSError."""
-    with replacing(path) as sink:
-        sink.write(json_lines(value))
-
-
-def json_lines(value: dict[str, Any]) -> bytes:
-    """A JSON object, a key a line."""
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
-    return f"{{\n{lines}\n}}\n".encode()
-
-
 class JsonFile:
-    """A JSON object or list written item by item, one a line, that gets its name when it is whole.
+    """A JSON object or list written item by item, one a line, that gets its name when it is whole:
+    a `Draft` that raises UserError. Its folder must be there.
 
-    Until `commit` it is a temporary file beside `path`, and an earlier file of that name stays.
-    Leaving the `with` block without a commit removes the temporary file, and its folder again where
-    that was made for it and is empty.
+    brackets: `{}` of an object, whose items are `"key": value`, or `[]` of a list.
     """
 
-    def __init__(self, path: str | Path, brackets: bytes = b"{}"):
-        self.path, self._brackets, self._separator = Path(path), brackets, b"\n"
-        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
-        folders = [self.path.parent, *self.path.parent.parents]
+    def __init__(self, path: Path, brackets: bytes = b"{}"):
+        self.path, self._brackets, self._separator = path, brackets, b"\n"
         with self._errors(exit_code=2):
-            self._made = [folder for folder in folders if not folder.exists()]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._temporary, "wb")  # noqa: SIM115
+            self._draft = Draft(path)
+            self._file = io.BufferedWriter(self._draft.file)
             self._file.write(brackets[:1])
 
     @contextlib.contextmanager
@@ -182,30 +265,24 @@ class JsonFile:
             ) from error
 
     def write(self, item: bytes) -> None:
+        """item: JSON without NaN or Infinity, as `orjson.dumps` and `to_json` write it."""
         with self._errors():
             self._file.write(self._separator + item)
         self._separator = b",\n"
 
     def finish(self) -> None:
-        """Bring everything to the disk, under the temporary name still.
-
-        Of several files that belong together finish all before the first commit: a full disk then
-        leaves none of them behind.
-        """
+        """Brings everything to the disk, under the temporary name still; once."""
         with self._errors():
             self._file.write(b"\n" + self._brackets[1:] + b"\n")
             self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            self._draft.finish()
 
     def commit(self) -> None:
+        """Gives the file its name; finishes it, unless that was done."""
         if not self._file.closed:
             self.finish()
         with self._errors():
-            os.replace(self._temporary, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            self._draft.commit()
 
     def __enter__(self) -> "JsonFile":
         return self
@@ -213,7 +290,27 @@ class JsonFile:
     def __exit__(self, *exception: object) -> None:
         with contextlib.suppress(OSError):  # a full disk; what is left is thrown away
             self._file.close()
-        self._temporary.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # of a folder that holds something
-            for folder in self._made:
-                folder.rmdir()
+        self._draft.__exit__()
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError unless files can be written to `folder`, made if need be; leaves nothing."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file: choose a folder")
+        with tempfile.TemporaryFile(dir=existing(folder)) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space of the disk that `folder` is or will be on."""
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest above it that is there."""
+    return next(path for path in [folder, *folder.absolute().parents] if path.exists())

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from utils.errors import UserError
-from utils.store.bucket import BucketFolder, is_uri
+from utils.store.bucket import BucketFolder
+from utils.store.uris import is_uri
 
 
 class Place(Protocol):

@@ -1,0 +1,119 @@
+"""How the processes of a run come together, and what is said when JAX ends one of them.
+
+The private names of JAX that this project uses stand here: the store of the coordination service
+and the list of clusters, neither of which has a public name yet.
+"""
+
+import ctypes
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+from jax._src import distributed
+from jax._src.clusters import ClusterEnv
+
+from utils.cli import Signals, last_words, leave
+from utils.errors import UserError
+from utils.run.peers import Peers
+
+
+def check_flags(address: str | None, count: int | None, index: int | None) -> None:
+    """Raises UserError for flags that do not make a process of several."""
+    by_hand = (address, count, index)
+    if all(value is None for value in by_hand):
+        return
+    if address is None or count is None or index is None:
+        raise UserError(
+            "--coordinator_address, --num_processes and --process_id belong together: give all "
+            "three, or none where the surroundings tell (TPU pod, Slurm, GKE)"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+        raise UserError(
+            f"--coordinator_address {address} is not HOST:PORT: give the address of process 0 and "
+            "a free port there"
+        )
+    if index >= count:
+        raise UserError(
+            f"--process_id {index} does not exist: of --num_processes {count} the ids are "
+            f"0..{count - 1}"
+        )
+
+
+def connect(
+    address: str | None,
+    count: int | None,
+    index: int | None,
+    *,
+    timeout: int,
+    silence: int,
+    signals: Signals,
+) -> Peers:
+    """Joins the run's processes; alone where neither a flag nor the surroundings (a TPU pod, Slurm,
+    GKE) say that there are several. Before anything touches a device.
+
+    address: HOST:PORT of process 0. timeout: seconds to wait for all to come. silence: seconds
+    after which a process that is not heard of counts as dead. A signal ends the process at once
+    until all have come, and is held from there on. Raises UserError.
+    """
+    check_flags(address, count, index)
+    if count == 1 or (address is None and not _surrounded()):
+        return Peers()
+    lost = UserError(
+        f"the coordinator {address or 'that the surroundings name'} does not answer within "
+        f"{timeout} s, or other processes do not come: does process 0 run, is its address right "
+        "and the port open?"
+    )
+    if index == 0:
+        lost = UserError(
+            f"not all processes came to {address} within {timeout} s, or the port is taken: start "
+            "all with the same --coordinator_address, and each with its own --process_id"
+        )
+    peers: Peers | None = None
+    _before_abort(lambda: lost if peers is None else peers.aborted())
+    # A process that dies is ours to notice; by default JAX would end the others.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)
+    start = partial(
+        jax.distributed.initialize,
+        initialization_timeout=timeout + 60,  # `timeout` is ours to keep: JAX would abort
+        heartbeat_timeout_seconds=silence,
+    )
+    try:
+        ThreadPoolExecutor(1).submit(start, address, count, index).result(timeout)
+    except TimeoutError:
+        raise lost from None
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{lost} ({error!s:.200})") from error
+    state = distributed.global_state
+    if state.num_processes == 1:
+        peers = Peers()
+    else:
+        signals.hold()
+        peers = Peers(state.client, state.process_id, state.num_processes, silence, signals)
+    return peers
+
+
+def _surrounded() -> bool:
+    """Whether JAX recognises a cluster of several processes around this one."""
+    return any(
+        not kind.opt_in_only_method and kind.is_env_present() for kind in ClusterEnv._cluster_types
+    )
+
+
+def _before_abort(cause: Callable[[], BaseException]) -> None:
+    """Puts an abort into a line, and an exit code of ours.
+
+    JAX ends a process that loses the coordinator from a thread of its own, with a stack trace and
+    SIGABRT, and nothing in Python can catch that. The handler is called in that thread, where it
+    may wait and print, since abort() was called on purpose and in no lock.
+    """
+    global _abort_handler
+    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: leave(*last_words(cause())))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
+
+
+_abort_handler: Any = None  # which C calls; must not be collected

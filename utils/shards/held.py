@@ -1,0 +1,129 @@
+"""What a folder holds of a run before a process writes to it, and which process that is."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.errors import UserError, some
+from utils.shards.manifest import (
+    MANIFEST,
+    SHARD,
+    Manifest,
+    Shard,
+    changed_settings,
+    owner_of,
+    parse,
+    read_manifests,
+    shards_of,
+    union_of,
+)
+
+Mode = Literal["new", "resume", "overwrite"]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One of the processes that write a run: `index` of `count`, in part `part` of `parts`.
+
+    Parts (`--shard_id`, `--num_shards`) are runs whose folders become one run later.
+    """
+
+    index: int = 0
+    count: int = 1
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def owner(self) -> str:
+        """What its files have in their names: `_host003`, or nothing for the only process."""
+        return self._name(self.index)
+
+    @property
+    def owners(self) -> frozenset[str]:
+        """Of all processes of the run."""
+        return frozenset(map(self._name, range(self.count)))
+
+    def with_index(self, index: int) -> "Writer":
+        return replace(self, index=index)
+
+    def _name(self, index: int) -> str:
+        return "" if self.count == self.parts == 1 else f"_host{self.part * self.count + index:03d}"
+
+    def looks_after(self, owner: str) -> bool:
+        """Whether this process does what is left to do for the files of `owner`: they are its own,
+        or those of a process that takes no part any more, and it is the first."""
+        return owner == self.owner or (self.index == 0 and owner not in self.owners)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a folder, and what was restored for it from a bucket, holds of a run.
+
+    manifests: file name -> manifest. shards: of all that they list, by file name.
+    """
+
+    path: Path
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+    @cached_property
+    def shards(self) -> dict[str, Shard]:
+        return shards_of(self.manifests.values())
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.manifests) and union_of(self.manifests)["status"] == "complete"
+
+    @property
+    def there(self) -> set[str]:
+        """The shards that are on the disk, or were sent to a bucket."""
+        return {name for name, shard in self.shards.items() if self.is_there(shard)}
+
+    def is_there(self, shard: Shard) -> bool:
+        path = self.path / shard.filename
+        if path.is_file():
+            return path.stat().st_size == shard.size_bytes
+        return bool(shard.uploaded)
+
+    @property
+    def missing(self) -> set[str]:
+        """The shards whose writer has a manifest here, but which are not there."""
+        owners = {owner_of(name) for name in self.manifests}
+        return {n for n, shard in self.shards.items() if shard.owner in owners} - self.there
+
+
+def held_in(
+    path: Path, settings: dict[str, Any], mode: Mode, restored: Mapping[str, bytes]
+) -> Held:
+    """What there is of the run that `mode` is to go on with; nothing for a new one.
+
+    Raises UserError for a run that is not to be resumed or overwritten, and for one with other
+    settings.
+    """
+    manifests = read_manifests(path) if path.exists() else {}
+    if mode == "overwrite":
+        return Held(path)
+    for name, content in restored.items():
+        if MANIFEST.fullmatch(name) and name not in manifests:
+            manifests[name] = parse(name, content)
+    if not manifests:
+        if path.exists() and any(map(SHARD.fullmatch, os.listdir(path))):
+            raise UserError(
+                f"{path} holds files of a run but no metadata.json: put that back and --resume, "
+                "replace the run with --overwrite, or choose another folder"
+            )
+        return Held(path)
+    run = union_of(manifests)
+    if mode == "new":
+        raise UserError(
+            f"{path} holds a run ({run['status']}, {run['total_samples']} samples): "
+            "--resume continues it, --overwrite replaces it"
+        )
+    if changes := changed_settings(run, settings):
+        raise UserError(
+            f"cannot resume {path} with other settings: {some(changes)}; go back to the former, "
+            "choose another folder, or --overwrite"
+        )
+    return Held(path, manifests)

@@ -1,0 +1,67 @@
+"""Copies of objects of a bucket, in `~/.cache/arc-activations/gs` (XDG_CACHE_HOME moves it).
+
+What was wanted at one time has a folder of its own, named by the names and generations of the
+objects, that is whole or not there: nothing is ever changed under a program that reads it.
+"""
+
+import os
+from hashlib import sha256
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.errors import UserError
+from utils.store.bucket import BucketFolder, Receipt
+from utils.store.local import checksum, free_bytes, new_folder
+
+THREADS = 4
+
+
+def copied(bucket: BucketFolder, wanted: dict[str, Receipt]) -> Path:
+    """A local folder that holds these objects of `bucket`, and nothing else.
+
+    A copy that was made before is compared with the crc32c of the objects. Raises UserError for
+    what cannot be read, is damaged, or does not fit on the disk.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "arc-activations"
+    objects = sorted((name, receipt.generation) for name, receipt in wanted.items())
+    state = sha256(repr(objects).encode()).hexdigest()[:16]
+    folder = cache / "gs" / bucket.bucket_name / bucket.prefix / state
+    try:
+        if not folder.is_dir():
+            _copy(bucket, wanted, folder)
+        for name, receipt in wanted.items():
+            with open(folder / name, "rb") as file:
+                if checksum(file) != receipt.crc32c:
+                    raise UserError(f"{folder / name} is damaged: delete {folder}, and try again")
+    except OSError as error:
+        raise UserError(
+            f"cannot keep {bucket} in {folder}: {error.strerror}; set XDG_CACHE_HOME to another "
+            "folder"
+        ) from error
+    return folder
+
+
+def _copy(bucket: BucketFolder, wanted: dict[str, Receipt], folder: Path) -> None:
+    """Makes `folder`. Raises OSError, and UserError where it does not fit on the disk."""
+    need, free = sum(receipt.size for receipt in wanted.values()), free_bytes(folder)
+    if need > free:
+        raise UserError(
+            f"{bucket} takes {need / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: "
+            "free space, or set XDG_CACHE_HOME to another disk"
+        )
+    bar = tqdm(total=need, unit="B", unit_scale=True, desc=f"fetching {bucket}")
+    try:
+        with new_folder(folder) as unfinished, bar, ThreadPool(THREADS) as pool:
+
+            def fetch(name: str) -> int:
+                with open(unfinished / name, "wb") as file:
+                    bucket.save(name, file, wanted[name].generation)
+                return wanted[name].size
+
+            for size in pool.imap_unordered(fetch, wanted):
+                bar.update(size)
+    except OSError:
+        if not folder.is_dir():  # which another process has made meanwhile
+            raise
