@@ -11,24 +11,25 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import bench
 from examples.generate_tasks import FAMILIES, draw_rows, family_of
 from utils import cli
 from utils.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 NUMBER, SEED = 500, 2  # as training holds them out
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+    parser = bench.build_parser(__doc__)
     parser.add_argument(
-        "--model_path", default=str(ROOT / "examples" / "arc_tiny"), help="folder of the model"
+        "--model_path",
+        default=str(bench.ROOT / "examples" / "arc_tiny"),
+        help="folder of the model",
     )
     parser.add_argument(
         "--num_tasks", type=cli.int_at_least(1), default=NUMBER, help="of the held-out tasks"
@@ -44,7 +45,7 @@ def solved(folder: Path, rows: list[dict], model: str, name: str, *flags: str) -
     from utils.arc.rows import to_task
 
     output = folder / name / "predictions.json"
-    command = [sys.executable, ROOT / "simple_extraction_inference.py", "--model_path", model]
+    command = [sys.executable, bench.ROOT / "simple_extraction_inference.py", "--model_path", model]
     command += ["--dataset_path", folder / "arc_data" / "arc_format_train.json"]
     command += ["--output_path", output, "--no_extraction", "--prompt_format", "compact"]
     command += ["--max_output_tokens", "64", "--batch_size", "50", *flags]
@@ -64,26 +65,27 @@ def run(command: list) -> None:
 
 
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
+    with bench.scratch(args, num_tasks=4, augmentations=2) as folder:
+        measure(args, folder)
+
+
+def measure(args: argparse.Namespace, folder: Path) -> None:
     if not Path(args.model_path).is_dir():
         raise UserError(f"{args.model_path} is not a folder: give that of the model")
     if args.num_tasks > NUMBER:
         raise UserError(f"{NUMBER} tasks are held out, not {args.num_tasks}")
     rows = list(draw_rows(args.num_tasks, SEED))
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        transform = [sys.executable, ROOT / "transform_hf_to_arc.py"]
-        run([*transform, "--dataset", folder / "rows.jsonl", "--output_dir", folder / "arc_data"])
-        columns = {
-            "one attempt": solved(folder, rows, args.model_path, "one"),
-            "two attempts": solved(
-                folder, rows, args.model_path, "two", "--predictions_per_task", "2"
-            ),
-        }
-        if args.augmentations > 1:
-            views = ("--augmentations", str(args.augmentations))
-            name = f"two voted of {args.augmentations} views"
-            columns[name] = solved(folder, rows, args.model_path, "voted", *views)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    transform = [sys.executable, bench.ROOT / "transform_hf_to_arc.py"]
+    run([*transform, "--dataset", folder / "rows.jsonl", "--output_dir", folder / "arc_data"])
+    columns = {
+        "one attempt": solved(folder, rows, args.model_path, "one"),
+        "two attempts": solved(folder, rows, args.model_path, "two", "--predictions_per_task", "2"),
+    }
+    if args.augmentations > 1:
+        views = ("--augmentations", str(args.augmentations))
+        name = f"two voted of {args.augmentations} views"
+        columns[name] = solved(folder, rows, args.model_path, "voted", *views)
     print(f"| family | tasks | {' | '.join(columns)} |\n|---|{'---|' * (len(columns) + 1)}")
     for family in filter(columns["one attempt"].get, FAMILIES):
         shares = [f"{sum(c[family]) / len(c[family]):.0%}" for c in columns.values()]

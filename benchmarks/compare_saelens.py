@@ -9,20 +9,22 @@ and write what they captured to disk; loading the model and compiling are left o
 """
 
 import argparse
+import importlib.util
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import bench
 from utils import cli
+from utils.errors import UserError
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__)
-    parser.add_argument("--model_path", required=True, help="a checkpoint with its tokenizer")
-    parser.add_argument("--dataset_path", required=True, help="ARC tasks")
+    parser = bench.build_parser(__doc__)
+    parser.add_argument("--model_path", required=bench.NEEDED, help="with its tokenizer")
+    parser.add_argument("--dataset_path", required=bench.NEEDED, help="ARC tasks")
     parser.add_argument("--layer", type=cli.int_at_least(0), default=11, help="from 0")
     parser.add_argument("--context", type=cli.int_at_least(16), default=800, help="tokens a row")
     parser.add_argument("--rows", type=cli.int_at_least(1), default=8, help="rows measured")
@@ -42,10 +44,10 @@ def token_rows(args: argparse.Namespace):
     fmt = load_format("chat", None, tokenizer)
     ids, need = [], args.rows * args.context
     for task in arc.read_tasks(args.dataset_path):
-        ids.extend(tokens.encode(fmt.render(task, 0), tokenizer)[0])
+        ids.extend(tokens.encode_prompt(fmt.render(task, 0), tokenizer)[0])
         if len(ids) >= need:
             return np.array(ids[:need], np.int32).reshape(args.rows, args.context)
-    raise cli.UserError(f"the tasks have {len(ids)} tokens, fewer than {need}: lower --rows")
+    raise UserError(f"the tasks have {len(ids)} tokens, fewer than {need}: lower --rows")
 
 
 def ours(args: argparse.Namespace, rows, scratch: Path):
@@ -54,11 +56,11 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
     from utils.model.capture import CaptureSpec
     from utils.model.config import ModelConfig
     from utils.model.decoder import Decoder
-    from utils.model.generate import Engine, Shape
-    from utils.model.layout import Layout
-    from utils.model.mesh import single_device_mesh
+    from utils.model.engine import Engine
+    from utils.model.generate import Outputs, Shape
+    from utils.model.layout import Layout, single_device_mesh
     from utils.model.weights import Checkpoint
-    from utils.shards.writer import ShardWriter
+    from utils.shards.writer import RunFolder
 
     config = ModelConfig.from_hf(args.model_path)
     layout = Layout.of(config, single_device_mesh())
@@ -69,29 +71,28 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
     length = np.array([args.context], np.int32)
 
     def run(number: int) -> None:
-        writer = ShardWriter(scratch / f"ours{number}", {}, {}, activation_dtype="float32")
-        writer.start()
-        for i, row in enumerate(rows):
-            result = engine.prefill(
-                row[None], length, 0 * length, shape=shape, answer_slots=0, with_logits=False
-            )
-            item = {
-                "task_id": "row",
-                "sample_idx": i,
-                "input_ids": row,
-                "prompt_length": len(row),
-                "activations": {name: np.asarray(result.captures[name])[0]},
-                "output_logprobs": np.zeros(0, np.float32),
-                "cells": np.zeros((0, 7), np.int32),
-                "num_train_pairs": 0,
-                "prediction": None,
-                "target": None,
-                "correct": None,
-                "teacher_forced": False,
-            }
-            answer = {"task_id": "row", "sample_idx": i, "attempts": []}
-            writer.add(item, answer)
-        writer.finish()
+        path = scratch / f"ours{number}"
+        with RunFolder(path, {}, {}, activation_dtype="float32") as folder:
+            folder.begin()
+            for i, row in enumerate(rows):
+                result = engine.prefill(row[None], length, 0 * length, shape, Outputs(logits=False))
+                item = {
+                    "task_id": "row",
+                    "sample_idx": i,
+                    "input_ids": row,
+                    "prompt_length": len(row),
+                    "activations": {name: np.asarray(result.captures[name])[0]},
+                    "output_logprobs": np.zeros(0, np.float32),
+                    "cells": np.zeros((0, 7), np.int32),
+                    "num_train_pairs": 0,
+                    "prediction": None,
+                    "target": None,
+                    "correct": None,
+                    "teacher_forced": False,
+                }
+                answer = {"task_id": "row", "sample_idx": i, "attempts": []}
+                folder.add(item, answer)
+            folder.finish()
 
     return run
 
@@ -129,36 +130,47 @@ def saelens(args: argparse.Namespace, rows, scratch: Path):
     return prepare
 
 
-def main(args: argparse.Namespace, signals: cli.Signals) -> int:
+def main(args: argparse.Namespace, signals: cli.Signals) -> None:
+    beside = importlib.util.find_spec("sae_lens") is not None
+    if not (beside or args.smoke):
+        raise UserError("SAELens is not installed: pip install sae-lens")
+    with bench.scratch(args, layer=1, context=64, rows=4, repeats=1) as folder:
+        measure(args, folder, beside)
+
+
+def measure(args: argparse.Namespace, folder: Path, beside: bool) -> None:
+    """beside: whether SAELens is there to be measured too."""
     import numpy as np
 
-    rows = token_rows(args)
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        mine, theirs = ours(args, rows, scratch), saelens(args, rows, scratch)
-        mine(0)
-        times = []
-        for number in range(1, args.repeats + 1):
-            runner = theirs(number)
-            start = time.perf_counter()
-            mine(number)
-            middle = time.perf_counter()
-            cached = runner.run()
-            times.append((middle - start, time.perf_counter() - middle))
-        from utils.shards import iter_items
+    from utils.shards import iter_items
 
-        name = f"resid_post.{args.layer}"
-        stored = np.stack([item["activations"][name] for item in iter_items(scratch / "ours1")])
-        reference = np.asarray(cached.with_format("numpy")[f"model.layers.{args.layer}"])
-        reference = reference.reshape(stored.shape)
-        error = np.linalg.norm(stored - reference, axis=-1) / np.linalg.norm(reference, axis=-1)
-        best_mine, best_theirs = (min(column) for column in zip(*times, strict=True))
-        print(f"largest difference between the two: {error.max():.1e} of a row's norm")
-        print(f"ours:    {rows.size / best_mine:.0f} tokens/s")
-        print(
-            f"SAELens: {rows.size / best_theirs:.0f} tokens/s, ratio {best_theirs / best_mine:.2f}"
-        )
-    return 0
+    rows = token_rows(args)
+    mine = ours(args, rows, folder)
+    theirs = saelens(args, rows, folder) if beside else None
+    mine(0)
+    times, other_times, cached = [], [], None
+    for number in range(1, args.repeats + 1):
+        runner = theirs(number) if theirs else None
+        start = time.perf_counter()
+        mine(number)
+        middle = time.perf_counter()
+        times.append(middle - start)
+        if runner:
+            cached = runner.run()
+            other_times.append(time.perf_counter() - middle)
+    name = f"resid_post.{args.layer}"
+    stored = np.stack([item["activations"][name] for item in iter_items(folder / "ours1")])
+    print(bench.processor())
+    print(f"ours:    {rows.size / min(times):.0f} tokens/s")
+    if cached is None:
+        print("SAELens is not installed: our side alone was run")
+        return
+    reference = np.asarray(cached.with_format("numpy")[f"model.layers.{args.layer}"])
+    reference = reference.reshape(stored.shape)
+    error = np.linalg.norm(stored - reference, axis=-1) / np.linalg.norm(reference, axis=-1)
+    ratio = min(other_times) / min(times)
+    print(f"SAELens: {rows.size / min(other_times):.0f} tokens/s, ratio {ratio:.2f}")
+    print(f"largest difference between the two: {error.max():.1e} of a row's norm")
 
 
 if __name__ == "__main__":

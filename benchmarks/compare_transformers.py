@@ -6,27 +6,32 @@ Without --model_path a random checkpoint of Qwen2-0.5B's shape is written to a t
 its tokenizer is copied from --tokenizer. Needs requirements-torch.txt. Both sides use all cores,
 float32, the same token ids, and keep the same arrays: for every token the residual stream after
 the first, the middle and the last layer, as float16; the log-probability of every answer token;
-the logits at the last prompt position. Every figure is the best of --repeats, compilation left
-out; the share of the machine's matrix-product rate that its arithmetic amounts to stands beside.
+the logits at the last prompt position. Neither writes them to a disk. Our side is the run as its
+users get it: batches are launched in one thread and fetched in another, while those before them are
+made into items. Every figure is the best of --repeats, compilation left out; beside it stands the
+share of the machine's matrix-product rate that its arithmetic amounts to.
 """
 
 import argparse
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import bench
 from utils import cli
+from utils.errors import UserError
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__)
+    parser = bench.build_parser(__doc__)
     parser.add_argument("--model_path", help="a checkpoint (default: random, Qwen2-0.5B's shape)")
     parser.add_argument("--tokenizer", help="folder with the tokenizer for a random checkpoint")
-    parser.add_argument("--dataset_path", required=True, help="ARC tasks with solutions beside")
+    parser.add_argument(
+        "--dataset_path", required=bench.NEEDED, help="ARC tasks with solutions beside"
+    )
     parser.add_argument("--tasks", type=cli.int_at_least(4), default=8, help="tasks measured")
     parser.add_argument(
         "--max_model_len", type=cli.int_at_least(64), default=1500, help="tokens a sample"
@@ -63,9 +68,9 @@ def alternate(ours, theirs, repeats: int) -> tuple[float, float]:
 
 
 def requests(args: argparse.Namespace, model_path: Path, **changes):
-    """A prepared run of ours over the tasks that are measured."""
+    """The plan of our run over the tasks that are measured."""
     import simple_extraction_inference as script
-    from utils.plan.plan import prepare
+    from utils.plan.plan import plan_run
     from utils.plan.request import Request
 
     flags = {
@@ -80,46 +85,45 @@ def requests(args: argparse.Namespace, model_path: Path, **changes):
     argv = []
     for name, value in flags.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return prepare(Request.from_flags(script.build_parser().parse_args(argv)))
+    return plan_run(Request.from_flags(script.build_parser().parse_args(argv)))
 
 
-def ours(prepared):
+def ours(plan):
     """A call that computes every batch of the run and makes its items, nothing stored."""
     from utils.run.compute import Computation, to_item
+    from utils.run.pipeline import Pipeline
     from utils.shards.items import stored_item
 
-    computation = Computation(prepared)
+    computation = Computation(plan)
+    computation.compile(plan.batches)
 
-    def run():
-        for batch in prepared.batches:
-            for row in computation(batch)[0]:
-                stored_item(to_item(row, prepared)[0], "float16")
+    def run() -> None:
+        stages = computation.launch, computation.fetch
+        for results in Pipeline(plan.batches, *stages, lambda result: result.nbytes, lambda: None):
+            for result in results:
+                stored_item(to_item(result, plan)[0], "float16")
 
     return run
 
 
-def captured_layers(prepared) -> list[int]:
-    return sorted(int(name.rpartition(".")[2]) for name in prepared.capture.names)
+def captured_layers(plan) -> list[int]:
+    return sorted(int(name.rpartition(".")[2]) for name in plan.capture.names)
 
 
-def torch_loop(model, prepared, answer_logits_only: bool):
+def torch_loop(model, plan, answer_logits_only: bool):
     """What a user writes with transformers: all hidden states, and the three layers kept."""
-    import numpy as np
     import torch
 
-    from utils.run.compute import encode_row
-
-    rows = [encode_row(prepared, sample) for sample in prepared.samples]
-    layers = captured_layers(prepared)
+    encoded = [plan.encode(sample) for sample in plan.samples]
+    layers = captured_layers(plan)
 
     kept = []
 
     @torch.no_grad()
     def run():
-        for row in rows:
-            P = len(row.prompt_ids)
-            ids = torch.tensor(np.concatenate([row.prompt_ids, *row.answers]), dtype=torch.long)
-            A = len(ids) - P
+        for sample in encoded:
+            P, A = sample.prompt_length, len(sample.ids) - sample.prompt_length
+            ids = torch.tensor(sample.ids, dtype=torch.long)
             keep = {"logits_to_keep": A + 1} if answer_logits_only else {}
             out = model(ids[None], output_hidden_states=True, use_cache=False, **keep)
             states = [out.hidden_states[layer + 1][0].half().numpy() for layer in layers]
@@ -131,15 +135,12 @@ def torch_loop(model, prepared, answer_logits_only: bool):
     return run
 
 
-def torch_generate(model, prepared, batch_size: int, new_tokens: int):
+def torch_generate(model, plan, batch_size: int, new_tokens: int):
     """`generate` on left-padded batches with the hidden states of every step."""
     import torch
 
-    from utils.run.compute import encode_row
-
-    rows = sorted(
-        (encode_row(prepared, s).prompt_ids for s in prepared.samples), key=len, reverse=True
-    )
+    rows = sorted((plan.encode(s).ids for s in plan.samples), key=len, reverse=True)
+    layers = captured_layers(plan)
 
     @torch.no_grad()
     def run():
@@ -157,12 +158,12 @@ def torch_generate(model, prepared, batch_size: int, new_tokens: int):
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=0,
-                eos_token_id=list(prepared.stop_ids),
+                eos_token_id=list(plan.codec.stop_ids),
                 output_hidden_states=True,
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-            for layer in captured_layers(prepared):
+            for layer in layers:
                 states = [step[layer + 1] for step in out.hidden_states]
                 torch.cat(states, dim=1).half().numpy()
             logits = torch.stack(out.logits, 1).float()
@@ -172,7 +173,7 @@ def torch_generate(model, prepared, batch_size: int, new_tokens: int):
     return run
 
 
-def matmul_rate() -> float:
+def matmul_rate(repeats: int) -> float:
     """FLOP/s of a float32 matrix product of the MLP's shape, the faster of JAX and torch."""
     import jax
     import jax.numpy as jnp
@@ -184,15 +185,15 @@ def matmul_rate() -> float:
     a, b = torch.randn(1024, 896), torch.randn(4864, 896)
     flops = 2 * 1024 * 896 * 4864
     times = (
-        best(lambda: product(x, w).block_until_ready(), 20),
-        best(lambda: torch.nn.functional.linear(a, b), 20),
+        best(lambda: product(x, w).block_until_ready(), repeats),
+        best(lambda: torch.nn.functional.linear(a, b), repeats),
     )
     return flops / min(times)
 
 
-def prefill_flops(prepared, layers: int, with_head: bool) -> float:
+def prefill_flops(plan, layers: int, with_head: bool) -> float:
     """Arithmetic that the samples need, padding left out: projections, MLP, causal attention."""
-    c = prepared.config
+    c = plan.config
     D, F, N, K, H = (
         c.hidden_size,
         c.intermediate_size,
@@ -202,7 +203,7 @@ def prefill_flops(prepared, layers: int, with_head: bool) -> float:
     )
     per_token = 2 * D * H * (2 * N + 2 * K) + 6 * D * F
     total = 0.0
-    for sample in prepared.samples:
+    for sample in plan.samples:
         T, A = sample.length.total, sample.length.answer
         total += layers * (T * per_token + 2 * T * T * N * H)
         total += 2 * D * c.vocab_size * (A + 1) if with_head else 0
@@ -218,71 +219,84 @@ def report(name: str, tokens: int, mine: float, others: dict[str, float], share:
         )
 
 
-def main(args: argparse.Namespace, signals: cli.Signals) -> int:
+def main(args: argparse.Namespace, signals: cli.Signals) -> None:
+    tiny = {"tasks": 4, "max_model_len": 700, "new_tokens": 4, "repeats": 1}
+    with bench.scratch(args, **tiny) as scratch:
+        model_path = Path(args.model_path or random_model(scratch / "model", args.tokenizer))
+        measure(args, model_path)
+
+
+def random_model(folder: Path, tokenizer: str | None) -> Path:
+    from checkpoints import write_random_checkpoint
+
+    from benchmarks.shapes import QWEN2_0_5B
+
+    if not tokenizer:
+        raise UserError("a random checkpoint needs --tokenizer, or give --model_path")
+    folder.mkdir()
+    write_random_checkpoint(folder, QWEN2_0_5B)
+    for file in Path(tokenizer).iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+def measure(args: argparse.Namespace, folder: Path) -> None:
     import torch
     import transformers
 
-    from benchmarks.shapes import QWEN2_0_5B
-    from utils.model.weights import write_random_checkpoint
-
     transformers.logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(args.model_path or scratch)
-        if not args.model_path:
-            if not args.tokenizer:
-                raise cli.UserError("a random checkpoint needs --tokenizer, or give --model_path")
-            write_random_checkpoint(folder, QWEN2_0_5B)
-            for file in Path(args.tokenizer).iterdir():
-                shutil.copy(file, folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        model.eval()
-        rate = matmul_rate()
-        print(f"matrix product, float32, {torch.get_num_threads()} cores: {rate / 1e9:.0f} GFLOP/s")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
+    if args.smoke:  # on a busy machine torch's threads wait for one another
+        torch.set_num_threads(1)
+    rate = matmul_rate(1 if args.smoke else 20)
+    print(bench.processor())
+    print(
+        f"matrix product, float32, {torch.get_num_threads()} threads: {rate / 1e9:.0f} GFLOP/s",
+        flush=True,
+    )
 
-        forced = requests(args, folder, teacher_forcing=True)
-        tokens = sum(sample.length.total for sample in forced.samples)
-        flops = prefill_flops(forced, forced.config.num_layers, True)
-        mine, stock = alternate(ours(forced), torch_loop(model, forced, False), args.repeats)
-        tuned = best(torch_loop(model, forced, True), args.repeats)
+    forced = requests(args, folder, teacher_forcing=True)
+    tokens = sum(sample.length.total for sample in forced.samples)
+    flops = prefill_flops(forced, forced.config.num_layers, True)
+    mine, stock = alternate(ours(forced), torch_loop(model, forced, False), args.repeats)
+    tuned = best(torch_loop(model, forced, True), args.repeats)
+    report(
+        f"teacher-forced extraction, {len(forced.samples)} samples, {tokens} tokens",
+        tokens,
+        mine,
+        {"transformers loop": stock, "the same with logits_to_keep": tuned},
+        flops / mine / rate,
+    )
+
+    for batch_size in (1, 4):
+        run = requests(args, folder, batch_size=batch_size)
+        plain = requests(args, folder, batch_size=batch_size, no_extraction=True)
+        tokens = sum(sample.length.total + args.new_tokens for sample in run.samples)
+        theirs = torch_generate(model, run, batch_size, args.new_tokens)
+        mine, other = alternate(ours(run), theirs, args.repeats)
+        captured, without = alternate(ours(run), ours(plain), args.repeats)
         report(
-            f"teacher-forced extraction, {len(forced.samples)} samples, {tokens} tokens",
+            f"generation of {args.new_tokens} tokens with capture, batch {batch_size}",
             tokens,
             mine,
-            {"transformers loop": stock, "the same with logits_to_keep": tuned},
-            flops / mine / rate,
+            {"transformers generate": other},
+            None,
         )
+        print(f"    cost of extraction: {captured / without - 1:+.1%}", flush=True)
 
-        for batch_size in (1, 4):
-            run = requests(args, folder, batch_size=batch_size)
-            plain = requests(args, folder, batch_size=batch_size, no_extraction=True)
-            tokens = sum(sample.length.total + args.new_tokens for sample in run.samples)
-            theirs = torch_generate(model, run, batch_size, args.new_tokens)
-            mine, other = alternate(ours(run), theirs, args.repeats)
-            captured, without = alternate(ours(run), ours(plain), args.repeats)
-            report(
-                f"generation of {args.new_tokens} tokens with capture, batch {batch_size}",
-                tokens,
-                mine,
-                {"transformers generate": other},
-                None,
-            )
-            print(f"    cost of extraction: {captured / without - 1:+.1%}", flush=True)
-
-        middle = captured_layers(forced)[1]
-        alone = requests(
-            args, folder, max_output_tokens=0, no_logits=True, layers_to_extract=middle
-        )
-        tokens = sum(sample.length.total for sample in alone.samples)
-        flops = prefill_flops(alone, middle + 1, False)
-        mine = best(ours(alone), args.repeats)
-        report(
-            f"prompt-only extraction of layer {middle}, no logits",
-            tokens,
-            mine,
-            {},
-            flops / mine / rate,
-        )
-    return 0
+    middle = captured_layers(forced)[1]
+    alone = requests(args, folder, max_output_tokens=0, no_logits=True, layers_to_extract=middle)
+    tokens = sum(sample.length.total for sample in alone.samples)
+    flops = prefill_flops(alone, middle + 1, False)
+    mine = best(ours(alone), args.repeats)
+    report(
+        f"prompt-only extraction of layer {middle}, no logits",
+        tokens,
+        mine,
+        {},
+        flops / mine / rate,
+    )
 
 
 if __name__ == "__main__":

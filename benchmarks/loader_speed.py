@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import bench
 from utils import cli
 from utils.store.local import check_writable
 
@@ -26,7 +27,7 @@ TOKENS, ITEMS = 800, 100  # of a sample, of a shard
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+    parser = bench.build_parser(__doc__)
     parser.add_argument(
         "--gigabytes", type=cli.float_at_least(0.01), default=2.0, help="of activations"
     )
@@ -45,36 +46,36 @@ def build_parser() -> cli.Parser:
 def write_run(folder: Path, samples: int, width: int) -> None:
     import numpy as np
 
-    from utils.shards.writer import ShardWriter
+    from utils.shards.writer import RunFolder
 
     random = np.random.default_rng(0)
     settings = {"activations": {"resid_post.0": {"hook_point": "resid_post", "layer": 0}}}
     settings["activations"]["resid_post.0"]["width"] = width
     settings |= {"model": {}, "prompt": {}, "capture": {}}
-    writer = ShardWriter(folder, settings, {}, save_every_n_samples=ITEMS)
-    writer.start()
     tokens = np.arange(TOKENS, dtype=np.int32)
     cells = np.zeros((TOKENS, 7), np.int32)
     cells[:, 1], cells[:, 4] = tokens // 100 % 2, tokens % 10
     cells[:, 5], cells[:, 6] = tokens, tokens + 1
     block = random.standard_normal((TOKENS, width), dtype=np.float32).astype(np.float16)
-    for i in range(samples):
-        item = {
-            "task_id": f"task{i}",
-            "sample_idx": 0,
-            "input_ids": tokens,
-            "prompt_length": TOKENS,
-            "activations": {"resid_post.0": np.roll(block, i, axis=0)},
-            "output_logprobs": np.zeros(0, np.float32),
-            "cells": cells,
-            "num_train_pairs": 3,
-            "prediction": None,
-            "target": None,
-            "correct": None,
-            "teacher_forced": False,
-        }
-        writer.add(item, {"task_id": f"task{i}", "sample_idx": 0, "attempts": []})
-    writer.finish({})
+    with RunFolder(folder, settings, {}, save_every_n_samples=ITEMS) as run:
+        run.begin()
+        for i in range(samples):
+            item = {
+                "task_id": f"task{i}",
+                "sample_idx": 0,
+                "input_ids": tokens,
+                "prompt_length": TOKENS,
+                "activations": {"resid_post.0": np.roll(block, i, axis=0)},
+                "output_logprobs": np.zeros(0, np.float32),
+                "cells": cells,
+                "num_train_pairs": 3,
+                "prediction": None,
+                "target": None,
+                "correct": None,
+                "teacher_forced": False,
+            }
+            run.add(item, {"task_id": f"task{i}", "sample_idx": 0, "attempts": []})
+        run.finish()
 
 
 def forget(folder: Path) -> None:
@@ -86,6 +87,11 @@ def forget(folder: Path) -> None:
 
 
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
+    with bench.scratch(args, gigabytes=0.05, width=64, repeats=1, shuffle_buffer=10_000):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     from utils.dataset import ActivationDataset, Selection
 
     check_writable(args.folder or Path(tempfile.gettempdir()))
@@ -127,6 +133,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
                 start = time.perf_counter()
                 way()
                 best[name] = min(best[name], time.perf_counter() - start)
+    print(bench.processor())
     print(f"{rows} rows of {args.width}, {size / 1e9:.2f} GB, best of {args.repeats}")
     print("| way | seconds | rows read a second | of the disk's speed |\n|---|---|---|---|")
     for name, seconds in best.items():

@@ -10,64 +10,68 @@ import argparse
 import shutil
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import bench
+from utils import cli
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+
+def build_parser() -> cli.Parser:
+    parser = bench.build_parser(__doc__)
+    parser.add_argument("--model_path", required=bench.NEEDED, help="folder of the model")
+    parser.add_argument("--dataset_path", required=bench.NEEDED, help="ARC tasks")
+    parser.add_argument("--tasks", type=cli.int_at_least(1), default=8, help="tasks measured")
+    parser.add_argument("--batch_size", type=cli.int_at_least(1), default=4, help="rows a device")
+    parser.add_argument(
+        "--max_model_len", type=cli.int_at_least(64), default=1000, help="tokens a sample"
     )
-    parser.add_argument("--model_path", required=True)
-    parser.add_argument("--dataset_path", required=True)
-    parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--max_model_len", type=int, default=1000)
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    parser.add_argument(
+        "--new_tokens", type=cli.int_at_least(1), default=64, help="tokens generated a row"
+    )
+    parser.add_argument("--repeats", type=cli.int_at_least(1), default=3, help="median of so many")
+    return parser
 
-    import jax
 
-    from utils.cli import Signals
-    from utils.plan.plan import prepare
+def run_seconds(args: argparse.Namespace, folder: Path, extracts: bool, signals: cli.Signals):
+    """Seconds of the run loop, loading and compiling left out."""
+    from utils.plan.plan import plan_run
     from utils.plan.request import Request
     from utils.run.loop import run
 
-    class NoSignals(Signals):
-        def __init__(self) -> None:
-            self._depth, self._pending, self._raised = 0, None, False
+    shutil.rmtree(folder, ignore_errors=True)
+    request = Request(
+        model_path=args.model_path,
+        dataset_path=args.dataset_path,
+        output_path=str(folder / "submission.json"),
+        activations_dir=str(folder / "activations") if extracts else None,
+        max_tasks=args.tasks,
+        batch_size=args.batch_size,
+        max_model_len=args.max_model_len,
+        max_output_tokens=args.new_tokens,
+        distributed=True,
+    )
+    return run(plan_run(request), signals)["seconds"]
 
-    def seconds(scratch: Path, extracts: bool) -> float:
-        shutil.rmtree(scratch, ignore_errors=True)
-        request = Request(
-            args.model_path,
-            args.dataset_path,
-            str(scratch / "submission.json"),
-            str(scratch / "activations") if extracts else None,
-            max_tasks=args.tasks,
-            batch_size=args.batch_size,
-            max_model_len=args.max_model_len,
-            max_output_tokens=args.new_tokens,
-            distributed=True,
-        )
-        return run(prepare(request), NoSignals())["seconds"]
 
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder) / "run"
+def main(args: argparse.Namespace, signals: cli.Signals) -> None:
+    import jax
+
+    tiny = {"tasks": 4, "batch_size": 1, "max_model_len": 700, "new_tokens": 4, "repeats": 1}
+    with bench.scratch(args, **tiny) as folder:
         times: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(args.repeats):
             for extracts in times:
-                times[extracts].append(seconds(scratch, extracts))
+                times[extracts].append(run_seconds(args, folder / "run", extracts, signals))
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
-        jax.profiler.start_trace(Path(folder) / "trace", profiler_options=options)
-        seconds(scratch, True)
+        jax.profiler.start_trace(folder / "trace", profiler_options=options)
+        run_seconds(args, folder / "run", True, signals)
         jax.profiler.stop_trace()
-        busy, span = device_time(Path(folder) / "trace")
+        busy, span = device_time(folder / "trace")
     kept, plain = (statistics.median(times[extracts]) for extracts in (True, False))
+    print(bench.processor())
     print(f"with activations     {kept:.2f} s, median of {args.repeats}: {times[True]}")
     print(f"without              {plain:.2f} s, median of {args.repeats}: {times[False]}")
     print(f"cost of extraction   {kept / plain - 1:+.1%}")
@@ -96,4 +100,4 @@ def device_time(trace: Path) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, build_parser())

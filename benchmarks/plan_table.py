@@ -8,26 +8,29 @@ Minutes a line.
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import bench
 from benchmarks.shapes import LLAMA_3_1_8B, QWEN2_0_5B, QWEN2_5_7B
+from utils import cli
+from utils.errors import UserError
 
 MODELS = {"Qwen2-0.5B": QWEN2_0_5B, "Qwen2.5-7B": QWEN2_5_7B, "Llama-3.1-8B": LLAMA_3_1_8B}
 SLICES = ["v4-8", "v4-64", "v5e-8", "v5e-64"]
 
 
-def write_tasks(path: Path, count: int) -> None:
-    """Tasks of six pairs of 12 x 12 grids: prompts of equal length, so one shape to compile."""
+def write_tasks(path: Path, count: int, side: int) -> None:
+    """Tasks of six pairs of square grids: prompts of equal length, so one shape to compile."""
     rng = random.Random(0)
 
     def grid() -> list[list[int]]:
-        return [[rng.randint(0, 9) for _ in range(12)] for _ in range(12)]
+        return [[rng.randint(0, 9) for _ in range(side)] for _ in range(side)]
 
     tasks = {}
     for i in range(count):
@@ -38,8 +41,8 @@ def write_tasks(path: Path, count: int) -> None:
 
 def write_outline(folder: Path, fields: dict) -> None:
     """A checkpoint whose weights are a hole in a sparse file: shapes, no values."""
-    from tests.tokenizers_for_tests import character_tokenizer
-    from utils.model.weights import outline
+    from checkpoints import outline
+    from tokenizers_for_tests import character_tokenizer
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
@@ -47,56 +50,71 @@ def write_outline(folder: Path, fields: dict) -> None:
     character_tokenizer().save_pretrained(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def build_parser() -> cli.Parser:
+    parser = bench.build_parser(__doc__)
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, help="whose shapes"
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--slices", nargs="+", default=SLICES)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--mesh_shape", nargs="+", default=["auto"])
-    args = parser.parse_args()
+    parser.add_argument("--slices", nargs="+", default=SLICES, help="of TPU chips")
+    parser.add_argument("--batch_size", type=cli.int_at_least(1), default=8, help="rows a device")
+    parser.add_argument("--mesh_shape", nargs="+", default=["auto"], help="of the devices")
+    return parser
 
+
+def main(args: argparse.Namespace, _: cli.Signals) -> None:
     import jax
 
+    if importlib.util.find_spec("libtpu") is None:
+        message = "the TPU compiler is not installed: pip install -r requirements-tpu.txt"
+        if not args.smoke:
+            raise UserError(message)
+        print(message)
+        return
     jax.config.update("jax_platforms", "cpu")
-    from utils.plan.plan import prepare
-    from utils.plan.request import Request, mesh_shapes
-    from utils.run import tpu as plan
-
-    print("| model | slice | mesh, batch | GB | prefill tokens/s | by bytes | step ms |")
-    for name in args.models:
-        with tempfile.TemporaryDirectory() as scratch:
-            scratch = Path(scratch)
-            write_outline(scratch / "model", MODELS[name])
+    tiny = {"models": ["Qwen2-0.5B"], "slices": ["v5e-4"], "batch_size": 1}
+    with bench.scratch(args, **tiny) as folder:
+        print("| model | slice | mesh, batch | GB | prefill tokens/s | by bytes | step ms |")
+        for name in args.models:
+            fields = MODELS[name]
+            if args.smoke:  # two layers compile in seconds
+                fields = {**fields, "num_hidden_layers": 2}
+            write_outline(folder / name, fields)
             for slice_name in args.slices:
-                devices = plan.slice_devices(slice_name)
-                write_tasks(scratch / "tasks.json", args.batch_size * len(devices))
-                request = Request(
-                    str(scratch / "model"),
-                    str(scratch / "tasks.json"),
-                    distributed=True,
-                    batch_size=args.batch_size,
-                    mesh_shape=mesh_shapes(args.mesh_shape)[0],
-                    max_output_tokens=400,
-                )
-                p = plan.plan(prepare(request, devices, writes=False), slice_name)
-                mesh = "x".join(map(str, p["mesh_shape"]))
-                if not p["fits"]:
-                    print(f"| {name} | {slice_name} | {mesh} | does not fit | | | |", flush=True)
-                    continue
-                (bucket,) = p["buckets"]
-                rate, step = p["estimated_prefill_tokens_per_second"], bucket["decode_step_seconds"]
-                memory = plan.CHIPS[slice_name.partition("-")[0]].memory
-                seconds = bucket["prefill"]["bytes_accessed_per_device"] / memory
-                by_bytes = rate * min(1, bucket["prefill_seconds"] / seconds)
-                print(
-                    f"| {name} | {slice_name} | {mesh}, {bucket['rows']} x {bucket['length']} | "
-                    f"{p['hbm_bytes_per_device'] / 1e9:.1f} | {rate:,.0f} | {by_bytes:,.0f} | "
-                    f"{step * 1e3:.2f} |",
-                    flush=True,
-                )
+                print(line(args, folder, name, slice_name), flush=True)
+
+
+def line(args: argparse.Namespace, folder: Path, name: str, slice_name: str) -> str:
+    """Of the table: what the compiler says of a model on a slice."""
+    from utils.plan.plan import plan_run
+    from utils.plan.request import Request, mesh_shapes
+    from utils.run import tpu
+
+    devices = tpu.slice_devices(slice_name)
+    side = 3 if args.smoke else 12
+    write_tasks(folder / "tasks.json", args.batch_size * len(devices), side)
+    request = Request(
+        model_path=str(folder / name),
+        dataset_path=str(folder / "tasks.json"),
+        distributed=True,
+        batch_size=args.batch_size,
+        mesh_shape=mesh_shapes(args.mesh_shape)[0],
+        max_output_tokens=400,
+    )
+    p = tpu.estimate(plan_run(request, devices, writes=False), slice_name)
+    mesh = "x".join(map(str, p["mesh_shape"]))
+    if not p["fits"]:
+        return f"| {name} | {slice_name} | {mesh} | does not fit | | | |"
+    (bucket,) = p["buckets"]
+    rate, step = p["estimated_prefill_tokens_per_second"], bucket["decode_step_seconds"]
+    memory = tpu.CHIPS[slice_name.partition("-")[0]].memory
+    seconds = bucket["prefill"]["bytes_accessed_per_device"] / memory
+    by_bytes = rate * min(1, bucket["prefill_seconds"] / seconds)
+    return (
+        f"| {name} | {slice_name} | {mesh}, {bucket['rows']} x {bucket['length']} | "
+        f"{p['hbm_bytes_per_device'] / 1e9:.1f} | {rate:,.0f} | {by_bytes:,.0f} | "
+        f"{step * 1e3:.2f} |"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, build_parser())

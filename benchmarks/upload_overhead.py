@@ -21,30 +21,47 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import bench
+from utils import cli
+from utils.errors import UserError
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def build_parser() -> cli.Parser:
+    parser = bench.build_parser(__doc__)
+    parser.add_argument("--model_path", required=bench.NEEDED, help="folder of the model")
+    parser.add_argument("--dataset_path", required=bench.NEEDED, help="ARC tasks")
+    parser.add_argument("--tasks", type=cli.int_at_least(1), default=8, help="tasks measured")
+    parser.add_argument(
+        "--max_model_len", type=cli.int_at_least(64), default=1000, help="tokens a sample"
     )
-    parser.add_argument("--model_path", required=True)
-    parser.add_argument("--dataset_path", required=True)
-    parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--max_model_len", type=int, default=1000)
-    parser.add_argument("--layers", nargs="+", default=["0", "11", "23"])
-    parser.add_argument("--save_every_n_samples", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "gcs_server.py", "bucket"],
-        stdout=subprocess.PIPE,
-        text=True,
+    parser.add_argument("--layers", nargs="+", default=["0", "11", "23"], help="extracted")
+    parser.add_argument(
+        "--save_every_n_samples", type=cli.int_at_least(1), default=2, help="in a shard"
     )
-    try:
-        measure(args, server.stdout.readline().strip())
-    finally:
-        server.kill()
+    parser.add_argument("--repeats", type=cli.int_at_least(1), default=3, help="median of so many")
+    parser.add_argument(
+        "--gigabytes",
+        type=cli.float_at_least(0.1),
+        default=1.0,
+        help="of shards that the process writes whose memory is measured",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace, _: cli.Signals) -> None:
+    tiny = {"tasks": 4, "max_model_len": 700, "layers": ["0"], "repeats": 1, "gigabytes": 0.1}
+    with bench.scratch(args, **tiny):
+        server = subprocess.Popen(
+            [sys.executable, bench.ROOT / "tests" / "gcs_server.py", "bucket"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            measure(args, server.stdout.readline().strip())
+        finally:
+            server.kill()
 
 
 def measure(args: argparse.Namespace, url: str) -> None:
@@ -57,49 +74,53 @@ def measure(args: argparse.Namespace, url: str) -> None:
         seconds, size, shards = run(args, environment, *flags)
         sent.append(seconds)
     plain, uploading = map(statistics.median, (kept, sent))
+    print(bench.processor())
     print(f"sent               {size / 1e6:.1f} MB in {shards} shards")
     print(f"without uploading  {plain:.2f} s, median of {[round(s, 2) for s in kept]}")
     print(f"uploading          {uploading:.2f} s, median of {[round(s, 2) for s in sent]}")
     print(f"cost in time       {uploading / plain - 1:+.1%}")
     for megabytes in (100, 8):
-        alone, with_uploads = (memory(megabytes, url if uploads else "") for uploads in (0, 1))
+        alone, with_uploads = (memory(args, megabytes, to) for to in ("", url))
         print(f"memory, {megabytes:3} MB     {with_uploads - alone:+.0f} MB ({alone:.0f} without)")
 
 
-def memory(megabytes: int, url: str) -> float:
+def memory(args: argparse.Namespace, megabytes: int, url: str) -> float:
     """Peak resident MB of a process that writes shards of that size, and sends them to `url`."""
     process = subprocess.Popen(
-        [sys.executable, __file__, "--write", str(megabytes), *([url] if url else [])]
+        [sys.executable, __file__, "--write", str(args.gigabytes), str(megabytes), url]
     )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit("writing failed")
+        raise UserError("writing failed, see above", exit_code=1)
     return usage.ru_maxrss / 1000
 
 
-def write(megabytes: int, url: str = "") -> None:
-    """A gigabyte in shards of that size, through the writer of a run."""
-    sys.path.insert(0, str(ROOT))
+def write(gigabytes: float, megabytes: int, url: str) -> None:
+    """So much in shards of that size, through the writer of a run; sent to `url` unless empty."""
     import numpy as np
 
     from utils.shards.uploads import BucketUploads, Uploads
-    from utils.shards.writer import ShardWriter
+    from utils.shards.writer import RunFolder
+    from utils.store.bucket import BucketFolder
+
+    def check() -> None:
+        """Nothing ends this before its time."""
 
     states = np.random.default_rng(0).random((megabytes * 250, 1000), np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        writer = ShardWriter(Path(folder), {}, {}, activation_dtype="float32")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        RunFolder(scratch, {}, {}, activation_dtype="float32") as folder,
+    ):
         uploads = Uploads()
         if url:
             os.environ["STORAGE_EMULATOR_HOST"] = url
-            from utils.store.bucket import BucketFolder
-
             bucket = BucketFolder(f"gs://bucket/memory{megabytes}")
-            known = bucket.check_access()
-            limits = {"max_pending_bytes": 1e12, "timeout": 600, "claim": "metadata.json"}
-            uploads = BucketUploads(bucket, writer, known, **limits)
-        writer.start()
+            there = bucket.check_access()
+            limits = {"max_pending_bytes": 1e12, "timeout": 600}
+            uploads = BucketUploads(bucket, folder, {}, there, **limits)
+        folder.begin()
         uploads.start()
-        for index in range(1000 // megabytes):
+        for index in range(max(1, round(gigabytes * 1000) // megabytes)):
             item = {
                 "task_id": str(index),
                 "sample_idx": 0,
@@ -112,11 +133,12 @@ def write(megabytes: int, url: str = "") -> None:
                 **dict.fromkeys(("prediction", "target", "correct")),
                 "teacher_forced": False,
             }
-            writer.add(item, {"task_id": str(index), "sample_idx": 0})
-            writer.close_shard()
-        writer.finish()
-        uploads.drain(lambda: None)
-        uploads.finish(lambda: None, writer.journal_path, writer.manifest_path)
+            folder.add(item, {"task_id": str(index), "sample_idx": 0})
+            folder.seal()
+            uploads.wait_for_room(check)
+        folder.finish()
+        uploads.drain(check)
+        uploads.send(check, folder.journal_path, folder.manifest_path)
     os._exit(0)
 
 
@@ -126,7 +148,7 @@ def run(
     """Seconds, bytes of shards, shards."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, ROOT / "simple_extraction_inference.py"),
+            *(sys.executable, bench.ROOT / "simple_extraction_inference.py"),
             *("--model_path", args.model_path, "--dataset_path", args.dataset_path),
             *("--output_path", f"{folder}/predictions.json"),
             *("--activations_dir", f"{folder}/activations", "--teacher_forcing"),
@@ -143,7 +165,7 @@ def run(
         log = process.communicate()[1]
         ended = time.time()
         if process.returncode:
-            raise SystemExit(log.decode())
+            raise UserError(f"the run failed:\n{log.decode()}", exit_code=1)
         metadata = Path(folder) / "activations" / "metadata.json"
         manifest = json.loads(metadata.read_text())
         seconds = manifest["seconds"]
@@ -156,5 +178,5 @@ def run(
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write"]:
-        write(int(sys.argv[2]), *sys.argv[3:])
-    main()
+        write(float(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    cli.run(main, build_parser())

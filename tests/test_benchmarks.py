@@ -1,66 +1,45 @@
-"""The benchmarks run; what they measure is for a quiet machine, not for a test."""
+"""Every benchmark runs from its first line to its last; what it measures is for a quiet machine."""
+
+import importlib.util
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
+
+SAID = {  # by each benchmark, so that a run which measures nothing does not pass
+    "arc_tiny_accuracy": (
+        "| family | tasks | one attempt | two attempts | two voted of 2 views |",
+    ),
+    "compare_saelens": ("ours:", "SAELens"),
+    "compare_transformers": (
+        *("GFLOP/s", "teacher-forced", "batch 1", "batch 4", "cost of extraction", "no logits"),
+    ),
+    "loader_speed": ("no more", "in order", "shuffled", "output cells alone"),
+    "overlap": ("cost of extraction", "device idle"),
+    "plan_table": ("| Qwen2-0.5B | v5e-4 | ",),
+    "transform_rows": ("rows/s",),
+    "upload_overhead": ("cost in time", "memory, 100 MB", "memory,   8 MB"),
+}
+NEEDS = {  # and where it is absent
+    "compare_transformers": ("torch", "requirements-torch.txt"),
+    "plan_table": ("libtpu", "requirements-tpu.txt"),
+}
 
 
-@pytest.mark.slow
-def test_compare_transformers(tiny_model, tasks_file):
-    pytest.importorskip("torch", reason="torch is not installed: requirements-torch.txt")
-    flags = ["--tasks", 4, "--max_model_len", 700, "--new_tokens", 4, "--repeats", 1]
-    result = run_script(
-        *("benchmarks/compare_transformers.py", "--model_path", tiny_model),
-        *("--dataset_path", tasks_file, *flags),
-    )
+def test_every_benchmark_is_run():
+    scripts = {
+        path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()
+    }
+    assert scripts == set(SAID)
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_it_runs_on_inputs_of_its_own(name, tmp_path):
+    package, requirements = NEEDS.get(name, ("pytest", ""))
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: {requirements}")
+    # Elsewhere than in the checkout: it needs no file of the folder that it is called from.
+    result = run_script(f"benchmarks/{name}.py", "--smoke", cwd=tmp_path, timeout=240)
     assert result.returncode == 0, result.stderr
-    for words in ("teacher-forced", "batch 1", "batch 4", "cost of extraction", "no logits"):
+    for words in SAID[name]:
         assert words in result.stdout
-
-
-@pytest.mark.slow
-def test_transform_rows():
-    result = run_script("benchmarks/transform_rows.py", "--num_rows", 500)
-    assert result.returncode == 0, result.stderr
-    assert "rows/s" in result.stdout
-
-
-@pytest.mark.slow
-def test_overlap(tiny_model, tasks_file):
-    result = run_script(
-        *("benchmarks/overlap.py", "--model_path", tiny_model, "--dataset_path", tasks_file),
-        *("--new_tokens", 4, "--repeats", 1, "--max_model_len", 700, "--batch_size", 1),
-    )
-    assert result.returncode == 0, result.stderr
-    for words in ("cost of extraction", "device idle"):
-        assert words in result.stdout
-
-
-@pytest.mark.slow
-def test_upload_overhead(tiny_model, tasks_file):
-    result = run_script(
-        *("benchmarks/upload_overhead.py", "--model_path", tiny_model),
-        *("--dataset_path", tasks_file, "--layers", 0, "--repeats", 1),
-    )
-    assert result.returncode == 0, result.stderr
-    for words in ("cost in time", "memory, 100 MB", "memory,   8 MB"):
-        assert words in result.stdout
-
-
-@pytest.mark.slow
-def test_loader_speed():
-    result = run_script(
-        *("benchmarks/loader_speed.py", "--gigabytes", 0.05, "--width", 64, "--repeats", 1),
-        *("--shuffle_buffer", 10_000),
-    )
-    assert result.returncode == 0, result.stderr
-    for words in ("no more", "in order", "shuffled", "output cells alone"):
-        assert words in result.stdout
-
-
-@pytest.mark.slow
-def test_arc_tiny_accuracy():
-    flags = ["--num_tasks", 32, "--augmentations", 2]
-    result = run_script("benchmarks/arc_tiny_accuracy.py", *flags)
-    assert result.returncode == 0, result.stderr
-    assert "| family | tasks | one attempt | two attempts | two voted of 2 views |" in result.stdout
-    assert "| **all** | 32 |" in result.stdout
+    assert not list(tmp_path.iterdir())
