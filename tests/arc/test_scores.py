@@ -1,12 +1,16 @@
 """predictions.json, submission.json and the three conventions of accuracy."""
 
+import json
+
 import pytest
 
 from utils.arc.scores import accuracy, answer, predictions, submission, vote
 from utils.shards.items import sample_key
+from utils.store.local import json_lines
 
 A, B, C = [[1, 2]], [[3], [4]], [[5]]
 WRONG = [[9]]
+NAN, INF = float("nan"), float("inf")
 
 
 def attempt(grid, text="text", logprob=-1.5):
@@ -52,6 +56,17 @@ def test_predictions_hold_every_test_input_in_the_order_of_the_tasks():
         },
     ]
     assert found["t4"] == [{"sample_idx": 0, "attempts": [], "target": A, "correct": False}]
+
+
+def test_an_unknown_logprob_changes_no_score():
+    """NaN of a run, and null of its journal, from which it goes on: `write_json` says null."""
+    for logprob in (float("nan"), None):
+        found = answers(answer("t1", 0, [attempt(C, logprob=logprob)], C))
+        written = predictions({"t1": [C]}, found)
+        assert written["t1"][0]["correct"] is True
+        assert accuracy(written)["tasks_solved"]["solved"] == 1
+        assert submission({"t1": [C]}, found)["t1"][0]["attempt_1"] == C
+        assert json.loads(json_lines(written))["t1"][0]["attempts"][0]["logprob"] is None
 
 
 def test_nothing_generated_has_no_score():
@@ -133,6 +148,14 @@ VOTES = {
     "what did not parse has none": (
         ([(None, 0)], [(None, 0)], [(A, -6)]),
         [(A, "2.0", -6.0, 1)],
+    ),
+    "what is not finite decides nothing": (
+        ([(A, NAN)], [(B, -9)], [(C, None)], [(WRONG, INF)], [(A, -8), (B, NAN)]),
+        [(A, "4.0", -8.0, 2), (B, "1.0", -9.0, 2)],
+    ),
+    "of equals without a mean the earlier": (
+        ([(C, None)], [(B, NAN)], [(A, -99)]),
+        [(A, "2.0", -99.0, 1), (C, "0.0", None, 1)],
     ),
     "nothing parsed": (([(None, -5), (None, -1)], [(None, -2)]), [(None, "0.0", -5, 0)]),
     "nothing was generated": (([], []), []),

@@ -1,6 +1,7 @@
 """Answers -> predictions.json, submission.json, and accuracy in the three conventions in use."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,8 +43,9 @@ def vote(answers: Answers) -> Answers:
     Each attempt in each view is a vote for its grid. The two grids with the most votes become the
     attempts; among equals the higher mean logprob comes first, then the earlier view. Their
     `logprob` is the mean over the votes, `text` that of the vote with the highest, as it was said
-    in `view`, `votes` their number. Where nothing parsed, the attempt is that in the first view,
-    with 0 votes.
+    in `view`, `votes` their number. A `logprob` that is not finite (journal: null) is unknown:
+    no mean counts it, and among equals a grid without any comes last. Where nothing parsed, the
+    attempt is that in the first view, with 0 votes.
     """
     by_sample: dict[SampleKey, list[dict[str, Any]]] = {}
     for key in sorted(answers):  # the views of a sample in their order
@@ -56,7 +58,7 @@ def vote(answers: Answers) -> Answers:
             if attempt["grid"] is not None:
                 votes.setdefault(json.dumps(attempt["grid"]), []).append(attempt)
         # Sorting is stable, and the grids are in the order of their first votes.
-        ranked = sorted(map(_elected, votes.values()), key=lambda c: (-c["votes"], -c["logprob"]))
+        ranked = sorted(map(_elected, votes.values()), key=_rank)
         unparsed = [{**attempt, "votes": 0} for attempt in attempts[:1]]
         voted[key] = answer(*key, ranked[:2] or unparsed, said[0]["target"])
     return voted
@@ -64,9 +66,15 @@ def vote(answers: Answers) -> Answers:
 
 def _elected(votes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The attempt that stands for all that gave the same grid."""
-    best = max(votes, key=lambda attempt: attempt["logprob"])
-    mean = sum(attempt["logprob"] for attempt in votes) / len(votes)
+    known = [a for a in votes if a["logprob"] is not None and math.isfinite(a["logprob"])]
+    best = max(known, key=lambda attempt: attempt["logprob"], default=votes[0])
+    mean = sum(attempt["logprob"] for attempt in known) / len(known) if known else None
     return {**best, "logprob": mean, "votes": len(votes)}
+
+
+def _rank(elected: dict[str, Any]) -> tuple[float, float]:
+    logprob = elected["logprob"]
+    return -elected["votes"], math.inf if logprob is None else -logprob
 
 
 def predictions(
