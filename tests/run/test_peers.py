@@ -568,6 +568,7 @@ BAD_VALUES = [
     ({"output_filepath": "."}, "is a folder: give --output_filepath the path of a file"),
     ({"plan": "v5e-65"}, "--plan v5e-65 is not a slice: there are v4-8, .*v6e-256"),
     ({"plan": "v5e-64", "plan_json": "."}, r"\. is a folder: give --plan_json the path"),
+    ({"plan": "v5e-64", "plan_json": "/dev/null"}, "no regular file: give --plan_json"),
     ({"plan_json": "p.json"}, "--plan_json needs --plan SLICE"),
 ]
 

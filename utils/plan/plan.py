@@ -317,14 +317,19 @@ def _batches(
     return tuple(plan_batches(lengths, Limits(rows, layout.data, layout.alignment)))
 
 
+def check_file(path: Path, flag: str) -> None:
+    """Raises UserError where something is at `path` that a file would not be written to."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give {flag} the path of a file")
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise UserError(f"{path} is no regular file: give {flag} the path of one")
+
+
 def check_paths(request: Request) -> None:
     """Raises UserError where output could not be written, or would replace what the run reads."""
     output, flag = Path(request.output_path), request.output_flag
     try:
-        if output.is_dir():
-            raise UserError(f"{output} is a folder: give {flag} the path of a file")
-        if output.exists() and not output.is_file():  # a device would be replaced by a file
-            raise UserError(f"{output} is no regular file: give {flag} the path of one")
+        check_file(output, flag)
         solutions = request.solutions_path or arc.solutions_beside(request.dataset_path)
         for path in filter(None, (request.dataset_path, solutions)):
             if output.exists() and Path(path).exists() and output.samefile(path):

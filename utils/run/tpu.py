@@ -28,7 +28,7 @@ from utils.model.generate import Shape
 from utils.model.weights import abstract_params, placement
 from utils.plan.batching import padding_share
 from utils.plan.memory import device_bytes
-from utils.plan.plan import Plan, plan_meshes
+from utils.plan.plan import Plan, check_file, plan_meshes
 from utils.plan.request import Request
 from utils.run.compute import Computation
 from utils.run.dry_run import plan_storage
@@ -112,8 +112,7 @@ def main(
     """Prints the plan of each mesh shape, writes the best to `plan_json`; the exit code."""
     jax.config.update("jax_platforms", "cpu")
     if plan_json is not None:
-        if Path(plan_json).is_dir():
-            raise UserError(f"{plan_json} is a folder: give --plan_json the path of a file")
+        check_file(Path(plan_json), "--plan_json")
         check_writable(Path(plan_json).parent)
     devices = slice_devices(name)
     plans = []
