@@ -5,8 +5,10 @@ help and rule.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from utils.arc.views import MOST_VIEWS
@@ -18,39 +20,43 @@ from utils.store.bucket import is_uri, parse_uri
 
 DRY_RUN = "check everything, print tokens, samples, shards, bytes and free disk, and stop"
 
+# Each declares an option of the group of flags that has this title in the help.
+_input = partial(option, "input")
+_output = partial(option, "output")
+_mesh = partial(option, "mesh")
+_batches = partial(option, "batches")
+_parts = partial(option, "parts")
+_prompt = partial(option, "model and prompt")
+_answers = partial(option, "answers")
+_extracted = partial(option, "what is extracted")
+_storage = partial(option, "storage")
+_cloud = partial(option, "cloud storage")
+
 
 @dataclass(frozen=True)
 class Request:
     """What a run is asked to do; each field but the last two is the flag of its name."""
 
-    # ---------------------------------------------------------------------------- input
-    model_path: str = option(
-        "input",
+    model_path: str = _input(
         "folder of a Hugging Face model: Llama, Mistral, Qwen; gs://BUCKET/FOLDER is fetched to a "
         "local cache",
         required=True,
     )
-    dataset_path: str = option(
-        "input",
+    dataset_path: str = _input(
         "ARC tasks: Kaggle JSON, JSONL, one task file or a folder of them, .gz too; or "
         "gs://BUCKET/FILE",
         required=True,
     )
-    solutions_path: str | None = option(
-        "input", "ground truth", unset="the file next to a transformed dataset, where there is one"
+    solutions_path: str | None = _input(
+        "ground truth", unset="the file next to a transformed dataset, where there is one"
     )
-    max_tasks: int | None = option(
-        "input", "take the first so many tasks", unset="all", type=int_at_least(1)
-    )
-
-    # ---------------------------------------------------------------------------- output
-    output_path: str = option(
-        "output", "predictions, a JSON file", default="results/predictions.json"
+    max_tasks: int | None = _input(
+        "take the first so many tasks", unset="all", type=int_at_least(1)
     )
 
-    # --------------------------------------------------------------------------- devices
-    mesh_shape: tuple[int, int] | None = option(
-        "mesh",
+    output_path: str = _output("predictions, a JSON file", default="results/predictions.json")
+
+    mesh_shape: tuple[int, int] | None = _mesh(
         "devices that share a batch, and devices that share a sample; their product is the number "
         "of devices that JAX sees (on v4 and v5p one a chip, half the cores in the slice's name); "
         "`auto` takes the smallest second number with which the run fits in memory; --plan "
@@ -59,49 +65,36 @@ class Request:
         nargs="+",
         metavar="D M",
     )
-    batch_size: int = option(
-        "batches", "samples a forward pass{unit}", default=1, type=int_at_least(1)
-    )
-    max_batch_tokens: int | None = option(
-        "batches",
+    batch_size: int = _batches("samples a forward pass{unit}", default=1, type=int_at_least(1))
+    max_batch_tokens: int | None = _batches(
         "tokens a forward pass{unit}: long prompts go in smaller batches",
         unset="as many as the memory of the device is estimated to hold",
         type=int_at_least(1),
     )
-    shard_id: int = option(
-        "parts",
+    shard_id: int = _parts(
         "which of --num_shards parts of the tasks this run takes, from 0, for hosts that do not "
         "talk to each other; `python -m utils.shards merge` joins the results",
         default=0,
         type=int_at_least(0),
     )
-    num_shards: int = option("parts", "parts of the tasks", default=1, type=int_at_least(1))
+    num_shards: int = _parts("parts of the tasks", default=1, type=int_at_least(1))
 
-    # ------------------------------------------------------------------ model and prompt
-    dtype: str | None = option(
-        "model and prompt",
+    dtype: str | None = _prompt(
         "computation",
         unset="bfloat16 on accelerators, float32 on CPU",
         choices=("float32", "bfloat16"),
     )
-    prompt_format: str = option(
-        "model and prompt",
+    prompt_format: str = _prompt(
         "how a task is put to the model, or a Jinja file; a model must be prompted the way it was "
         "trained",
         default="chat",
         metavar=f"{{{','.join(PROMPT_FORMATS)}}}|FILE",
     )
-    grid_encoding: str = option(
-        "model and prompt", "how a grid is written", default="digits", choices=GRID_ENCODINGS
+    grid_encoding: str = _prompt("how a grid is written", default="digits", choices=GRID_ENCODINGS)
+    max_train_pairs: int | None = _prompt(
+        "take the first so many train pairs of a task", unset="all", type=int_at_least(1)
     )
-    max_train_pairs: int | None = option(
-        "model and prompt",
-        "take the first so many train pairs of a task",
-        unset="all",
-        type=int_at_least(1),
-    )
-    augmentations: int = option(
-        "model and prompt",
+    augmentations: int = _prompt(
         "run each test input in N views, at N times the cost: as it is, then with the whole task "
         "turned or mirrored (any 8 in a row hold all 8 ways), its colors permuted (black stays "
         "black) and its train pairs shuffled, as --seed draws it; answers are mapped back and "
@@ -110,129 +103,105 @@ class Request:
         metavar="N",
         type=int_at_least(1),
     )
-    max_model_len: int | None = option(
-        "model and prompt",
+    max_model_len: int | None = _prompt(
         "tokens of prompt and answer together; a longer prompt loses its first train pairs",
         unset="what the model allows",
         type=int_at_least(1),
     )
 
-    # --------------------------------------------------------------------------- answers
-    max_output_tokens: int = option(
-        "answers",
-        "tokens an answer; 0 extracts from the prompt alone",
-        default=1100,
-        type=int_at_least(0),
+    max_output_tokens: int = _answers(
+        "tokens an answer; 0 extracts from the prompt alone", default=1100, type=int_at_least(0)
     )
-    predictions_per_task: int = option(
-        "answers",
+    predictions_per_task: int = _answers(
         "answers to a test input; the first of several is greedy, and its states are kept",
         default=1,
         type=int_at_least(1),
     )
-    temperature: float | None = option(
-        "answers",
+    temperature: float | None = _answers(
         "of the answers after the first, or of the only one",
         unset="0, greedy, for one answer; 0.7 for those after the first",
         type=float_at_least(0),
     )
-    seed: int = option(
-        "answers", "of the random draws, also those of the views", default=0, type=int
-    )
-    teacher_forcing: bool = option(
-        "answers", "run prompt and ground truth in one pass instead of generating", default=False
+    seed: int = _answers("of the random draws, also those of the views", default=0, type=int)
+    teacher_forcing: bool = _answers(
+        "run prompt and ground truth in one pass instead of generating", default=False
     )
 
-    # ----------------------------------------------------------------- what is extracted
-    layers_to_extract: Sequence[str] | None = option(
-        "what is extracted",
+    layers_to_extract: Sequence[str] | None = _extracted(
         "layers from 0, negative from the end, or `all`",
         unset="first, middle, last",
         nargs="+",
         metavar="LAYER",
     )
-    hook_points: Sequence[str] = option(
-        "what is extracted",
+    hook_points: Sequence[str] = _extracted(
         "where in a layer; resid_post is the residual stream after it",
         default=("resid_post",),
         nargs="+",
         choices=HOOK_POINTS,
     )
-    token_positions: str = option(
-        "what is extracted",
+    token_positions: str = _extracted(
         "tokens whose states are kept; last is the prompt's last, which the answer's first token "
         "is predicted from",
         default="all",
         choices=TOKEN_POSITIONS,
     )
-    activation_dtype: str = option(
-        "what is extracted",
+    activation_dtype: str = _extracted(
         "on disk; what float16 cannot hold is stored as float32 and counted",
         default="float16",
         choices=("float16", "float32"),
     )
-    no_logits: bool = option(
-        "what is extracted",
+    no_logits: bool = _extracted(
         "leave out output_logits; with --max_output_tokens 0 the pass ends after the last captured "
         "layer",
         default=False,
     )
 
-    # --------------------------------------------------------------------------- storage
-    activations_dir: str | None = option(  # None extracts nothing
-        "storage", "folder of the shards and metadata.json", default="results/activations"
+    activations_dir: str | None = _storage(  # None extracts nothing
+        "folder of the shards and metadata.json", default="results/activations"
     )
-    save_every_n_samples: int | None = option(
-        "storage",
+    save_every_n_samples: int | None = _storage(
         "samples a shard; a kill loses at most those of the open one",
         default=50,
         unset="any",
         type=int_at_least(1),
     )
-    save_every_n_batches: int | None = option(
-        "storage", "batches a shard", unset="any", type=int_at_least(1)
+    save_every_n_batches: int | None = _storage(
+        "batches a shard", unset="any", type=int_at_least(1)
     )
-    max_shard_mb: float = option(
-        "storage",
+    max_shard_mb: float = _storage(
         "megabytes a shard; it is closed at whichever of the three limits comes first",
         default=512,
         type=float_at_least(1),
     )
-    resume: bool = option("storage", "do what the run in the folder lacks", default=False)
-    overwrite: bool = option("storage", "replace the run in the folder", default=False)
+    resume: bool = _storage("do what the run in the folder lacks", default=False)
+    overwrite: bool = _storage("replace the run in the folder", default=False)
 
-    # --------------------------------------------------------------------- cloud storage
-    upload_to_cloud: bool = option(
-        "cloud storage",
+    upload_to_cloud: bool = _cloud(
         "send every shard to a bucket while the model computes, each exactly once; manifest, "
         "predictions and submission follow; needs `gcloud auth application-default login` and "
         "roles/storage.objectUser, which --dry_run tests",
         default=False,
     )
-    cloud_bucket: str | None = option(
-        "cloud storage",
+    cloud_bucket: str | None = _cloud(
         "where to; a prefix holds one run, and several processes of a run share it",
         unset="none, --upload_to_cloud needs one",
         metavar="gs://BUCKET/PREFIX",
     )
-    upload_timeout: float = option(
-        "cloud storage",
+    upload_timeout: float = _cloud(
         "seconds after the last sample, or of a full --max_pending_gb, in which the uploads must "
         "end; what is left stays on the disk, the exit code is 1, and --resume sends it",
         default=600,
         metavar="SECONDS",
         type=float_at_least(1),
     )
-    max_pending_gb: float = option(
-        "cloud storage",
+    max_pending_gb: float = _cloud(
         "gigabytes (10^9 bytes) of shards that may wait for the network, in each process; beyond "
         "that computing waits",
         default=50,
         metavar="GB",
         type=float_at_least(0.001),
     )
-    delete_after_upload: bool = option(
-        "cloud storage",
+    delete_after_upload: bool = _cloud(
         "delete a shard from the disk once the bucket was seen to hold it; its manifest stays",
         default=False,
     )
@@ -243,14 +212,13 @@ class Request:
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> "Request":
         """Takes the flags that have a field; without extraction `activations_dir` is None."""
-        names = {field.name for field in fields(cls)}
-        values = {name: value for name, value in vars(args).items() if name in names}
-        values["mesh_shape"] = None
-        if words := getattr(args, "mesh_shape", None):
-            (values["mesh_shape"], *_) = mesh_shapes(words)
-        if getattr(args, "no_extraction", False) or not getattr(args, "extract_activations", True):
+        given, names = vars(args), {field.name for field in fields(cls)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names}
+        words = given.get("mesh_shape")
+        values["mesh_shape"] = mesh_shapes(words)[0] if words else None
+        if given.get("no_extraction") or not given.get("extract_activations", True):
             values["activations_dir"] = None
-        return cls(**values, arguments=vars(args))
+        return cls(**values, arguments=given)
 
     @property
     def output_flag(self) -> str:
@@ -271,12 +239,11 @@ class Request:
     def check(self) -> None:
         """Raises UserError for flags that are empty or contradict one another."""
         for name in ("model_path", "dataset_path", "output_path", "activations_dir"):
-            if getattr(self, name) == "":
-                flag = self.output_flag if name == "output_path" else f"--{name}"
+            path, is_output = getattr(self, name), name in ("output_path", "activations_dir")
+            flag = self.output_flag if name == "output_path" else f"--{name}"
+            if path == "":
                 raise UserError(f"{flag} is empty: give a path")
-        for name in ("output_path", "activations_dir"):
-            if (path := getattr(self, name)) is not None and is_uri(path):
-                flag = self.output_flag if name == "output_path" else f"--{name}"
+            if is_output and path is not None and is_uri(path):
                 raise UserError(
                     f"{flag} {path} is in a bucket: give a local path here, and --upload_to_cloud "
                     "--cloud_bucket gs://BUCKET/PREFIX for the bucket"
@@ -294,17 +261,11 @@ class Request:
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
         self._check_upload()
-        if self.activations_dir is None:
-            given = {
-                "layers_to_extract": self.layers_to_extract is not None,
-                "hook_points": tuple(self.hook_points) != Request.hook_points,
-                "token_positions": self.token_positions != Request.token_positions,
-                "no_logits": self.no_logits,
-            }
-            if names := [f"--{name}" for name, is_given in given.items() if is_given]:
-                if self.distributed:
-                    raise UserError(f"{', '.join(names)}: give --extract_activations too")
-                raise UserError(f"--no_extraction extracts nothing: leave out {', '.join(names)}")
+        names = self._given("layers_to_extract", "hook_points", "token_positions", "no_logits")
+        if self.activations_dir is None and names:
+            if self.distributed:
+                raise UserError(f"{names}: give --extract_activations too")
+            raise UserError(f"--no_extraction extracts nothing: leave out {names}")
         if self.predictions_per_task > 1 and not self.generates:
             raise UserError("--predictions_per_task needs answers that are generated")
         if self.predictions_per_task > 1 and self.temperature == 0:
@@ -327,34 +288,30 @@ class Request:
             raise UserError("--token_positions answer, but --max_output_tokens 0 makes no answer")
 
     def _check_upload(self) -> None:
-        if self.upload_to_cloud:
-            if not self.cloud_bucket:
-                raise UserError("--upload_to_cloud needs --cloud_bucket gs://BUCKET/PREFIX")
-            parse_uri(self.cloud_bucket, "--cloud_bucket")
-            if self.delete_after_upload and self.activations_dir is None:
-                raise UserError("--delete_after_upload has no shards to delete: leave it out")
+        flags = ("cloud_bucket", "delete_after_upload", "upload_timeout", "max_pending_gb")
+        if not self.upload_to_cloud:
+            if names := self._given(*flags):
+                raise UserError(f"{names}: give --upload_to_cloud too")
             return
-        given = {
-            "cloud_bucket": self.cloud_bucket is not None,
-            "delete_after_upload": self.delete_after_upload,
-            "upload_timeout": self.upload_timeout != Request.upload_timeout,
-            "max_pending_gb": self.max_pending_gb != Request.max_pending_gb,
-        }
-        if names := [f"--{name}" for name, is_given in given.items() if is_given]:
-            raise UserError(f"{', '.join(names)}: give --upload_to_cloud too")
+        if not self.cloud_bucket:
+            raise UserError("--upload_to_cloud needs --cloud_bucket gs://BUCKET/PREFIX")
+        parse_uri(self.cloud_bucket, "--cloud_bucket")
+        if self.delete_after_upload and self.activations_dir is None:
+            raise UserError("--delete_after_upload has no shards to delete: leave it out")
+
+    def _given(self, *names: str) -> str:
+        """The flags of those fields that are not as they are without any flag."""
+        changed = [name for name in names if getattr(self, name) != getattr(Request, name)]
+        return ", ".join(f"--{name}" for name in changed)
 
 
 def mesh_shapes(words: Sequence[str]) -> list[tuple[int, int] | None]:
     """The values of --mesh_shape as (data, model) pairs; `auto` is [None]. Raises UserError."""
     if list(words) == ["auto"]:
         return [None]
-    if len(words) % 2 or not all(map(_is_count, words)):
+    if len(words) % 2 or not all(re.fullmatch("0*[1-9][0-9]{0,8}", word) for word in words):
         raise UserError(
             f"--mesh_shape {' '.join(words)} is not `auto` or two whole numbers: data and model"
         )
     numbers = [int(word) for word in words]
     return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def _is_count(word: str) -> bool:
-    return word.isascii() and word.isdigit() and int(word) > 0
