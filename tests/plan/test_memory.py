@@ -7,8 +7,8 @@ from benchmarks.shapes import LLAMA_3_1_8B, QWEN2_0_5B, QWEN2_5_7B
 from utils.errors import UserError
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
-from utils.model.layout import Layout, make_mesh
-from utils.plan.memory import Workload, choose_model_axis, rows_that_fit
+from utils.model.layout import Layout, make_mesh, shapes_of
+from utils.plan.memory import Workload, first_that_fits, rows_that_fit
 
 GB = 10**9
 NAMES = ("resid_post.0", "resid_post.11", "resid_post.23")
@@ -56,7 +56,7 @@ def test_captures_are_those_of_the_tokens_that_are_kept(tokens, generated, force
 def test_a_run_that_keeps_one_token_has_larger_batches():
     def rows(tokens):
         work = Workload(ModelConfig.from_dict(QWEN2_5_7B), CaptureSpec(NAMES, tokens), 400, 2)
-        return rows_that_fit(work, layout(work, 4, 2), 16 * 2**30, 512)(2048)
+        return rows_that_fit(work, layout(work, 4, 2), 16 * 2**30, 512, [2048])[2048]
 
     assert rows("last") > rows("all") > 0
 
@@ -64,7 +64,8 @@ def test_a_run_that_keeps_one_token_has_larger_batches():
 def test_the_smallest_model_axis_that_fits():
     def choose(fields, limit):
         work = workload(fields)
-        return choose_model_axis(work, 8, 2048, limit, lambda m: layout(work, 8 // m, m))
+        layouts = (layout(work, *shape) for shape in shapes_of(8))
+        return first_that_fits(work, layouts, 2048, limit).model
 
     assert choose(QWEN2_0_5B, 16 * 2**30) == 1
     assert choose(QWEN2_5_7B, 16 * 2**30) == 2
@@ -77,11 +78,11 @@ def test_the_smallest_model_axis_that_fits():
 def test_longer_prompts_have_fewer_rows():
     work = workload(QWEN2_5_7B)
     on = layout(work, 4, 2)
-    rows = rows_that_fit(work, on, 16 * 2**30, 64)
-    found = [rows(length) for length in (512, 2048, 8192)]
+    rows = rows_that_fit(work, on, 16 * 2**30, 64, (512, 2048, 8192))
+    found = list(rows.values())
     assert found == sorted(found, reverse=True) and found[0] > found[2] > 0
     for length, n in zip((512, 2048, 8192), found, strict=True):
         assert n % 4 == 0
         assert work.total_bytes(on, n, length) <= 0.9 * 16 * 2**30
-    assert rows_that_fit(work, on, None, 64)(8192) == 64
-    assert rows_that_fit(work, on, 7 * GB, 64)(512) == 0
+    assert rows_that_fit(work, on, None, 64, [8192]) == {8192: 64}
+    assert rows_that_fit(work, on, 7 * GB, 64, [512]) == {512: 0}

@@ -6,8 +6,7 @@ An estimate from shapes alone, nothing compiled; `--plan` asks the compiler.
 # B batch   T prompt slots   A answer slots   D model width   F mlp width   V vocabulary
 # N query heads   K key/value heads   H head width
 
-import functools
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -111,44 +110,36 @@ class Workload:
 
 
 def rows_that_fit(
-    work: Workload, layout: Layout, limit: int | None, most: int
-) -> Callable[[int], int]:
-    """Prompt slots a row -> rows of a batch, a multiple of the data axis, at most `most`, that fit
-    in `limit` bytes a device; 0 where none do."""
+    work: Workload, layout: Layout, limit: int | None, most: int, lengths: Iterable[int]
+) -> dict[int, int]:
+    """Prompt slots a row, of each of `lengths` -> rows of a batch, a multiple of the data axis, at
+    most `most`, that fit in `limit` bytes a device; 0 where none do."""
     if limit is None:
-        return lambda length: most
+        return dict.fromkeys(lengths, most)
     room = USABLE * limit - work.parameter_bytes(layout)
-
-    @functools.cache
-    def rows(length: int) -> int:
-        for n in range(most // layout.data * layout.data, 0, -layout.data):
-            if work.batch_bytes(layout, n, length) <= room:
-                return n
-        return 0
-
-    return rows
+    counts = range(most // layout.data * layout.data, 0, -layout.data)
+    return {
+        length: next((n for n in counts if work.batch_bytes(layout, n, length) <= room), 0)
+        for length in lengths
+    }
 
 
-def choose_model_axis(
-    work: Workload,
-    devices: int,
-    longest: int,
-    limit: int | None,
-    layout_of: Callable[[int], Layout],
-) -> int:
-    """The smallest model axis with which a row of the longest prompt fits on every device.
+def first_that_fits(
+    work: Workload, layouts: Iterable[Layout], longest: int, limit: int | None
+) -> Layout:
+    """The first layout with which a row of the longest prompt fits on every device.
 
-    layout_of: model axis -> layout. Raises UserError when none does.
+    limit: bytes of a device. Raises UserError when there is none.
     """
-    axes = [m for m in range(1, devices + 1) if devices % m == 0]
-    for model in axes:
-        layout = layout_of(model)
+    needs = []
+    for layout in layouts:
+        devices = layout.mesh.size
         length = -(-longest // layout.alignment) * layout.alignment
-        if limit is None or work.total_bytes(layout, devices, length) <= USABLE * limit:
-            return model
-    need = min(work.total_bytes(layout_of(m), devices, longest) for m in axes)
+        needs.append(work.total_bytes(layout, devices, length))
+        if limit is None or needs[-1] <= USABLE * limit:
+            return layout
     raise UserError(
         f"a prompt of {longest} tokens does not fit on {devices} devices of {limit / 1e9:.1f} GB: "
-        f"about {need / 1e9:.1f} GB each are needed; lower --max_model_len, --max_output_tokens or "
-        "the layers, or take more devices"
+        f"about {min(needs) / 1e9:.1f} GB each are needed; lower --max_model_len, "
+        "--max_output_tokens or the layers, or take more devices"
     )

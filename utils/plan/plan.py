@@ -4,11 +4,9 @@
 plans every sample and batch. It writes nothing, and of the device it knows the kind alone.
 """
 
-import collections
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,20 @@ from utils.arc.tasks import SampleKey
 from utils.errors import UserError
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
-from utils.model.layout import Layout, check_shape, default_dtype, find_devices, make_mesh
+from utils.model.layout import (
+    Layout,
+    check_shape,
+    default_dtype,
+    find_devices,
+    make_mesh,
+    shapes_of,
+)
 from utils.model.weights import Checkpoint
 from utils.plan.batching import Batch, Length, Limits, aligned, plan_batches
 from utils.plan.inputs import localized
-from utils.plan.memory import Workload, choose_model_axis, device_bytes, rows_that_fit
+from utils.plan.memory import Workload, device_bytes, first_that_fits, rows_that_fit
 from utils.plan.request import Request
-from utils.plan.samples import Sample, plan_samples, read_tasks, tasks_hash
+from utils.plan.samples import Sample, plan_samples, read_tasks, skip_reasons, tasks_hash
 from utils.prompt.codec import Codec, Encoded, load_codec
 from utils.shards.manifest import stem
 from utils.store.bucket import BucketFolder, Receipt
@@ -37,10 +42,11 @@ from utils.store.local import check_writable
 class Plan:
     """A run that has been checked: what is computed, in which batches, and where it is stored.
 
-    request: as the user made it. max_model_len: tokens of prompt and answer together. tasks: those
-    of this shard; whole_hash: sha256 of those of all shards. samples: what is run; skipped: what is
-    not, as the manifest lists it. batches: indices into samples, longest first. bucket: where the
-    run is sent, or None; listing: file name -> what was there when the plan was made.
+    request: as the user made it. workload: what is computed of each batch. max_model_len: tokens of
+    prompt and answer together. tasks: those of this shard; whole_hash: sha256 of those of all
+    shards. samples: what is run; skipped: what is not, as the manifest lists it. batches: indices
+    into samples, longest first. bucket: where the run is sent, or None; listing: file name -> what
+    was there when the plan was made.
     """
 
     request: Request
@@ -48,6 +54,7 @@ class Plan:
     checkpoint: Checkpoint
     codec: Codec
     capture: CaptureSpec
+    workload: Workload
     layout: Layout
     dtype: str
     max_model_len: int
@@ -60,10 +67,6 @@ class Plan:
     listing: dict[str, Receipt]
 
     @property
-    def workload(self) -> Workload:
-        return _workload(self.request, self.config, self.capture, self.dtype, self.samples)
-
-    @property
     def run_folder(self) -> Path:
         """Where shards, answers and manifest go; without extraction, a folder beside the output
         that lets the run be resumed, and of which the manifest alone stays at its end."""
@@ -74,10 +77,10 @@ class Plan:
     def train_pairs(self) -> dict[str, int]:
         """How many train pairs the samples' tasks have, how many their prompts keep, and how many
         samples keep fewer than there are, for want of room."""
-        available = [len(sample.original.train) for sample in self.samples]
-        kept = [sample.num_train_pairs for sample in self.samples]
-        shortened = sum(k < n for k, n in zip(kept, available, strict=True))
-        return {"available": sum(available), "kept": sum(kept), "samples_shortened": shortened}
+        lost = [len(sample.original.train) - sample.num_train_pairs for sample in self.samples]
+        kept = sum(sample.num_train_pairs for sample in self.samples)
+        shortened = sum(map(bool, lost))
+        return {"available": kept + sum(lost), "kept": kept, "samples_shortened": shortened}
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample's prompt, and the answer that is forced."""
@@ -187,7 +190,11 @@ def plan_meshes(
             listing = bucket.check_access()
     local = localized(request)
     config = ModelConfig.from_hf(local.model_path)
-    capture = _capture(request, config)
+    capture = CaptureSpec()
+    if request.activations_dir is not None:
+        capture = CaptureSpec.from_flags(
+            config, request.layers_to_extract, request.hook_points, request.token_positions
+        )
     checkpoint = Checkpoint(local.model_path, config)
     codec = load_codec(
         local.model_path, request.prompt_format, request.grid_encoding, config.vocab_size
@@ -196,18 +203,32 @@ def plan_meshes(
     max_model_len = _max_model_len(request, config)
     samples, skipped = plan_samples(tasks, codec, request, max_model_len)
     if not samples:
-        raise UserError(_nothing_to_run(skipped))
+        raise UserError(
+            f"none of the {len(skipped)} samples can be run: "
+            + "; ".join(f"{reason} ({n})" for reason, n in skip_reasons(skipped)[:3])
+            + ": lower --max_output_tokens, or raise --max_model_len where it is set"
+        )
     dtype = request.dtype or default_dtype(devices)
-    work = _workload(request, config, capture, dtype, samples)
     lengths = [sample.length for sample in samples]
+    answer = request.max_output_tokens if request.generates else 0
+    forced = max(length.answer for length in lengths)
+    work = Workload(config, capture, answer, np.dtype(dtype).itemsize, forced)
+    # The memory of one of these devices, if possible of one that this process can ask.
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    limit = device_bytes((here or devices)[0])
+
     for shape in shapes:
-        layout = _choose_layout(work, lengths, shape, devices)
+        candidates = [shape] if shape else shapes_of(len(devices))
+        layouts = (Layout.of(config, make_mesh(*s, devices)) for s in candidates)
+        longest = max(length.total for length in lengths)
+        layout = next(layouts) if shape else first_that_fits(work, layouts, longest, limit)
         yield Plan(
             request=request,
             config=config,
             checkpoint=checkpoint,
             codec=codec,
             capture=capture,
+            workload=work,
             layout=layout,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -215,18 +236,10 @@ def plan_meshes(
             whole_hash=whole_hash,
             samples=tuple(samples),
             skipped=tuple(skipped),
-            batches=_batches(request, work, lengths, layout),
+            batches=_batches(request, work, lengths, layout, limit),
             bucket=bucket,
             listing=listing,
         )
-
-
-def _capture(request: Request, config: ModelConfig) -> CaptureSpec:
-    if request.activations_dir is None:
-        return CaptureSpec()
-    return CaptureSpec.from_flags(
-        config, request.layers_to_extract, request.hook_points, request.token_positions
-    )
 
 
 def _max_model_len(request: Request, config: ModelConfig) -> int:
@@ -245,68 +258,21 @@ def _max_model_len(request: Request, config: ModelConfig) -> int:
     return max_model_len
 
 
-def _nothing_to_run(skipped: Sequence[dict[str, Any]]) -> str:
-    reasons = collections.Counter(entry["reason"].partition(":")[0] for entry in skipped)
-    return (
-        f"none of the {len(skipped)} samples can be run: "
-        + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
-        + ": lower --max_output_tokens, or raise --max_model_len where it is set"
-    )
-
-
-def _workload(
-    request: Request,
-    config: ModelConfig,
-    capture: CaptureSpec,
-    dtype: str,
-    samples: Sequence[Sample],
-) -> Workload:
-    answer = request.max_output_tokens if request.generates else 0
-    forced = max(sample.length.answer for sample in samples)
-    return Workload(config, capture, answer, np.dtype(dtype).itemsize, forced)
-
-
-def _choose_layout(
-    work: Workload,
-    lengths: Sequence[Length],
-    shape: tuple[int, int] | None,
-    devices: Sequence[jax.Device],
-) -> Layout:
-    """On a mesh of that shape, or of the smallest model axis with which the longest sample fits."""
-    layout_of = partial(_layout_of, work.config, devices)
-    if shape is not None:
-        return layout_of(shape[1])
-    longest = max(length.total for length in lengths)
-    limit = _device_limit(devices)
-    return layout_of(choose_model_axis(work, len(devices), longest, limit, layout_of))
-
-
-def _layout_of(config: ModelConfig, devices: Sequence[jax.Device], model: int) -> Layout:
-    return Layout.of(config, make_mesh(len(devices) // model, model, devices))
-
-
-def _device_limit(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes of memory of one of these devices, if possible of one that this process can ask."""
-    here = [device for device in devices if device.process_index == jax.process_index()]
-    return device_bytes((here or devices)[0])
-
-
 def _batches(
-    request: Request, work: Workload, lengths: Sequence[Length], layout: Layout
+    request: Request, work: Workload, lengths: Sequence[Length], layout: Layout, limit: int | None
 ) -> tuple[Batch, ...]:
-    """The batches that fit on the mesh. Raises UserError where the longest sample does not."""
+    """The batches that fit in `limit` bytes a device. Raises UserError where the longest sample
+    does not."""
     count = layout.mesh.size
-    limit = _device_limit(list(layout.mesh.devices.flat))
     most = min(request.batch_size * count, math.ceil(len(lengths) / layout.data) * layout.data)
-    fitting = rows_that_fit(work, layout, limit, most)
     sizes = sorted({aligned(length.total, layout.alignment) for length in lengths})
-    rows = {size: fitting(size) for size in sizes}
+    rows = fitting = rows_that_fit(work, layout, limit, most, sizes)
     if request.max_batch_tokens is not None:
         budget = request.max_batch_tokens * count
         rows = {n: min(r, budget // n // layout.data * layout.data) for n, r in rows.items()}
     if not rows[sizes[-1]]:
         why = f"--max_batch_tokens {request.max_batch_tokens}"
-        if not fitting(sizes[-1]):
+        if not fitting[sizes[-1]]:
             why = f"{limit / 1e9:.1f} GB a device"
         longest = max(length.total for length in lengths)
         raise UserError(

@@ -5,7 +5,8 @@ What does not fit is skipped with a reason. Knows tokens, and nothing of devices
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -121,12 +122,16 @@ def plan_samples(
     whoever needs a sample's makes them again.
     """
     samples, skipped = [], []
-    few = len(tasks) * request.augmentations < 200
-    for original, view in _shown(tqdm(tasks, "tokenising", unit=" tasks", disable=few), request):
+    count = request.augmentations
+    bar = tqdm(tasks, "tokenising", unit=" tasks", disable=len(tasks) * count < 200)
+    shown = ((t, v) for t in bar for v in (views(t, count, request.seed) if count > 1 else [None]))
+    for original, view in shown:
         task = view.show_task(original) if view else original
         for index, pair in enumerate(task.test):
+            number = {"view": view.number} if view else {}
+            entry = {"task_id": task.task_id, "sample_idx": index, **number}
             if request.teacher_forcing and pair.output is None:
-                skipped.append(_skip(task, index, view, "no ground truth to force"))
+                skipped.append({**entry, "reason": "no ground truth to force"})
                 continue
             expected = 0 if request.teacher_forcing else expected_cells(task, index)
             wanted = len(task.train)
@@ -144,17 +149,8 @@ def plan_samples(
                     f"does not fit in {max_model_len} tokens: {prompt} of the prompt with the last "
                     f"train pair alone, {reserved} for the answer"
                 )
-                skipped.append(_skip(task, index, view, reason))
+                skipped.append({**entry, "reason": reason})
     return samples, skipped
-
-
-def _shown(tasks: Iterable[arc.Task], request: Request) -> Iterator[tuple[arc.Task, View | None]]:
-    """Each task with each of its views; with None where a run is not augmented."""
-    for task in tasks:
-        if request.augmentations == 1:
-            yield task, None
-        else:
-            yield from ((task, view) for view in views(task, request.augmentations, request.seed))
 
 
 def expected_cells(task: arc.Task, index: int) -> int:
@@ -169,6 +165,6 @@ def expected_cells(task: arc.Task, index: int) -> int:
     return round(cells(task.test[index].input) * made / seen) if seen else 0
 
 
-def _skip(task: arc.Task, index: int, view: View | None, reason: str) -> dict[str, Any]:
-    number = {"view": view.number} if view else {}
-    return {"task_id": task.task_id, "sample_idx": index, **number, "reason": reason}
+def skip_reasons(skipped: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
+    """(reason in a few words, how many samples), the most frequent first."""
+    return Counter(entry["reason"].partition(":")[0] for entry in skipped).most_common()

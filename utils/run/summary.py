@@ -1,9 +1,9 @@
 """What a run says on stdout at its end, and of what it leaves out."""
 
-from collections import Counter
 from typing import Any
 
 from utils.plan.plan import Plan
+from utils.plan.samples import skip_reasons
 
 
 def views_of(plan: Plan) -> str:
@@ -15,8 +15,7 @@ def views_of(plan: Plan) -> str:
 def print_shortfalls(plan: Plan) -> None:
     """What the run does not hold: samples skipped, train pairs left out, outputs without truth."""
     if plan.skipped:
-        reasons = Counter(entry["reason"].partition(":")[0] for entry in plan.skipped)
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        listed = ", ".join(f"{count} {reason}" for reason, count in skip_reasons(plan.skipped))
         print(f"skipped       {len(plan.skipped)}: {listed}")
     pairs = plan.train_pairs
     if pairs["samples_shortened"]:
