@@ -24,9 +24,9 @@ from utils.arc.views import View, original_cells, views
 from utils.cli import Interrupted
 from utils.plan.plan import plan_run
 from utils.plan.request import Request
-from utils.prompt.codec import Codec, Said, encode_answer, encode_prompt
+from utils.prompt.codec import Codec, encode_answer, encode_prompt
 from utils.prompt.encodings import COLORS
-from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS
+from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS, Answer
 from utils.run import compute
 from utils.run import loop as extract
 from utils.run.dry_run import plan_storage
@@ -208,7 +208,7 @@ ORDER = [f"task{i}" for i in range(7)]
 def parsed(codec, ids, prompt_length=0):
     """Takes an answer of the random model for a grid of two cells, so that there is a vote."""
     grid = [[int(ids[0]) % 3, int(ids[-1]) % 2]]
-    return Said(grid, None, np.zeros((0, 7), np.int32), f"{len(ids)} tokens")
+    return Answer(grid, None, np.zeros((0, 7), np.int32), f"{len(ids)} tokens")
 
 
 @pytest.fixture

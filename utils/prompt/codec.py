@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from utils.arc.tasks import Grid, Task
 from utils.errors import UserError
-from utils.prompt.formats import Prompt, PromptFormat, assistant_turn, load_format
+from utils.prompt.formats import Answer, Prompt, PromptFormat, assistant_turn, load_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,19 +40,6 @@ class Encoded:
     ids: np.ndarray
     prompt_length: int
     cells: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Said:
-    """What generated ids say. cells: int32 [C, 7] with token indices in the whole sequence.
-
-    text: without the end of turn. grid None: reason says why, and cells is [0, 7].
-    """
-
-    grid: Grid | None
-    reason: str | None
-    cells: np.ndarray
-    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +69,11 @@ class Codec:
         ids, cells = encode_prompt(self.fmt.render(task, index, pairs), self.tokenizer)
         P = len(ids)
         if forced:
-            answer, answer_cells = encode_answer(
-                self.fmt, task.test[index].output, self.tokenizer, P
-            )
-            ids, cells = np.concatenate([ids, answer]), np.concatenate([cells, answer_cells])
+            more, located = encode_answer(self.fmt, task.test[index].output, self.tokenizer, P)
+            ids, cells = np.concatenate([ids, more]), np.concatenate([cells, located])
         return Encoded(ids, P, cells)
 
-    def read(self, ids: Sequence[int], prompt_length: int = 0) -> Said:
+    def read(self, ids: Sequence[int], prompt_length: int = 0) -> Answer:
         """What generated ids, canonical or not, say, and which of them hold which cell.
 
         prompt_length: index of ids[0] in the sequence. The text ends before the first stop id. Each
@@ -110,7 +95,7 @@ class Codec:
         if "\ufffd" in text:
             kept = self.tokenizer.backend_tokenizer.decode(ids[:end], skip_special_tokens=False)
             text = kept + "".join(pieces[end:])
-        return Said(answer.grid, answer.reason, cells, text)
+        return replace(answer, cells=cells, text=text)
 
 
 def load_codec(
@@ -198,8 +183,7 @@ def encode_prompt(
     Raises UserError where the vocabulary cannot write a cell.
     """
     ids, spans = _encode(prompt.text, tokenizer)
-    cells = _locate(prompt.cells, spans)
-    _check_cells(prompt, ids, cells, tokenizer)
+    cells = _cells_of(prompt, ids, spans, tokenizer)
     if prompt.prepend_bos:
         ids = np.concatenate([np.array([tokenizer.bos_token_id], np.int32), ids])
         cells[:, 5:] += 1
@@ -222,8 +206,7 @@ def encode_answer(
         if np.array_equal(ids[: len(before)], before):
             break
     ids, spans = ids[len(before) :], spans[len(before) :] - len(context)
-    cells = _locate(answer.cells, spans)
-    _check_cells(answer, ids, cells, tokenizer)
+    cells = _cells_of(answer, ids, spans, tokenizer)
     cells[:, 5:] += prompt_length
     return ids, cells
 
@@ -283,10 +266,12 @@ def _locate(cells: np.ndarray, spans: np.ndarray) -> np.ndarray:
     return located
 
 
-def _check_cells(
-    prompt: Prompt, ids: np.ndarray, cells: np.ndarray, tokenizer: "PreTrainedTokenizerFast"
-) -> None:
-    """Raises UserError where a cell has no token, or the one that stands for anything unknown."""
+def _cells_of(
+    prompt: Prompt, ids: np.ndarray, spans: np.ndarray, tokenizer: "PreTrainedTokenizerFast"
+) -> np.ndarray:
+    """Its cells with token spans. Raises UserError where one has no token, or the token that stands
+    for anything unknown."""
+    cells = _locate(prompt.cells, spans)
     unknown = np.concatenate([[0], np.cumsum(ids == tokenizer.unk_token_id)])
     start, stop = cells[:, 5], cells[:, 6]
     lost = np.flatnonzero((stop <= start) | (unknown[stop] > unknown[start]))
@@ -296,6 +281,7 @@ def _check_cells(
             f"the tokenizer has no token for the cell {prompt.text[char_start:char_stop]!r}; "
             "choose another --grid_encoding"
         )
+    return cells
 
 
 def _pieces(ids: list[int], tokenizer: "PreTrainedTokenizerFast") -> list[str]:

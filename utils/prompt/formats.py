@@ -52,6 +52,11 @@ FIXED_DATE = (
 )
 
 
+Message = dict[str, str]  # role and content
+Chat = Callable[[list[Message]], str]  # applies a chat template and opens the assistant's turn
+Composer = Callable[[list[str], Chat], str]  # (placeholders, chat) -> the text of a prompt
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """A text and where its cells are.
@@ -68,14 +73,17 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What an answer text says: a grid, or the reason (a short fixed phrase) why there is none.
+    """What an answer says: a grid, or the reason (a short fixed phrase) why there is none.
 
-    cells: int32 [C, 7] as in `Prompt`, with spans in the text that was parsed; [0, 7] without grid.
+    cells: int32 [C, 7] as in `Prompt`, [0, 7] without grid; their spans are in the text that was
+    parsed, or, of ids that a `Codec` read, in the whole sequence. text: of such ids, without the
+    end of turn.
     """
 
     grid: Grid | None
     reason: str | None
     cells: np.ndarray
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,37 +194,34 @@ def load_format(
     encoding = encoding or GRID_ENCODINGS[0]
     if encoding not in GRID_ENCODINGS:
         raise UserError(f"no grid encoding {encoding!r}; there are {', '.join(GRID_ENCODINGS)}")
-    source, through_chat, last_chat = "", name_or_path in ("chat", "turns"), ""
-    if through_chat:
-        messages = _chat_messages if name_or_path == "chat" else _turns_messages
-
-        def compose(grids: list[str]) -> str:
-            return apply_chat(tokenizer, messages(grids, encoding))
-
-    elif name_or_path == "compact":
-        compose = functools.partial(_compact, eos=tokenizer.eos_token or "")
-    elif name_or_path == "plain":
-        compose = _plain
+    composers: dict[str, Composer] = {
+        "chat": functools.partial(_chat, encoding=encoding),
+        "turns": _turns,
+        "compact": functools.partial(_compact, eos=tokenizer.eos_token or ""),
+        "plain": _plain,
+    }
+    if name_or_path in composers:
+        source, compose = "", composers[name_or_path]
     elif Path(name_or_path).is_file():
-        source, render = jinja_file(name_or_path, tokenizer)
-        chats = render(_placeholders(1))[1]
-        through_chat, last_chat = bool(chats), chats[-1] if chats else ""
-
-        def compose(grids: list[str]) -> str:
-            return render(grids)[0]
-
+        source, compose = jinja_file(name_or_path, tokenizer)
     else:
         names = ", ".join(PROMPT_FORMATS)
         raise UserError(f"no prompt format {name_or_path!r}: neither {names} nor a Jinja file")
+    chats: list[str] = []
+
+    def chat(messages: list[Message]) -> str:
+        chats.append(apply_chat(tokenizer, messages))
+        return chats[-1]
 
     def skeleton(num_pairs: int) -> str:
-        text = compose(_placeholders(num_pairs))
+        text = compose(_placeholders(num_pairs), chat)
         check_placeholders(text, num_pairs, name_or_path)
         return text
 
     sample = skeleton(1)
+    through_chat = bool(chats)
     lead, end = assistant_turn(tokenizer) if through_chat else ("", tokenizer.eos_token or "")
-    if not sample.endswith(last_chat):
+    if through_chat and not sample.endswith(chats[-1]):
         lead = ""  # the file goes on after the chat template: its own text leads to the answer
     opening = ""
     if source and encoding == "numbered":
@@ -226,48 +231,37 @@ def load_format(
     else:
         bos = not through_chat and _adds_bos(tokenizer)
         bos = bos and not sample.startswith(tokenizer.bos_token)
-    parts = {  # by names that the hash of every run so far was made of
-        "lead": lead,
-        "tail": "\n" if name_or_path == "compact" else "",
-        "prefill": opening,
-        "end_of_turn": "\n\n" if name_or_path == "plain" else end,
-        "prepend_bos": bos,
-    }
+    tail = "\n" if name_or_path == "compact" else ""
+    if name_or_path == "plain":
+        end = "\n\n"
+    # By names that the hash of every run so far was made of.
+    parts = {"lead": lead, "tail": tail, "prefill": opening, "end_of_turn": end, "prepend_bos": bos}
     written = write_grid([[*range(10)], [0] * 10], encoding)[0]
     determining = [encoding, source, tokenizer.chat_template, sample, skeleton(2), written, parts]
     digest = hashlib.sha256(json.dumps([*determining, tokenizer.bos_token]).encode()).hexdigest()
-    return PromptFormat(
-        name_or_path,
-        encoding,
-        functools.cache(skeleton),
-        lead,
-        parts["tail"],
-        opening,
-        parts["end_of_turn"],
-        bos,
-        template_hash=digest,
-    )
+    cached = functools.cache(skeleton)
+    return PromptFormat(name_or_path, encoding, cached, lead, tail, opening, end, bos, digest)
 
 
-def _chat_messages(grids: list[str], encoding: str) -> list[dict[str, str]]:
+def _chat(grids: list[str], chat: Chat, encoding: str) -> str:
     parts = [CHAT_NOTE + ENCODING_NOTES[encoding]]
     for k, (given, wanted) in enumerate(train_pairs(grids), 1):
         parts.append(f"Example {k}\n\nInput:\n{given}\n\nOutput:\n{wanted}")
     parts += [f"Test\n\nInput:\n{grids[-1]}", CHAT_REQUEST]
-    return [{"role": "user", "content": "\n\n".join(parts)}]
+    return chat([{"role": "user", "content": "\n\n".join(parts)}])
 
 
-def _turns_messages(grids: list[str], _: str) -> list[dict[str, str]]:
+def _turns(grids: list[str], chat: Chat) -> str:
     roles = itertools.cycle(("user", "assistant"))
-    return [{"role": role, "content": grid} for role, grid in zip(roles, grids, strict=False)]
+    return chat([{"role": role, "content": g} for role, g in zip(roles, grids, strict=False)])
 
 
-def _compact(grids: list[str], eos: str) -> str:
+def _compact(grids: list[str], _: Chat, eos: str) -> str:
     pairs = (f"I{given}\n+/-=O{wanted}\n{eos}" for given, wanted in train_pairs(grids))
     return "".join(pairs) + f"I{grids[-1]}\n+/-=O"
 
 
-def _plain(grids: list[str]) -> str:
+def _plain(grids: list[str], _: Chat) -> str:
     parts = [PLAIN_NOTE]
     for k, (given, wanted) in enumerate([*train_pairs(grids), (grids[-1], "")], 1):
         parts.append(f"Input {k}:\n{given}\n\nOutput {k}:\n{wanted}")
@@ -282,16 +276,11 @@ def _adds_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
 
 def _placeholders(num_pairs: int) -> list[str]:
     """Input and output of each train pair, then the test input."""
-    return [_placeholder(slot) for slot in range(2 * num_pairs + 1)]
-
-
-def _placeholder(slot: int) -> str:
-    """Stands for grid number slot."""
-    return f"\ue000{slot}\ue001"
+    return [f"\ue000{slot}\ue001" for slot in range(2 * num_pairs + 1)]
 
 
 def apply_chat(
-    tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], answering: bool = True
+    tokenizer: "PreTrainedTokenizerFast", messages: list[Message], answering: bool = True
 ) -> str:
     """The chat template's text for messages; answering: with the assistant's turn opened."""
     if not tokenizer.chat_template:
@@ -315,15 +304,18 @@ def assistant_turn(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
     """What the chat template puts around an answer: the blanks before it (Llama 2 has one), and
     the text after it through the first added token, the end of turn (EOS where there is none).
     """
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _placeholder(0)}]
+    (answer,) = _placeholders(0)
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     opened = apply_chat(tokenizer, messages[:1])
-    before, _, after = apply_chat(tokenizer, messages, answering=False).partition(_placeholder(0))
+    before, _, after = apply_chat(tokenizer, messages, answering=False).partition(answer)
     lead = before.removeprefix(opened)
+    if not lead.isspace():
+        lead = ""
     added = [token for token in tokenizer.added_tokens_encoder if token.strip() and token in after]
     if not added:
-        return lead if lead.isspace() else "", tokenizer.eos_token or ""
+        return lead, tokenizer.eos_token or ""
     first = min(added, key=lambda token: (after.index(token), -len(token)))
-    return lead if lead.isspace() else "", after[: after.index(first) + len(first)]
+    return lead, after[: after.index(first) + len(first)]
 
 
 def train_pairs(grids: list[str]) -> list[tuple[str, str]]:
@@ -331,11 +323,8 @@ def train_pairs(grids: list[str]) -> list[tuple[str, str]]:
     return list(zip(grids[:-1:2], grids[1::2], strict=True))
 
 
-def jinja_file(
-    path: str, tokenizer: "PreTrainedTokenizerFast"
-) -> tuple[str, Callable[[list[str]], tuple[str, list[str]]]]:
-    """A Jinja file -> (source, function of the grids that gives the text, and what each call of
-    `chat` within it gave)."""
+def jinja_file(path: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, Composer]:
+    """A Jinja file -> (source, what composes a prompt by it)."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -347,15 +336,9 @@ def jinja_file(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
 
-    def render(grids: list[str]) -> tuple[str, list[str]]:
-        chats = []
-
-        def chat(messages: list[dict[str, str]]) -> str:
-            chats.append(apply_chat(tokenizer, messages))
-            return chats[-1]
-
+    def compose(grids: list[str], chat: Chat) -> str:
         try:
-            text = environment.from_string(source).render(
+            return environment.from_string(source).render(
                 train=[{"input": i, "output": o} for i, o in train_pairs(grids)],
                 test_input=grids[-1],
                 bos_token=tokenizer.bos_token or "",
@@ -366,9 +349,8 @@ def jinja_file(
             raise
         except Exception as error:  # a template is a program: it can raise anything
             raise _template_error(f"the prompt template {path}", error) from error
-        return text, chats
 
-    return source, render
+    return source, compose
 
 
 def _template_error(which: str, error: Exception) -> UserError:

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ from utils.model.layout import use_compilation_cache
 from utils.plan.batching import Batch, pad_rows
 from utils.plan.plan import Plan
 from utils.plan.samples import Sample
-from utils.prompt.codec import Encoded, Said
+from utils.prompt.codec import Encoded
+from utils.prompt.formats import Answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +54,8 @@ class Result:
     @property
     def nbytes(self) -> int:
         """Of the arrays that wait to be stored."""
-        return sum(states.nbytes for states in self.captures.values()) + (
-            0 if self.logits is None else self.logits.nbytes
-        )
+        arrays = [*self.captures.values(), *([] if self.logits is None else [self.logits])]
+        return sum(array.nbytes for array in arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +63,13 @@ class Launched:
     """A batch on its way through the devices, and what of it is to be fetched.
 
     samples: place in the batch -> what stands there, of the places of this process. owned: device
-    -> the places whose results it holds. captures, logits and logprobs are those of `Prefilled`.
+    -> the places whose results it holds. prefilled: without the cache, and without logits that are
+    not stored.
     """
 
     samples: dict[int, tuple[Sample, Encoded]]
     owned: dict[jax.Device, range]
-    captures: dict[str, jax.Array]
-    logits: jax.Array | None
-    logprobs: jax.Array | None
+    prefilled: Prefilled
     decoded: list[Decoded]
 
 
@@ -93,22 +92,21 @@ class Computation:
 
     def __init__(self, plan: Plan, params: Any = None):
         self.plan = plan
-        request, capture = plan.request, plan.capture
-        layers = None
-        with_logits = request.generates or not request.no_logits
+        request, generates = plan.request, plan.request.generates
+        with_logits, layers = generates or not request.no_logits, None
         if not with_logits and not request.teacher_forcing:
-            layers = capture.last_layer + 1
+            layers = plan.capture.last_layer + 1
         self.layout = plan.layout
         if params is None:
             use_compilation_cache()
             params = plan.checkpoint.load(self.layout, np.dtype(plan.dtype))
-        self.engine = Engine(Decoder(plan.config, self.layout, capture, layers), params)
-        self.outputs = Outputs(with_logits, request.max_output_tokens if request.generates else 0)
+        self.engine = Engine(Decoder(plan.config, self.layout, plan.capture, layers), params)
+        self.outputs = Outputs(with_logits, request.max_output_tokens if generates else 0)
         several = len(request.temperatures) > 1
         # Of several predictions only the first is captured.
         self.samplings = [
             Sampling(request.max_output_tokens, plan.codec.stop_ids, temperature, k == 0, several)
-            for k, temperature in enumerate(request.temperatures if request.generates else ())
+            for k, temperature in enumerate(request.temperatures if generates else ())
         ]
         self.usage = Usage()
         self.compile_seconds = 0.0
@@ -135,11 +133,8 @@ class Computation:
         return nullcontext()
 
     def launch(self, batch: Batch) -> Launched:
-        """Returns without waiting for the devices.
-
-        The samples of the batch are tokenised here, again, although planning has done it once: the
-        ids and cells of a whole dataset would not fit in memory beside the model.
-        """
+        """Returns without waiting for the devices. The samples are tokenised here again, see
+        `plan_samples`."""
         plan, request = self.plan, self.plan.request
         needed = self.layout.needed(len(batch.rows))
         samples = [
@@ -153,35 +148,18 @@ class Computation:
             prefilled = self.engine.prefill(
                 ids, prompts, np.array(answers, np.int32), batch.shape, self.outputs
             )
-            decoded = self._decode(batch.shape, prefilled, prompts, samples)
+            decoded = []
+            for k, sampling in enumerate(self.samplings):  # each from the one prefill
+                keys = [_sample_key(request.seed, s, k) if s else 0 for s in samples]
+                keys = np.array(keys, np.uint32)
+                decoded.append(self.engine.decode(prefilled, prompts, keys, batch.shape, sampling))
         owned = self.layout.owned(len(batch.rows))
         mine = {b: (samples[b], encoded[b]) for span in owned.values() for b in span if samples[b]}
         self.usage.prefill += batch.shape.length * sum(map(len, owned.values()))
         self.usage.prefill_useful += sum(len(row.ids) for _, row in mine.values())
         keeps_logits = not request.no_logits and request.activations_dir is not None
-        return Launched(
-            samples=mine,
-            owned=owned,
-            captures=prefilled.captures,
-            logits=prefilled.logits if keeps_logits else None,
-            logprobs=prefilled.logprobs,
-            decoded=decoded,
-        )
-
-    def _decode(
-        self,
-        shape: Shape,
-        prefilled: Prefilled,
-        prompts: np.ndarray,
-        samples: Sequence[Sample | None],
-    ) -> list[Decoded]:
-        """Each prediction from the one prefill."""
-        decoded = []
-        seed = self.plan.request.seed
-        for k, sampling in enumerate(self.samplings):
-            keys = np.array([_sample_key(seed, s, k) if s else 0 for s in samples], np.uint32)
-            decoded.append(self.engine.decode(prefilled, prompts, keys, shape, sampling))
-        return decoded
+        logits = prefilled.logits if keeps_logits else None
+        return Launched(mine, owned, replace(prefilled, logits=logits, cache=None), decoded)
 
     def fetch(self, launched: Launched) -> list[Result]:
         """Waits for the batch; of the decode buffers only the steps that were run are copied."""
@@ -195,9 +173,9 @@ class Computation:
                     found.update(zip(span, block, strict=True))
             return found
 
-        plan = self.plan
-        prompt_captures = {name: host(value) for name, value in launched.captures.items()}
-        logits, forced_logprobs = host(launched.logits), host(launched.logprobs)
+        plan, prefilled = self.plan, launched.prefilled
+        prompt_captures = {name: host(value) for name, value in prefilled.captures.items()}
+        logits, forced_logprobs = host(prefilled.logits), host(prefilled.logprobs)
         generated = []
         for result in launched.decoded:
             # Rounded up, so that slicing compiles for few sizes.
@@ -221,15 +199,9 @@ class Computation:
                 for name, value in captures.items():
                     parts.setdefault(name, []).append(value[b][:n])
             # Copies, so that a stored row does not keep the whole batch in memory.
-            result = Result(
-                sample,
-                encoded,
-                answers,
-                logprobs,
-                {name: np.concatenate(parts[name]) for name in plan.capture.names},
-                logits[b][None, : plan.config.vocab_size].copy() if b in logits else None,
-            )
-            results.append(result)
+            states = {name: np.concatenate(parts[name]) for name in plan.capture.names}
+            last = logits[b][None, : plan.config.vocab_size].copy() if b in logits else None
+            results.append(Result(sample, encoded, answers, logprobs, states, last))
         return results
 
 
@@ -239,19 +211,18 @@ def _sample_key(seed: int, sample: Sample, prediction: int) -> int:
     return zlib.crc32(text.encode()) or 1
 
 
-def to_item(result: Result, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The item of a shard, its grids as the view shows them, and the answer of the journal, its
-    grids as the task has them."""
-    P = result.encoded.prompt_length
-    return item_of(result, [plan.codec.read(ids, P) for ids in result.answers], plan)
-
-
-def item_of(
-    result: Result, said: Sequence[Said], plan: Plan
+def to_item(
+    result: Result, plan: Plan, said: Sequence[Answer] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `to_item`, once it is known what each generated answer says."""
+    """The item of a shard, its grids as the view shows them, and the answer of the journal, its
+    grids as the task has them.
+
+    said: what each generated answer says (default: what its ids do).
+    """
     request, sample, encoded = plan.request, result.sample, result.encoded
     view, P = sample.view, encoded.prompt_length
+    if said is None:
+        said = [plan.codec.read(ids, P) for ids in result.answers]
     attempts = []
     for answer, logprobs in zip(said, result.logprobs if said else [], strict=True):
         logprob = float(logprobs.sum(dtype=np.float64))

@@ -16,8 +16,8 @@ from utils.model.weights import abstract_params, placement
 from utils.plan.batching import padding_share
 from utils.plan.plan import Plan
 from utils.plan.samples import Sample
-from utils.prompt.codec import Said
-from utils.run.compute import Result, item_of
+from utils.prompt.formats import Answer
+from utils.run.compute import Result, to_item
 from utils.run.summary import print_shortfalls, views_of
 from utils.shards.filling import planned_shards
 from utils.store.local import free_bytes
@@ -44,7 +44,7 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
         cells[:, :2] = -1, 1  # of the test output
         grid = [[0] * MAX_SIDE] * -(-len(cells) // MAX_SIDE)
         answers.append(np.zeros(A, np.int32))
-        said.append(Said(grid, None, cells, ""))
+        said.append(Answer(grid, None, cells))
     kept = len(plan.capture.rows(P, A))
     states = np.zeros((kept, config.hidden_size), request.activation_dtype)
     logits = np.zeros((1, config.vocab_size), request.activation_dtype)
@@ -56,7 +56,7 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
         dict.fromkeys(plan.capture.names, states),
         None if request.no_logits else logits,
     )
-    return item_of(result, said, plan)[0]
+    return to_item(result, plan, said)[0]
 
 
 def planned_items(plan: Plan, process: int) -> Iterator[dict[str, Any] | None]:
@@ -73,27 +73,22 @@ def planned_items(plan: Plan, process: int) -> Iterator[dict[str, Any] | None]:
 
 def plan_storage(plan: Plan) -> tuple[int, list[tuple[int, int]]]:
     """Total tokens, and (samples, bytes) of each shard of every process; see `planned_item`."""
-    request, total = plan.request, 0
-    shards: list[tuple[int, int]] = []
-    devices = plan.layout.mesh.devices.flat
+    request, shards = plan.request, []
+    tokens = sum(sample.length.total for sample in plan.samples)
+    if request.generates:
+        tokens += len(plan.samples) * request.max_output_tokens
+    processes = sorted({device.process_index for device in plan.layout.mesh.devices.flat})
     with tqdm(total=len(plan.samples), desc="planning", unit=" samples") as bar:
-
-        def counted(process: int) -> Iterator[dict[str, Any] | None]:
-            nonlocal total
-            for item in planned_items(plan, process):
-                if item is not None:
-                    total += len(item["input_ids"])
-                    bar.update()
-                yield item
-
-        for process in sorted({device.process_index for device in devices}):
-            shards += planned_shards(
-                counted(process),
+        for process in processes:
+            for samples, size in planned_shards(
+                planned_items(plan, process),
                 request.activation_dtype,
                 request.save_every_n_samples,
                 request.max_shard_mb,
-            )
-    return total, shards
+            ):
+                shards.append((samples, size))
+                bar.update(samples)
+    return tokens, shards
 
 
 def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> None:
@@ -102,17 +97,15 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
     done: samples that are stored already, by whatever process. share: of the others, those that go
     to this disk, where processes write to several.
     """
-    request, need = plan.request, 0
-    item_size = np.dtype(request.activation_dtype).itemsize
-    for sample in plan.samples:
-        if sample.key not in done:
-            kept = len(plan.capture.rows(sample.length.prompt, sample.length.answer))
-            values = kept * plan.config.hidden_size * len(plan.capture.names)
-            if plan.capture.names and not request.no_logits:
-                values += plan.config.vocab_size
-            need += values * item_size * share
+    request = plan.request
+    todo = [sample.length for sample in plan.samples if sample.key not in done]
+    kept = sum(len(plan.capture.rows(length.prompt, length.answer)) for length in todo)
+    values = kept * plan.config.hidden_size * len(plan.capture.names)
+    if plan.capture.names and not request.no_logits:
+        values += len(todo) * plan.config.vocab_size
+    need = values * np.dtype(request.activation_dtype).itemsize * share
     if request.delete_after_upload:
-        need = min(need, (request.max_pending_gb * 1e9 + request.max_shard_mb * 1e6))
+        need = min(need, request.max_pending_gb * 1e9 + request.max_shard_mb * 1e6)
     if need > (free := free_bytes(plan.run_folder)):
         raise UserError(
             f"{plan.run_folder} needs at least {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB "
