@@ -83,6 +83,7 @@ def test_longer_prompts_have_fewer_rows():
     assert found == sorted(found, reverse=True) and found[0] > found[2] > 0
     for length, n in zip((512, 2048, 8192), found, strict=True):
         assert n % 4 == 0
-        assert work.total_bytes(on, n, length) <= 0.9 * 16 * 2**30
+        total = work.parameter_bytes(on) + work.batch_bytes(on, n, length)
+        assert total <= 0.9 * 16 * 2**30
     assert rows_that_fit(work, on, None, 64, [8192]) == {8192: 64}
     assert rows_that_fit(work, on, 7 * GB, 64, [512]) == {512: 0}

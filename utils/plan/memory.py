@@ -18,6 +18,7 @@ from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
 from utils.model.layout import Layout
 from utils.model.weights import abstract_params, placement
+from utils.plan.batching import aligned
 
 USABLE = 0.9  # share of a device's memory that the estimate may fill
 # The TPU compiler holds more at once than the widest moment needs, to overlap: 1.8 times as much
@@ -96,12 +97,9 @@ class Workload:
         logits = 3 * (rows // layout.data) * layout.padded(c.vocab_size) // model * 4
         return OVERLAP * (stream + mlp + gathered + 2 * min(scores, SCORE_BYTES) + logits)
 
-    def total_bytes(self, layout: Layout, rows: int, length: int) -> int:
-        """Parameters and a batch, on one device."""
-        return self.parameter_bytes(layout) + self.batch_bytes(layout, rows, length)
-
     def batch_bytes(self, layout: Layout, rows: int, length: int) -> int:
-        """Captures twice: the last batch's are fetched while the next one computes."""
+        """On one device; captures twice, since the last batch's are fetched while the next one
+        computes."""
         return (
             self.cache_bytes(layout, rows, length)
             + 2 * self.capture_bytes(layout, rows, length)
@@ -134,8 +132,8 @@ def first_that_fits(
     needs = []
     for layout in layouts:
         devices = layout.mesh.size
-        length = -(-longest // layout.alignment) * layout.alignment
-        needs.append(work.total_bytes(layout, devices, length))
+        length = aligned(longest, layout.alignment)
+        needs.append(work.parameter_bytes(layout) + work.batch_bytes(layout, devices, length))
         if limit is None or needs[-1] <= USABLE * limit:
             return layout
     raise UserError(

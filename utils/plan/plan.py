@@ -216,11 +216,10 @@ def plan_meshes(
     # The memory of one of these devices, if possible of one that this process can ask.
     here = [device for device in devices if device.process_index == jax.process_index()]
     limit = device_bytes((here or devices)[0])
-
+    longest = max(length.total for length in lengths)
     for shape in shapes:
-        candidates = [shape] if shape else shapes_of(len(devices))
-        layouts = (Layout.of(config, make_mesh(*s, devices)) for s in candidates)
-        longest = max(length.total for length in lengths)
+        tried = [shape] if shape else shapes_of(len(devices))
+        layouts = (Layout.of(config, make_mesh(*mesh, devices)) for mesh in tried)
         layout = next(layouts) if shape else first_that_fits(work, layouts, longest, limit)
         yield Plan(
             request=request,
@@ -284,11 +283,12 @@ def _batches(
 
 
 def check_file(path: Path, flag: str) -> None:
-    """Raises UserError where something is at `path` that a file would not be written to."""
+    """Raises UserError where no file can be written, or would replace what is none."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: give {flag} the path of a file")
     if path.exists() and not path.is_file():  # a device would be replaced by a file
         raise UserError(f"{path} is no regular file: give {flag} the path of one")
+    check_writable(path.parent)
 
 
 def check_paths(request: Request) -> None:
@@ -300,7 +300,6 @@ def check_paths(request: Request) -> None:
         for path in filter(None, (request.dataset_path, solutions)):
             if output.exists() and Path(path).exists() and output.samefile(path):
                 raise UserError(f"{path} is read by this run: choose another {flag}")
-        check_writable(output.parent)
         if request.upload_to_cloud and stem(output.name):
             raise UserError(
                 f"{output.name} is what a file of the run itself is called in the bucket: choose "

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from utils.plan.plan import Plan, check_file, plan_meshes
 from utils.plan.request import Request
 from utils.run.compute import Computation
 from utils.run.dry_run import plan_storage
-from utils.store.local import check_writable, write_json_atomic
+from utils.store.local import write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -40,36 +41,30 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Chip:
     """Peak rates of one chip, from Google's system architecture pages: bfloat16 FLOP/s, bytes/s of
-    memory, bytes/s of the interconnect over all links."""
+    memory, bytes/s of the interconnect over all links.
+
+    cores: of a chip, as the names of its slices count them. slices: their shapes, in chips.
+    """
 
     flops: float
     memory: float
     interconnect: float
+    cores: int
+    slices: tuple[str, ...]
 
 
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 CHIPS = {
-    "v4": Chip(275e12, 1228e9, 300e9),
-    "v5e": Chip(197e12, 819e9, 200e9),
-    "v5p": Chip(459e12, 2765e9, 600e9),
-    "v6e": Chip(918e12, 1638e9, 448e9),
-}
-# Physical shape of each slice, in chips.
-_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_CUBES = {
-    4: "2x2x1",
-    8: "2x2x2",
-    16: "2x2x4",
-    32: "2x4x4",
-    64: "4x4x4",
-    128: "4x4x8",
-    256: "4x8x8",
-    512: "8x8x8",
+    "v4": Chip(275e12, 1228e9, 300e9, 2, _CUBES),
+    "v5e": Chip(197e12, 819e9, 200e9, 1, _FLAT),
+    "v5p": Chip(459e12, 2765e9, 600e9, 2, _CUBES),
+    "v6e": Chip(918e12, 1638e9, 448e9, 1, _FLAT),
 }
 SLICES = {
-    **{f"v4-{2 * n}": f"v4:{shape}" for n, shape in _CUBES.items()},
-    **{f"v5e-{n}": f"v5e:{shape}" for n, shape in _FLAT.items()},
-    **{f"v5p-{2 * n}": f"v5p:{shape}" for n, shape in _CUBES.items()},
-    **{f"v6e-{n}": f"v6e:{shape}" for n, shape in _FLAT.items()},
+    f"{name}-{chip.cores * prod(map(int, shape.split('x')))}": f"{name}:{shape}"
+    for name, chip in CHIPS.items()
+    for shape in chip.slices
 }
 # Of this machine nothing is asked: neither a metadata server, nor the TPU, if it has one, nor the
 # lock of a process that uses it, or that plans too.
@@ -113,7 +108,6 @@ def main(
     jax.config.update("jax_platforms", "cpu")
     if plan_json is not None:
         check_file(Path(plan_json), "--plan_json")
-        check_writable(Path(plan_json).parent)
     devices = slice_devices(name)
     plans = []
     for shape, plan in zip(shapes, plan_meshes(request, shapes, devices, False), strict=True):
@@ -136,24 +130,18 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
     chip = CHIPS[name.partition("-")[0]]
     mesh = layout.mesh
     computation = Computation(plan, params=_abstract(plan))
-    by_shape = for_every_shape(
-        ((batch.shape, len(batch.rows)) for batch in plan.batches),
-        partial(_bucket, plan, computation, chip),
-        f"compiling for {name}",
-    )
-    buckets = list(by_shape.values())
-    for bucket in buckets:
-        bucket["batches"] = 0
-    seconds = 0.0
-    for batch in plan.batches:
-        bucket = by_shape[batch.shape, len(batch.rows)]
-        bucket["batches"] += 1
-        seconds += bucket["seconds"]
+    batches = Counter((batch.shape, len(batch.rows)) for batch in plan.batches)
+    compiled = partial(_bucket, plan, computation, chip)
+    by_shape = for_every_shape(batches, compiled, f"compiling for {name}")
+    buckets = [{**bucket, "batches": batches[key]} for key, bucket in by_shape.items()]
     tokens, shards = plan_storage(plan)
     limit = device_bytes(mesh.devices.flat[0])
     worst = max(buckets, key=lambda b: b["hbm_bytes"] if b["hbm_bytes"] else float("inf"))
     need = worst["hbm_bytes"]
     fits = need is not None and need <= limit
+    seconds = sum(bucket["batches"] * bucket["seconds"] for bucket in buckets)
+    prefill = fits and sum(bucket["batches"] * bucket["prefill_seconds"] for bucket in buckets)
+    given = sum(sample.length.total for sample in plan.samples)  # prompts, and forced answers
     stored = request.activations_dir is not None
     return {
         "slice": name,
@@ -169,7 +157,7 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
         "buckets": buckets,
         "padding": padding_share([s.length for s in plan.samples], plan.batches),
         "estimated_tokens_per_second": tokens / seconds if fits else None,
-        "estimated_prefill_tokens_per_second": _prefill_rate(plan, by_shape) if fits else None,
+        "estimated_prefill_tokens_per_second": given / prefill if fits else None,
         "estimated_hours": seconds / 3600 if fits else None,
         "num_samples": len(plan.samples),
         "num_tokens_total": tokens,
@@ -194,34 +182,28 @@ def _bucket(
     plan: Plan, computation: Computation, chip: Chip, shape: Shape, rows: int
 ) -> dict[str, Any]:
     """One compiled shape: its programs' figures, and the seconds that a batch takes at least."""
-    layout, work = plan.layout, plan.workload
     found: dict[str, Any] = {"rows": rows, "length": shape.length, "answer": shape.answer}
     try:
         programs = computation.programs(shape, rows)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise
-        words = str(error).splitlines()[0]
-        return {
-            **found, "hbm_bytes": None, "prefill": None, "decode": None, "seconds": 0.0,
-            "error": words[:300],
-        }  # fmt: skip
+        nothing = {"hbm_bytes": None, "prefill": None, "decode": None, "seconds": 0.0}
+        return {**found, **nothing, "error": str(error).splitlines()[0][:300]}
     prefill, *decodes = [_figures(program) for program in programs]
     # While a batch computes, what the last one captured is still on its way to the host.
-    waiting = work.capture_bytes(layout, rows, shape.length)
+    waiting = plan.workload.capture_bytes(plan.layout, rows, shape.length)
     # The parameters are there once, whichever program runs; a prefill's cache outlives it.
     memory = max(figures["hbm_bytes"] for figures in (prefill, *decodes)) + waiting
-    seconds = _seconds(prefill, chip)
-    steps = plan.request.max_output_tokens if decodes else 0
-    seconds += sum(_seconds(figures, chip) * steps for figures in decodes)
+    first, step = _seconds(prefill, chip), [_seconds(figures, chip) for figures in decodes]
     return {
         **found,
         "hbm_bytes": memory,
         "prefill": prefill,
         "decode": decodes[0] if decodes else None,
-        "prefill_seconds": _seconds(prefill, chip),
-        "decode_step_seconds": _seconds(decodes[0], chip) if decodes else None,
-        "seconds": seconds,
+        "prefill_seconds": first,
+        "decode_step_seconds": step[0] if step else None,
+        "seconds": first + sum(step) * plan.request.max_output_tokens,
     }
 
 
@@ -230,17 +212,14 @@ def _figures(program: Any) -> dict[str, Any]:
     cost, memory = program.cost_analysis(), program.memory_analysis()
     collectives, moved = collectives_of(program.as_text())
     arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    temporary, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
     return {
         "flops_per_device": cost.get("flops", 0.0),
         "bytes_accessed_per_device": cost.get("bytes accessed", 0.0),
         "argument_bytes": arguments,
         "output_bytes": results,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "hbm_bytes": arguments
-        + results
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        "temporary_bytes": temporary,
+        "hbm_bytes": arguments + results - memory.alias_size_in_bytes + temporary + code,
         "collectives": collectives,
         "collective_bytes": moved,
     }
@@ -272,14 +251,6 @@ def _seconds(figures: dict[str, Any], chip: Chip) -> float:
         figures["flops_per_device"] / chip.flops,
         (figures["argument_bytes"] + figures["output_bytes"]) / chip.memory,
         figures["collective_bytes"] / chip.interconnect,
-    )
-
-
-def _prefill_rate(plan: Plan, by_shape: dict[Any, dict[str, Any]]) -> float:
-    """Tokens a second of the samples' prompts, and forced answers, alone."""
-    tokens = sum(sample.length.total for sample in plan.samples)
-    return tokens / sum(
-        by_shape[batch.shape, len(batch.rows)]["prefill_seconds"] for batch in plan.batches
     )
 
 
