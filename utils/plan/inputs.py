@@ -1,4 +1,5 @@
-"""Models and datasets that lie in a bucket, as copies on this disk."""
+"""Models and datasets that lie in a bucket, as copies on this disk. All raise UserError for what is
+not there, cannot be read, or does not fit on the disk."""
 
 import logging
 from dataclasses import replace
@@ -15,10 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def localized(request: Request) -> Request:
-    """The request with local paths for what it reads from buckets.
-
-    Raises UserError for what is not there, cannot be read, or does not fit on the disk.
-    """
+    """The request with local paths for what it reads from buckets."""
     for name in ("model_path", "dataset_path", "solutions_path"):
         uri = getattr(request, name)
         if uri is not None and is_uri(uri):
@@ -39,16 +37,14 @@ def model(uri: str) -> Path:
 
 def tasks(uri: str, flag: str) -> Path:
     """A file of tasks, with the ground truth beside it; or a folder of files."""
-    if not uri.endswith(SUFFIXES):
-        bucket = BucketFolder(uri, flag)
-        wanted = {n: r for n, r in bucket.listing().items() if n.endswith(SUFFIXES)}
-        if not wanted:
-            raise UserError(f"{flag} {uri} holds no {' or '.join(SUFFIXES)} file: check the path")
-        return copied(bucket, wanted)
-    parent, _, name = uri.rpartition("/")
-    bucket = BucketFolder(parent, flag)
-    listing = bucket.listing()
-    if name not in listing:
+    is_file = uri.endswith(SUFFIXES)
+    folder, _, name = uri.rpartition("/") if is_file else (uri, "", "")
+    bucket = BucketFolder(folder, flag)
+    wanted = {n: r for n, r in bucket.listing().items() if n.endswith(SUFFIXES)}
+    if is_file and name not in wanted:
         raise UserError(f"{flag} {uri} does not exist; check the path")
-    names = {name, *solutions_names(name)} & listing.keys()
-    return copied(bucket, {n: listing[n] for n in names}) / name
+    if not wanted:
+        raise UserError(f"{flag} {uri} holds no {' or '.join(SUFFIXES)} file: check the path")
+    if is_file:
+        wanted = {n: wanted[n] for n in {name, *solutions_names(name)} & wanted.keys()}
+    return copied(bucket, wanted) / name

@@ -10,6 +10,7 @@ set, that server is spoken to, without credentials. The library is imported when
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +26,8 @@ from tqdm.utils import CallbackIOWrapper
 
 from utils.errors import UserError
 from utils.store.deadline import within
-from utils.store.errors import brief, code_of, done_before, explained, is_refusal, is_remote, retry
-from utils.store.sealed import Damaged, NameTaken, Receipt, Sealed, Stopped, opened
+from utils.store.errors import brief, code_of, explained, is_refusal, is_remote, retry
+from utils.store.local import checksum
 from utils.store.uris import SCHEME, is_uri, parse_uri
 
 __all__ = ["BucketFolder", "Damaged", "NameTaken", "Receipt", "Stopped", "is_uri", "parse_uri"]
@@ -36,6 +38,61 @@ REQUEST_SECONDS = 30  # without an answer
 MAX_PAUSE_SECONDS = 20
 
 log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """An upload was given up because its `stopping` was set."""
+
+
+class NameTaken(UserError):
+    """The object's name is taken by other content than that of the file."""
+
+
+class Damaged(UserError):
+    """A file does not hold what it held when it was sealed."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the server says of an object. crc32c: of its content, in base64."""
+
+    uri: str
+    size: int
+    crc32c: str
+    generation: int
+
+    def holds(self, size: int, crc32c: str) -> bool:
+        return (self.size, self.crc32c) == (size, crc32c)
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    """The first `size` bytes of a file, or of bytes, as they were when `crc32c` was taken of them;
+    on their way to the object `name`."""
+
+    source: Path | bytes
+    name: str
+    size: int
+    crc32c: str
+
+    def __str__(self) -> str:
+        return self.name if isinstance(self.source, bytes) else str(self.source)
+
+    def check_undamaged(self) -> None:
+        """Raises Damaged."""
+        with opened(self.source) as file:
+            now = checksum(file, self.size)
+        if now != self.crc32c:
+            raise Damaged(
+                f"{self} is damaged: its crc32c is {now}, and was {self.crc32c} when it was "
+                "written; it was not uploaded",
+                exit_code=1,
+            )
+
+
+def opened(source: Path | bytes) -> BinaryIO:
+    """A file, or bytes, to read from."""
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
 def _client() -> Any:
@@ -55,7 +112,7 @@ class BucketFolder:
     """The objects directly under a prefix of a bucket. For several threads at once.
 
     uri: `gs://bucket/prefix`. Raises UserError for what is none; talks to nobody before it is
-    asked to.
+    asked to. All that read raise UserError.
     """
 
     def __init__(self, uri: str | Path, flag: str = ""):
@@ -63,6 +120,7 @@ class BucketFolder:
         self.uri = f"{SCHEME}{self.bucket_name}/{self.prefix}".rstrip("/")
         self.token = secrets.token_hex(8)  # tells our own objects from equal ones of others
         self.bytes_read = 0  # of files, to be sent: a sign of progress
+        self._start = f"{self.prefix}/" if self.prefix else ""  # of the names of its objects
         self._doing = "reach"
 
     def __str__(self) -> str:
@@ -72,7 +130,6 @@ class BucketFolder:
         return f"{self.uri}/{name}"
 
     def names(self) -> list[str]:
-        """Of the objects directly under the prefix. Raises UserError, as all that read do."""
         return sorted(self.listing())
 
     def listing(self, seconds: float = 15, timeout: float = REQUEST_SECONDS) -> dict[str, Receipt]:
@@ -80,17 +137,16 @@ class BucketFolder:
 
         seconds: for how long to try. timeout: seconds for each request.
         """
-        start = f"{self.prefix}/" if self.prefix else ""
         with self._asking("list"):
             blobs = _client().list_blobs(
                 self.bucket_name,
-                prefix=start or None,
+                prefix=self._start or None,
                 delimiter="/",
                 fields="items(name,size,crc32c,generation),nextPageToken",
                 timeout=timeout,
                 retry=retry(seconds),
             )
-            found = {blob.name.removeprefix(start): self._receipt(blob) for blob in blobs}
+            found = {blob.name.removeprefix(self._start): self._receipt(blob) for blob in blobs}
         # The empty name is what some tools make to stand for a folder; `..` could be no file's.
         return {name: receipt for name, receipt in found.items() if name.strip(".")}
 
@@ -128,7 +184,7 @@ class BucketFolder:
         """An object's receipt and the token of who made it; None where there is none. Raises the
         library's errors."""
         bucket = _client().bucket(self.bucket_name)
-        blob = bucket.get_blob(self._object(name), timeout=REQUEST_SECONDS, retry=retry(60))
+        blob = bucket.get_blob(self._start + name, timeout=REQUEST_SECONDS, retry=retry(60))
         return (self._receipt(blob), (blob.metadata or {}).get("token", "")) if blob else None
 
     def check_holds(self, name: str, size: int, crc32c: str) -> None:
@@ -158,13 +214,13 @@ class BucketFolder:
         with self._asking("ask for credentials to"):
             _client()
         found = self.listing(PREFLIGHT_SECONDS - 4, 5)
-        with self._asking("write to"), done_before(412):
+        with self._asking("write to", done=412):
             self._blob(name).upload_from_string(content, if_generation_match=0, **quick)
         with self._asking("read from"):
             same = self._blob(name).download_as_bytes(**quick) == content
         if not same:
             raise UserError(f"{self.uri} gives back other bytes than were written there")
-        with self._asking("delete or replace objects in"), done_before(404):
+        with self._asking("delete or replace objects in", done=404):
             self._blob(name).delete(**quick)
         return {n: r for n, r in found.items() if not n.startswith(".arc-probe-")}
 
@@ -199,7 +255,7 @@ class BucketFolder:
                 raise Stopped(name)
             trouble(cause)
 
-        file = Sealed(source, name, size, crc32c)
+        file = _Sealed(source, name, size, crc32c)
         pause = 0.5
         while not stopping.is_set():
             found, cause = None, None
@@ -238,7 +294,7 @@ class BucketFolder:
             pause = min(2 * pause, MAX_PAUSE_SECONDS)
         raise Stopped(name)
 
-    def _send(self, file: Sealed, replaces: int, tell: Callable[[str], None]) -> Receipt:
+    def _send(self, file: _Sealed, replaces: int, tell: Callable[[str], None]) -> Receipt:
         blob = self._blob(file.name)
         # The server compares it with what arrives. With checksum="crc32c" the library would send
         # that of whatever the file holds by now.
@@ -263,15 +319,20 @@ class BucketFolder:
         self.bytes_read += size
 
     @contextlib.contextmanager
-    def _asking(self, what: str, name: str = "") -> Iterator[None]:
-        """Errors of the requests in the block are raised as UserError."""
+    def _asking(self, what: str, name: str = "", done: int = 0) -> Iterator[None]:
+        """Errors of the requests in the block are raised as UserError.
+
+        done: the status of a refusal which says that an earlier request, whose reply was lost,
+        arrived.
+        """
         self._doing = what
         try:
             yield
         except Exception as error:
             if not is_remote(error):
                 raise
-            raise self._explained(error, what, name) from error
+            if code_of(error) != done:
+                raise self._explained(error, what, name) from error
 
     def _raise_if_hopeless(self, error: Exception, what: str, name: str) -> None:
         """Raises what trying again does not cure: a refusal in words, a local error as it is."""
@@ -285,15 +346,12 @@ class BucketFolder:
         else:
             raise error
 
-    def _explained(self, error: Exception, what: str, name: str = "") -> UserError:
+    def _explained(self, error: Exception, what: str, name: str) -> UserError:
         uri = self.uri_of(name) if name else self.uri
         return explained(error, what, self.bucket_name, uri, bool(name))
 
-    def _object(self, name: str) -> str:
-        return f"{self.prefix}/{name}" if self.prefix else name
-
     def _blob(self, name: str) -> Any:
-        return _client().bucket(self.bucket_name).blob(self._object(name), chunk_size=CHUNK_BYTES)
+        return _client().bucket(self.bucket_name).blob(self._start + name, chunk_size=CHUNK_BYTES)
 
     def _receipt(self, blob: Any) -> Receipt:
         uri = f"{SCHEME}{self.bucket_name}/{blob.name}"

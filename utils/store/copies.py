@@ -30,21 +30,18 @@ def copied(bucket: BucketFolder, wanted: dict[str, Receipt]) -> Path:
     folder = cache / "gs" / bucket.bucket_name / bucket.prefix / state
     try:
         if not folder.is_dir():
-            _copy(bucket, wanted, folder)
+            _fetch(bucket, wanted, folder)
         for name, receipt in wanted.items():
             with open(folder / name, "rb") as file:
                 if checksum(file) != receipt.crc32c:
                     raise UserError(f"{folder / name} is damaged: delete {folder}, and try again")
     except OSError as error:
-        raise UserError(
-            f"cannot keep {bucket} in {folder}: {error.strerror}; set XDG_CACHE_HOME to another "
-            "folder"
-        ) from error
+        hint = "set XDG_CACHE_HOME to another folder"
+        raise UserError(f"cannot keep {bucket} in {folder}: {error.strerror}; {hint}") from error
     return folder
 
 
-def _copy(bucket: BucketFolder, wanted: dict[str, Receipt], folder: Path) -> None:
-    """Makes `folder`. Raises OSError, and UserError where it does not fit on the disk."""
+def _fetch(bucket: BucketFolder, wanted: dict[str, Receipt], folder: Path) -> None:
     need, free = sum(receipt.size for receipt in wanted.values()), free_bytes(folder)
     if need > free:
         raise UserError(

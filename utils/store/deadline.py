@@ -3,7 +3,8 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 Result = TypeVar("Result")
 
@@ -18,23 +19,19 @@ def within(
 
     check: called time and again; what it raises ends the wait.
     """
-    outcome: list[Any] = []
+    outcome: Future[Result] = Future()
 
     def target() -> None:
         try:
-            outcome[:] = [work(), None]
+            outcome.set_result(work())
         except BaseException as error:
-            outcome[:] = [None, error]
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
+    threading.Thread(target=target, daemon=True).start()
     deadline = time.monotonic() + seconds
-    while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
-        thread.join(min(left, 0.2))
+    while not outcome.done():
+        if (left := deadline - time.monotonic()) <= 0:
+            raise late()
+        wait([outcome], min(left, 0.2))
         check()
-    if not outcome:
-        raise late()
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
+    return outcome.result()

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import google_crc32c
 import numpy as np
@@ -68,7 +68,7 @@ class Draft:
             os.replace(self._temporary, self.path)
         _sync_folder(self.path.parent)
 
-    def __enter__(self) -> "Draft":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -220,29 +220,25 @@ def json_lines(value: dict[str, Any]) -> bytes:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """`write_json_atomic`, raising OSError."""
+    """Writes `json_lines`; `path` holds the old content or the new one, never a part. Raises
+    OSError."""
     with replacing(path) as sink:
         sink.write(json_lines(value))
 
 
 def write_json_atomic(path: str | Path, value: dict[str, Any]) -> None:
-    """Write `value`, a key a line; `path` holds the old content or the new one, never a part.
-
-    Its folder is made.
-    Raises UserError (exit code 1) when it cannot be written.
-    """
+    """`write_json` into a folder that is made if need be, raising UserError (exit code 1)."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(path), value)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; put that right, then --resume", exit_code=1
-        ) from error
+        why = f"{error.strerror}; put that right, then --resume"
+        raise UserError(f"cannot write {path}: {why}", exit_code=1) from error
 
 
-class JsonFile:
-    """A JSON object or list written item by item, one a line, that gets its name when it is whole:
-    a `Draft` that raises UserError. Its folder must be there.
+class JsonFile(Draft):
+    """A JSON object or list written item by item, one a line, as a `Draft` that raises UserError.
+    Its folder must be there.
 
     brackets: `{}` of an object, whose items are `"key": value`, or `[]` of a list.
     """
@@ -250,47 +246,39 @@ class JsonFile:
     def __init__(self, path: Path, brackets: bytes = b"{}"):
         self.path, self._brackets, self._separator = path, brackets, b"\n"
         with self._errors(exit_code=2):
-            self._draft = Draft(path)
-            self._file = io.BufferedWriter(self._draft.file)
-            self._file.write(brackets[:1])
+            super().__init__(path)
+            self._buffer = io.BufferedWriter(self.file)
+            self._buffer.write(brackets[:1])
 
     @contextlib.contextmanager
     def _errors(self, exit_code: int = 1) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            hint = "make room or choose another folder"
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}; {hint}", exit_code
-            ) from error
+            why = f"{error.strerror}; make room or choose another folder"
+            raise UserError(f"cannot write {self.path}: {why}", exit_code) from error
 
     def write(self, item: bytes) -> None:
         """item: JSON without NaN or Infinity, as `orjson.dumps` and `to_json` write it."""
         with self._errors():
-            self._file.write(self._separator + item)
+            self._buffer.write(self._separator + item)
         self._separator = b",\n"
 
     def finish(self) -> None:
-        """Brings everything to the disk, under the temporary name still; once."""
         with self._errors():
-            self._file.write(b"\n" + self._brackets[1:] + b"\n")
-            self._file.flush()
-            self._draft.finish()
+            if not self.file.closed:
+                self._buffer.write(b"\n" + self._brackets[1:] + b"\n")
+                self._buffer.flush()
+            super().finish()
 
-    def commit(self) -> None:
-        """Gives the file its name; finishes it, unless that was done."""
-        if not self._file.closed:
-            self.finish()
+    def commit(self, exclusive: bool = False) -> None:
         with self._errors():
-            self._draft.commit()
-
-    def __enter__(self) -> "JsonFile":
-        return self
+            super().commit(exclusive)
 
     def __exit__(self, *exception: object) -> None:
         with contextlib.suppress(OSError):  # a full disk; what is left is thrown away
-            self._file.close()
-        self._draft.__exit__()
+            self._buffer.close()
+        super().__exit__()
 
 
 def check_writable(folder: Path) -> None:
@@ -301,9 +289,8 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing(folder)) as probe:
             probe.write(b"x")
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; choose another folder"
-        ) from error
+        hint = "choose another folder"
+        raise UserError(f"cannot write to {folder}: {error.strerror}; {hint}") from error
 
 
 def free_bytes(folder: Path) -> int:

@@ -26,7 +26,7 @@ def locked(folder: Path) -> Iterator[None]:
     another process holds it, and where it cannot be made. On a file system without locks nothing is
     held, and the log says so, once.
     """
-    with _owned(folder, folder, folder, os.O_RDONLY | os.O_DIRECTORY):
+    with _owned(folder, folder):
         yield
 
 
@@ -41,7 +41,7 @@ def claimed(path: Path) -> Iterator[None]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is there, and is not a file: choose another name")
     lock = path.with_name(f".{path.name}.lock")
-    with _owned(path, lock, path.parent, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW):
+    with _owned(path, lock, "name"):
         try:
             remove_partial(path)
             yield
@@ -57,7 +57,7 @@ def locked_file(path: Path) -> Iterator[None]:
     made; else as `locked`.
     """
     made = not path.exists()
-    with _owned(path.parent, path, path.parent, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW):
+    with _owned(path.parent, path):
         try:
             yield
         finally:
@@ -67,19 +67,20 @@ def locked_file(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _owned(what: Path, lock: Path, folder: Path, flags: int) -> Iterator[None]:
-    """Holds the lock of the file or folder `lock`, opened with `flags`, in the name of `what`."""
+def _owned(what: Path, lock: Path, other: str = "folder") -> Iterator[None]:
+    """Holds the lock of `lock`, the folder `what` or a file, in the name of `what`.
+
+    other: what the user may choose another of.
+    """
     try:
-        handle, made = _take(lock, folder, flags)
+        handle, made = _take(lock, is_folder=lock == what)
     except BlockingIOError:
-        kind = "folder" if what == folder else "name"
         raise UserError(
-            f"another process is writing to {what}: wait for its end, or choose another {kind}"
+            f"another process is writing to {what}: wait for its end, or choose another {other}"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"cannot write to {what}: {error.strerror}; choose another folder"
-        ) from error
+        hint = "choose another folder"
+        raise UserError(f"cannot write to {what}: {error.strerror}; {hint}") from error
     try:
         yield
     finally:
@@ -89,11 +90,13 @@ def _owned(what: Path, lock: Path, folder: Path, flags: int) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(lock: Path, folder: Path, flags: int) -> tuple[int, list[Path]]:
+def _take(lock: Path, is_folder: bool) -> tuple[int, list[Path]]:
     """A handle that holds the lock, and the folders that were made for it, the innermost first.
 
     Raises BlockingIOError while another process holds it, OSError where it cannot be made.
     """
+    folder = lock if is_folder else lock.parent
+    flags = os.O_DIRECTORY if is_folder else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     for _ in range(100):  # whoever held the lock before may remove it after we have opened it
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         with contextlib.suppress(FileNotFoundError):

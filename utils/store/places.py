@@ -2,25 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from utils.errors import UserError
-from utils.store.bucket import BucketFolder
-from utils.store.uris import is_uri
-
-
-class Place(Protocol):
-    """Files by name. `str(place)` is how the user calls it. All raise UserError."""
-
-    def names(self) -> list[str]: ...
-
-    def read(self, name: str) -> bytes: ...
-
-    def open(self, name: str) -> BinaryIO: ...
+from utils.store.bucket import BucketFolder, is_uri
 
 
 class LocalFolder:
-    """A `Place` on a disk."""
+    """A folder of a disk, with the methods of a `BucketFolder` that read; all raise UserError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -45,6 +34,9 @@ class LocalFolder:
             raise UserError(f"cannot read {self.path / name}: {error.strerror}") from error
 
 
+Place = LocalFolder | BucketFolder  # files by name; `str(place)` is how the user calls it
+
+
 def place_of(path: str | Path) -> Place:
     """The folder at a local path, or at `gs://bucket/prefix`."""
     return BucketFolder(path) if is_uri(path) else LocalFolder(path)
@@ -55,4 +47,4 @@ def split(path: str | Path) -> tuple[Place, str]:
     if not is_uri(path):
         return LocalFolder(Path(path).parent), Path(path).name
     folder, _, name = str(path).rpartition("/")
-    return BucketFolder(Path(folder) if isinstance(path, Path) else folder), name
+    return BucketFolder(type(path)(folder)), name

@@ -19,7 +19,7 @@ def parse_uri(uri: str | Path, flag: str = "") -> tuple[str, str]:
     flag: named in the UserError that is raised for anything else.
     """
     text = str(uri)
-    if not text.startswith(SCHEME) and isinstance(uri, Path) and is_uri(uri):
+    if isinstance(uri, Path) and is_uri(uri):
         text = SCHEME + text.removeprefix("gs:/")
     where = f"{flag} {text}".strip()
     if not text.startswith(SCHEME):
@@ -33,10 +33,10 @@ def parse_uri(uri: str | Path, flag: str = "") -> tuple[str, str]:
         )
     prefix = prefix.removesuffix("/")
     parts = prefix.split("/")
-    if prefix and ("" in parts or "." in parts or ".." in parts):
+    if prefix and not {"", ".", ".."}.isdisjoint(parts):
+        plain = "/".join(part for part in parts if part.strip("."))
         raise UserError(
-            f"{where}: a part of the prefix is empty, `.` or `..`: write gs://{bucket}/"
-            + "/".join(part for part in parts if part.strip("."))
+            f"{where}: a part of the prefix is empty, `.` or `..`: write gs://{bucket}/{plain}"
         )
     if not prefix.isprintable() or len(prefix.encode()) > 900 or parts[0] == ".well-known":
         raise UserError(f"{where}: a bucket takes no such prefix: choose a shorter, plainer one")
