@@ -23,17 +23,8 @@ import ijson
 import numpy as np
 import orjson
 
-from utils.arc.tasks import (
-    Grid,
-    Pair,
-    Task,
-    first_byte,
-    listed,
-    opened,
-    task_id_of,
-    to_grid,
-    top_keys,
-)
+from utils.arc import tasks as arc
+from utils.arc.tasks import Grid, Pair, Task, listed
 from utils.errors import UserError
 
 DEFAULT_DATASET = "barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems"
@@ -108,42 +99,31 @@ def to_task(
     Pair None stands for the row; only then is there no task. The id comes from all valid pairs, so
     that `max_train_pairs` does not change it.
     """
-    sides, problem = _sides(row, column)
-    if problem:
-        return None, [(None, problem)]
+    names = ("train", "test") if column is None else (column,)
+    if not isinstance(row, dict):
+        return None, [(None, "not a JSON object")]
+    if bad := [name for name in names if not isinstance(row.get(name), list)]:
+        return None, [(None, f"{bad[0]} is not a list of pairs")]
     errors: list[tuple[int | None, str]] = []
     pairs: list[Pair] = []
-    counts = []
-    for is_test, side in zip((False, True), sides, strict=True):
-        before = len(pairs)
-        for value in side:
+    num_train = 0
+    for name in names:
+        num_train, is_test = len(pairs), column is None and name == "test"
+        for value in row[name]:
             try:
                 pairs.append(_to_pair(value, output_needed=not is_test))
             except ValueError as error:
                 errors.append((len(pairs) + len(errors), str(error)))
-        counts.append(len(pairs) - before)
-    num_test = counts[1] if all(counts) else 1
+    num_test = len(pairs) - num_train if 0 < num_train < len(pairs) else 1
     train, test = tuple(pairs[:-num_test]), tuple(pairs[-num_test:])
     if not train or any(pair.output is None for pair in train):
         return None, [*errors, (None, "fewer than two valid pairs")]
-    return Task(task_id_of(pairs, num_test), train[:max_train_pairs], test), errors
+    return Task(arc.task_id_of(pairs, num_test), train[:max_train_pairs], test), errors
 
 
 def error_item(row: int, pair: int | None, reason: str) -> bytes:
     """An item of transformation_errors.json; rows and pairs are counted from 0 in the source."""
     return orjson.dumps({"row": row, "pair": pair, "reason": reason})
-
-
-def _sides(row: object, column: str | None) -> tuple[tuple[list, list], str | None]:
-    """Train and test pairs as the row has them, or what keeps it from having any."""
-    names = ("train", "test") if column is None else (column,)
-    if not isinstance(row, dict):
-        return ([], []), "not a JSON object"
-    values = [row.get(name) for name in names]
-    for name, value in zip(names, values, strict=True):
-        if not isinstance(value, list):
-            return ([], []), f"{name} is not a list of pairs"
-    return (values[0], values[1] if column is None else []), None
 
 
 def _to_pair(value: object, output_needed: bool) -> Pair:
@@ -153,16 +133,14 @@ def _to_pair(value: object, output_needed: bool) -> Pair:
         grids = tuple(value)
     else:
         raise ValueError("not a pair of input and output")
-    if grids[1] is None and not output_needed:
-        return Pair(_to_grid("input", grids[0]), None)
-    return Pair(_to_grid("input", grids[0]), _to_grid("output", grids[1]))
-
-
-def _to_grid(side: str, value: object) -> Grid:
-    try:
-        return to_grid(value)
-    except ValueError as error:
-        raise ValueError(f"{side}: {error}") from None
+    found: list[Grid | None] = []
+    for side, grid in zip(("input", "output"), grids, strict=True):
+        needed = side == "input" or output_needed or grid is not None
+        try:
+            found.append(arc.to_grid(grid) if needed else None)
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from None
+    return Pair(*found)
 
 
 def _read(dataset: str, split: str, streaming: bool) -> Iterator[object]:
@@ -250,10 +228,10 @@ def _hub_answers() -> bool:
 
 def _json_rows(path: str) -> Iterator[object]:
     """Rows of a local file: one a line, a list of them, or one object that is a task."""
-    with opened(Path(path)) as file:
+    with arc.opened(Path(path)) as file:
         if ".jsonl" in Path(path).name:
             yield from _parsed(file)
-        elif first_byte(file) == b"[":
+        elif arc.first_byte(file) == b"[":
             yield from ijson.items(file, "item", use_float=True)
         else:
             first = next(_parsed([file.readline(1 << 26)]), None)
@@ -263,7 +241,7 @@ def _json_rows(path: str) -> Iterator[object]:
             )
             if isinstance(first, dict) and not tasks:
                 yield from _parsed(file)
-            elif not tasks and "train" in top_keys(file):
+            elif not tasks and "train" in arc.top_keys(file):
                 yield orjson.loads(file.read())
             else:
                 what = "holds one JSON object, not rows; if these are ARC tasks they need no"

@@ -27,14 +27,9 @@ def answer(
     `text` is what the model said.
     """
     correct = _solved(attempts, target) if attempts and target is not None else None
-    return {
-        "task_id": task_id,
-        "sample_idx": sample_idx,
-        **({} if view is None else {"view": view}),
-        "attempts": attempts,
-        "target": target,
-        "correct": correct,
-    }
+    asked = {"task_id": task_id, "sample_idx": sample_idx}
+    asked |= {} if view is None else {"view": view}
+    return {**asked, "attempts": attempts, "target": target, "correct": correct}
 
 
 def vote(answers: Answers) -> Answers:
@@ -86,13 +81,13 @@ def predictions(
     """
 
     def of(task_id: str, sample_idx: int, target: Grid | None) -> dict[str, Any]:
-        found = answers.get((task_id, sample_idx))
-        correct = False if generated and target is not None else None
+        skipped = {"attempts": [], "correct": False if generated and target is not None else None}
+        found = answers.get((task_id, sample_idx), skipped)
         return {
             "sample_idx": sample_idx,
-            "attempts": found["attempts"] if found else [],
+            "attempts": found["attempts"],
             "target": target,
-            "correct": found["correct"] if found else correct,
+            "correct": found["correct"],
         }
 
     return {
@@ -107,7 +102,7 @@ def submission(targets: Targets, answers: Answers) -> dict[str, list[dict[str, G
     def of(task_id: str, sample_idx: int) -> dict[str, Grid]:
         found = answers.get((task_id, sample_idx))
         grids = [attempt["grid"] for attempt in found["attempts"]] if found else []
-        first, second = [*grids, *grids, None, None][:2] if len(grids) < 2 else grids[:2]
+        first, second = [*grids, *grids, None, None][:2]
         return {"attempt_1": first or [[0, 0], [0, 0]], "attempt_2": second or [[0, 0], [0, 0]]}
 
     return {

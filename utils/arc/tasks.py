@@ -7,6 +7,7 @@ Files are read as streams: a set of tasks larger than memory is no special case.
 import contextlib
 import gzip
 import hashlib
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -103,9 +104,8 @@ def read_tasks(path: str | Path) -> Iterator[Task]:
         seen.add(task_id)
         yield _to_task(f"{file}: task {task_id}", task_id, value)
     if not seen:
-        raise UserError(
-            f'{path} holds no tasks; expected {{"<task_id>": {{"train", "test"}}, ...}}'
-        )
+        form = '{"<task_id>": {"train", "test"}, ...}'
+        raise UserError(f"{path} holds no tasks; expected {form}")
 
 
 def read_solutions(path: str | Path) -> dict[str, list[Grid]]:
@@ -127,13 +127,10 @@ def read_solutions(path: str | Path) -> dict[str, list[Grid]]:
 def solutions_names(name: str) -> tuple[str, ...]:
     """What the ground truth beside a file of tasks may be called, first choice first."""
     stem, suffix = _split_suffix(Path(name))
-    if stem.startswith("arc_format_"):
-        stem = "test_outputs_" + stem.removeprefix("arc_format_")
-    elif stem.endswith("_challenges"):
-        stem = stem.removesuffix("_challenges") + "_solutions"
-    else:
-        return ()
-    return stem + suffix, f"{stem}.json", f"{stem}.json.gz"
+    named = re.sub("^arc_format_", "test_outputs_", stem)
+    if named == stem:
+        named = re.sub("_challenges$", "_solutions", stem)
+    return (named + suffix, f"{named}.json", f"{named}.json.gz") if named != stem else ()
 
 
 def solutions_beside(dataset_path: str | Path) -> Path | None:
@@ -169,10 +166,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path} does not exist; check the path") from None
     except (ijson.JSONError, orjson.JSONDecodeError, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
-        hint = (
-            "repair it" if ".jsonl" in path.name else "repair it, or name it .jsonl if it is that"
-        )
-        raise UserError(f"{path} is not JSON ({reason}); {hint}") from error
+        hint = "" if ".jsonl" in path.name else ", or name it .jsonl if it is that"
+        raise UserError(f"{path} is not JSON ({reason}); repair it{hint}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is not a whole gzip file; fetch or pack it again") from error
     except OSError as error:
@@ -220,28 +215,26 @@ def _raw_tasks(path: Path) -> Iterator[tuple[Path, str, object]]:
             for number, line in enumerate(file, 1):
                 if line.isspace():
                     continue
+                where = f"{path}: line {number}"
                 try:
                     task = orjson.loads(line)
                 except orjson.JSONDecodeError as error:
-                    reason = f"is not JSON ({error.msg})"
-                    raise UserError(f"{path}: line {number} {reason}; repair it") from None
+                    raise UserError(f"{where} is not JSON ({error.msg}); repair it") from None
                 if not isinstance(task, dict) or not isinstance(task.get("task_id"), str):
-                    raise UserError(f'{path}: line {number} must be an object with a "task_id"')
+                    raise UserError(f'{where} must be an object with a "task_id"')
                 yield path, task["task_id"], task
         elif first_byte(file) == b"{" and {"train", "test"} & set(top_keys(file)):
             yield path, stem, orjson.loads(file.read())
         else:
-            for task_id, value in _items(path, file):
-                yield path, task_id, value
+            yield from ((path, *item) for item in _items(path, file))
 
 
 def _to_task(where: str, task_id: str, value: object) -> Task:
+    keys = '"train" and "test"'
     if not isinstance(value, dict):
-        raise UserError(
-            f'{where} is not an object with "train" and "test"; is it a solutions file?'
-        )
+        raise UserError(f"{where} is not an object with {keys}; is it a solutions file?")
     if not {"train", "test"} <= value.keys():
-        raise UserError(f'{where} needs the keys "train" and "test", found: {listed(value)}')
+        raise UserError(f"{where} needs the keys {keys}, found: {listed(value)}")
     sides = {}
     for side in ("train", "test"):
         if not isinstance(value[side], list) or not value[side]:
@@ -257,12 +250,10 @@ def _to_pair(where: str, value: object, is_test: bool) -> Pair:
     if not isinstance(value, dict) or "input" not in value or not (is_test or "output" in value):
         needs = '"input"' if is_test else '"input" and "output"'
         raise UserError(f"{where} must be an object with {needs}")
-    output = value.get("output")
-    known = output is not None or not is_test
-    return Pair(
-        _grid_at(f"{where}, input", value["input"]),
-        _grid_at(f"{where}, output", output) if known else None,
-    )
+    shown, output = _grid_at(f"{where}, input", value["input"]), value.get("output")
+    if output is not None or not is_test:
+        output = _grid_at(f"{where}, output", output)
+    return Pair(shown, output)
 
 
 def _grid_at(where: str, value: object) -> Grid:

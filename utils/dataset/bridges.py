@@ -68,17 +68,12 @@ class DictionaryLearningBuffer:
     """
 
     def __init__(
-        self,
-        dataset: ActivationDataset,
-        out_batch_size: int,
-        device: str = "cpu",
-        **options: Any,
+        self, dataset: ActivationDataset, out_batch_size: int, device: str = "cpu", **options: Any
     ):
         _need_torch()
         self.d_submodule, self.out_batch_size, self.device = dataset.width, out_batch_size, device
-        self._batches = dataset.batches(
-            out_batch_size, **{"epochs": None, "drop_last": True, **options}
-        )
+        options = {"epochs": None, "drop_last": True, **options}
+        self._batches = dataset.batches(out_batch_size, **options)
         self.config = {
             "d_submodule": dataset.width,
             "out_batch_size": out_batch_size,
@@ -128,12 +123,9 @@ def export_for_saelens(
             f"{shuffle_buffer}, as large"
         )
     check_writable(folder.parent)
-    features = Features(
-        {
-            column: Array2D((context_size, dataset.width), "float32"),
-            "token_ids": Sequence(Value("int32"), length=context_size),
-        }
-    )
+    states = Array2D((context_size, dataset.width), "float32")
+    token_ids = Sequence(Value("int32"), length=context_size)
+    features = Features({column: states, "token_ids": token_ids})
     left = whole = 0
 
     def contexts() -> Iterator[dict[str, np.ndarray]]:
@@ -153,10 +145,7 @@ def export_for_saelens(
             tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch,
         ):
             made = Dataset.from_generator(
-                contexts,
-                features=features,
-                cache_dir=scratch,
-                fingerprint=uuid.uuid4().hex,
+                contexts, features=features, cache_dir=scratch, fingerprint=uuid.uuid4().hex
             )
             made.save_to_disk(unfinished)
     except DatasetGenerationError as error:

@@ -16,6 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -82,10 +83,6 @@ class Selection:
         if self.drop_sinks is not None and self.drop_sinks <= 1:
             raise UserError(f"drop_sinks {self.drop_sinks:g} would drop half of all: give 2 to 100")
 
-    @property
-    def by_cell(self) -> bool:
-        return (self.role, self.pair, self.colors) != (None, None, None)
-
 
 class ActivationDataset:
     """The selected rows of a run, or of several runs of one model.
@@ -112,18 +109,17 @@ class ActivationDataset:
         _check_alike(self.folders, manifests, self.name)
         self.selection = selection
         self.samples: list[tuple[Any, ...]] = []
+        self.left_out: Counter[str] = Counter()
         self._entries = []  # folder, manifest's entry, place of its first sample
         for folder, manifest in zip(self.folders, manifests, strict=True):
             for entry in manifest["files"]:
                 self._entries.append((folder, entry, len(self.samples)))
                 self.samples += map(tuple, entry["samples"])
+            if manifest["status"] != "complete":
+                so_far = manifest["total_samples"]
+                log.info("the run in %s is not complete: %d samples so far", folder, so_far)
         if not self.samples:
             raise UserError(f"{self.folders[0]} holds no samples: is its run at its beginning?")
-        self.left_out: Counter[str] = Counter()
-        for folder, manifest in zip(self.folders, manifests, strict=True):
-            if manifest["status"] != "complete":
-                count = manifest["total_samples"]
-                log.info("the run in %s is not complete: %d samples so far", folder, count)
         self._special = np.zeros(0, int)
         if selection.drop_special:
             ids = _special_ids(manifests[0]) if special_ids is None else special_ids
@@ -171,9 +167,7 @@ class ActivationDataset:
     def _select(self, item: dict[str, Any], place: int, left_out: Counter[str]) -> ActivationRows:
         s = self.selection
         states = item["activations"][self.name]
-        T, P = len(item["input_ids"]), item["prompt_length"]
-        tokens = item.get("positions")
-        tokens = np.arange(T, dtype=np.int32) if tokens is None else tokens
+        tokens = item.get("positions", np.arange(len(item["input_ids"]), dtype=np.int32))
         left = np.ones(len(tokens), bool)
 
         def drop(cause: str, where: np.ndarray) -> None:
@@ -186,9 +180,9 @@ class ActivationDataset:
         elif s.correct is not None and item["correct"] != s.correct:
             drop("of samples not " + ("solved" if s.correct else "failed"), left)
         if s.part is not None:
-            drop(f"not in the {s.part}", (tokens < P) != (s.part == "prompt"))
+            drop(f"not in the {s.part}", (tokens < item["prompt_length"]) != (s.part == "prompt"))
         held = cells_of_tokens(item, s)[tokens]
-        if s.by_cell:
+        if (s.role, s.pair, s.colors) != (None, None, None):
             drop("of other tokens or cells", held[:, 0] == NO_CELL)
         if len(self._special):
             drop(SPECIAL, np.isin(item["input_ids"][tokens], self._special))
@@ -197,10 +191,8 @@ class ActivationDataset:
             drop(SINK, norms > self._norm_limit)
         rows = np.flatnonzero(left)
         states = states if len(rows) == len(states) else states[rows]
-        samples = np.full(len(rows), place, np.int32)
-        return ActivationRows(
-            states, samples, tokens[rows], item["input_ids"][tokens[rows]], held[rows]
-        )
+        samples, tokens = np.full(len(rows), place, np.int32), tokens[rows]
+        return ActivationRows(states, samples, tokens, item["input_ids"][tokens], held[rows])
 
     def batches(
         self,
@@ -229,8 +221,7 @@ class ActivationDataset:
                 f"shuffle_buffer {shuffle_buffer} is below the batch_size {batch_size}: give 0, or "
                 "ten batches and more"
             )
-        epoch = 0
-        while epochs is None or epoch < epochs:
+        for epoch in count() if epochs is None else range(epochs):
             order = [seed, epoch] if shuffle_buffer else None
             blocks = self.parts(order, worker, workers)
             if shuffle_buffer:
@@ -246,7 +237,6 @@ class ActivationDataset:
                 raise UserError(f"the selection has fewer rows than a batch of {batch_size}")
             if empty:
                 return
-            epoch += 1
 
     def rows(self, most: int | None = None, seed: int = 0) -> ActivationRows:
         """All selected rows in memory, in order, or `most` of them, drawn at random by `seed` from
@@ -334,10 +324,8 @@ def _check_alike(folders: Sequence[Any], manifests: Sequence[Manifest], name: st
 def _special_ids(manifest: Manifest) -> list[int]:
     if "special_ids" in manifest:
         return manifest["special_ids"]
-    path = manifest["model"]["path"]
     try:
-        return load_tokenizer(path).all_special_ids
+        return load_tokenizer(manifest["model"]["path"]).all_special_ids
     except UserError as error:
-        raise UserError(
-            f"which tokens are special is not known ({error}): pass special_ids"
-        ) from error
+        why = f"which tokens are special is not known ({error})"
+        raise UserError(f"{why}: pass special_ids") from error

@@ -38,12 +38,15 @@ class ActivationRows:
 
     def __getitem__(self, index: Any) -> "ActivationRows":
         """Rows of a slice, a mask or an array of places."""
-        return ActivationRows(*(getattr(self, f.name)[index] for f in fields(self)))
+        return ActivationRows(*(column[index] for column in self.columns()))
+
+    def columns(self) -> list[np.ndarray]:
+        return [getattr(self, f.name) for f in fields(self)]
 
     @staticmethod
     def joined(parts: Sequence["ActivationRows"]) -> "ActivationRows":
-        names = (f.name for f in fields(ActivationRows))
-        return ActivationRows(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
+        columns = zip(*(part.columns() for part in parts), strict=True)
+        return ActivationRows(*map(np.concatenate, columns))
 
 
 def cast(states: np.ndarray, dtype: Any) -> np.ndarray:
@@ -61,8 +64,8 @@ class Buffer:
     """Room for `size` rows, of which those at `free` are not taken."""
 
     def __init__(self, size: int, like: ActivationRows):
-        columns = (getattr(like, f.name) for f in fields(ActivationRows))
-        self.rows = ActivationRows(*(np.empty((size, *c.shape[1:]), c.dtype) for c in columns))
+        empty = (np.empty((size, *column.shape[1:]), column.dtype) for column in like.columns())
+        self.rows = ActivationRows(*empty)
         self.free = np.arange(size)
 
     def fill(self, block: ActivationRows) -> ActivationRows:
@@ -78,12 +81,11 @@ class Buffer:
             # float16 could not hold a value of this block, so it was stored as float32.
             wider = self.rows.activations.astype(block.activations.dtype)
             self.rows = replace(self.rows, activations=wider)
-        for f in fields(ActivationRows):
-            getattr(self.rows, f.name)[places] = getattr(block, f.name)
+        for column, values in zip(self.rows.columns(), block.columns(), strict=True):
+            column[places] = values
 
     def take(self, places: np.ndarray) -> ActivationRows:
-        columns = (getattr(self.rows, f.name) for f in fields(ActivationRows))
-        return ActivationRows(*(column.take(places, axis=0) for column in columns))
+        return ActivationRows(*(column.take(places, axis=0) for column in self.rows.columns()))
 
 
 def mixed(

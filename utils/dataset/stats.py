@@ -11,6 +11,7 @@ import json
 import logging
 import threading
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.items import to_float32
 from utils.shards.manifest import Manifest, read_manifest
-from utils.store.bucket import BucketFolder, Stopped
+from utils.store.bucket import Stopped
 from utils.store.deadline import within
 from utils.store.local import checksum, json_lines, write_json
-from utils.store.places import place_of
+from utils.store.places import LocalFolder, Place, place_of
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,8 @@ class _Running:
         """rows: [N, D], float16 or float32."""
         rows = to_float32(rows)
         finite = np.isfinite(rows).all(axis=1)
-        if not finite.all():
-            self.non_finite += int((~finite).sum())
-            rows = rows[finite]
+        self.non_finite += int((~finite).sum())
+        rows = rows if finite.all() else rows[finite]
         if not len(rows):
             return
         count, mean = len(rows), rows.mean(axis=0, dtype=np.float64)
@@ -126,11 +126,11 @@ def activation_stats(folder: str | Path) -> dict[str, ActivationStats]:
 
 
 def _parsed(stored: dict[str, Any], manifest: Manifest) -> dict[str, ActivationStats]:
-    def vectors(entry: dict[str, Any]) -> dict[str, np.ndarray]:
-        return {key: np.array(entry[key], np.float32) for key in ("mean", "std")}
-
-    names = manifest["activations"]
-    return {n: ActivationStats(**{**stored[n], **vectors(stored[n])}) for n in names}
+    parsed = {}
+    for name in manifest["activations"]:
+        vectors = {key: np.array(stored[name][key], np.float32) for key in ("mean", "std")}
+        parsed[name] = ActivationStats(**{**stored[name], **vectors})
+    return parsed
 
 
 def _digest(manifest: Manifest) -> str:
@@ -155,21 +155,16 @@ def _computed(folder: str | Path, manifest: Manifest) -> dict[str, Any]:
     return {name: r.result() for name, r in running.items()}
 
 
-def _keep(stats: dict[str, Any], place: Any) -> None:
+def _keep(stats: dict[str, Any], place: Place) -> None:
     try:
-        if not isinstance(place, BucketFolder):
+        if isinstance(place, LocalFolder):
             write_json(place.path / STATS_FILE, stats)
             return
-        content = json_lines(stats)
-        crc32c = checksum(io.BytesIO(content))
         there = place.listing().get(STATS_FILE)
         replaces, stopping = there.generation if there else 0, threading.Event()
-
-        def send() -> None:
-            place.put(
-                content, STATS_FILE, len(content), crc32c, replaces=replaces, stopping=stopping
-            )
-
+        content = json_lines(stats)
+        sealed = (content, STATS_FILE, len(content), checksum(io.BytesIO(content)))
+        send = partial(place.put, *sealed, replaces=replaces, stopping=stopping)
         try:
             within(SEND_SECONDS, send, lambda: Stopped(f"no answer within {SEND_SECONDS} s"))
         finally:

@@ -247,8 +247,8 @@ class JsonFile(Draft):
         self.path, self._brackets, self._separator = path, brackets, b"\n"
         with self._errors(exit_code=2):
             super().__init__(path)
-            self._buffer = io.BufferedWriter(self.file)
-            self._buffer.write(brackets[:1])
+            self._file = io.BufferedWriter(self.file)
+            self._file.write(brackets[:1])
 
     @contextlib.contextmanager
     def _errors(self, exit_code: int = 1) -> Iterator[None]:
@@ -261,14 +261,14 @@ class JsonFile(Draft):
     def write(self, item: bytes) -> None:
         """item: JSON without NaN or Infinity, as `orjson.dumps` and `to_json` write it."""
         with self._errors():
-            self._buffer.write(self._separator + item)
+            self._file.write(self._separator + item)
         self._separator = b",\n"
 
     def finish(self) -> None:
         with self._errors():
             if not self.file.closed:
-                self._buffer.write(b"\n" + self._brackets[1:] + b"\n")
-                self._buffer.flush()
+                self._file.write(b"\n" + self._brackets[1:] + b"\n")
+                self._file.flush()
             super().finish()
 
     def commit(self, exclusive: bool = False) -> None:
@@ -277,7 +277,7 @@ class JsonFile(Draft):
 
     def __exit__(self, *exception: object) -> None:
         with contextlib.suppress(OSError):  # a full disk; what is left is thrown away
-            self._buffer.close()
+            self._file.close()
         super().__exit__()
 
 
