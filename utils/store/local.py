@@ -266,7 +266,7 @@ class JsonFile(Draft):
 
     def finish(self) -> None:
         with self._errors():
-            if not self.file.closed:
+            if not self._file.closed:
                 self._file.write(b"\n" + self._brackets[1:] + b"\n")
                 self._file.flush()
             super().finish()
