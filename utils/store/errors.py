@@ -54,7 +54,7 @@ REFUSALS = {
     "404 .*bucket does not exist": NO_BUCKET,
 }
 OTHERS = {
-    "200 .*DataCorruption": "{uri} is refused: its bytes do not have the crc32c that the bucket "
+    ".*DataCorruption": "{uri} is refused: its bytes do not have the crc32c that the bucket "
     "says: fetch it again, or put it right there",
     "404 object ": "{uri} does not exist: check the path",
     "404 ": NO_BUCKET,
