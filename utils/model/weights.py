@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
@@ -29,19 +29,16 @@ from utils.model.layout import Layout
 
 @dataclass(frozen=True)
 class Weight:
-    """A row of the table: one parameter, or that of every layer.
+    """A row of the table: one parameter, or that of every layer, whose number goes to `{}`.
 
-    hf: pattern of the checkpoint's name. axes: the checkpoint's axes -> the parameter's, where
-    `(N H)` is one axis on disk that is two in the parameter. spec: the split over the mesh;
-    by_sequence: that of attention whose heads do not divide it, where different (`Layout`).
-    only_if: attribute of the `ModelConfig` of models that have it; None is all of them.
+    hf: the checkpoint's name; path: the Flax path. axes: the checkpoint's axes -> the parameter's,
+    where `(N H)` is one axis on disk that is two in the parameter. only_if: attribute of the
+    `ModelConfig` of models that have it; None is all of them.
     """
 
     hf: str
     path: str
     axes: str
-    spec: P
-    by_sequence: P | None = None
     only_if: str | None = None
 
     @property
@@ -69,116 +66,50 @@ class Weight:
         return leaf.transpose(self.order).reshape(self.stored_shape(leaf.shape))
 
 
-_LAYER, _BLOCK = r"model\.layers\.(\d+)\.", "layers_{0}/"
-_ATTENTION, _MLP = _LAYER + r"self_attn\.", _LAYER + r"mlp\."
+_OF_A_LAYER = (
+    Weight("input_layernorm.weight", "attention_norm/scale", "D -> D"),
+    Weight("post_attention_layernorm.weight", "mlp_norm/scale", "D -> D"),
+    Weight("self_attn.q_proj.weight", "attention/query", "(N H) D -> D N H"),
+    Weight("self_attn.k_proj.weight", "attention/key", "(K H) D -> D K H"),
+    Weight("self_attn.v_proj.weight", "attention/value", "(K H) D -> D K H"),
+    Weight("self_attn.o_proj.weight", "attention/out", "D (N H) -> N H D"),
+    Weight("self_attn.q_proj.bias", "attention/query_bias", "(N H) -> N H", "qkv_bias"),
+    Weight("self_attn.k_proj.bias", "attention/key_bias", "(K H) -> K H", "qkv_bias"),
+    Weight("self_attn.v_proj.bias", "attention/value_bias", "(K H) -> K H", "qkv_bias"),
+    Weight("self_attn.o_proj.bias", "attention/out_bias", "D -> D", "out_bias"),
+    Weight("self_attn.q_norm.weight", "attention/query_norm/scale", "H -> H", "qk_norm"),
+    Weight("self_attn.k_norm.weight", "attention/key_norm/scale", "H -> H", "qk_norm"),
+    Weight("mlp.gate_proj.weight", "mlp/gate", "F D -> D F"),
+    Weight("mlp.up_proj.weight", "mlp/up", "F D -> D F"),
+    Weight("mlp.down_proj.weight", "mlp/down", "D F -> F D"),
+    Weight("mlp.gate_proj.bias", "mlp/gate_bias", "F -> F", "mlp_bias"),
+    Weight("mlp.up_proj.bias", "mlp/up_bias", "F -> F", "mlp_bias"),
+    Weight("mlp.down_proj.bias", "mlp/down_bias", "D -> D", "mlp_bias"),
+)
 TABLE = (
-    Weight(r"model\.embed_tokens\.weight", "embedding", "V D -> V D", P("model", None)),
-    Weight(r"lm_head\.weight", "head", "V D -> D V", P(None, "model"), only_if="has_head"),
-    Weight(r"model\.norm\.weight", "final_norm/scale", "D -> D", P(None)),
-    Weight(_LAYER + r"input_layernorm\.weight", _BLOCK + "attention_norm/scale", "D -> D", P(None)),
-    Weight(
-        _LAYER + r"post_attention_layernorm\.weight", _BLOCK + "mlp_norm/scale", "D -> D", P(None)
-    ),
+    Weight("model.embed_tokens.weight", "embedding", "V D -> V D"),
+    Weight("lm_head.weight", "head", "V D -> D V", "has_head"),
+    Weight("model.norm.weight", "final_norm/scale", "D -> D"),
     *(
-        row
-        for hf, name, heads in (("q", "query", "N"), ("k", "key", "K"), ("v", "value", "K"))
-        for row in (
-            Weight(
-                _ATTENTION + hf + r"_proj\.weight",
-                _BLOCK + f"attention/{name}",
-                f"({heads} H) D -> D {heads} H",
-                P(None, "model", None),
-                P("model", None, None),
-            ),
-            Weight(
-                _ATTENTION + hf + r"_proj\.bias",
-                _BLOCK + f"attention/{name}_bias",
-                f"({heads} H) -> {heads} H",
-                P("model", None),
-                P(None, None),
-                only_if="qkv_bias",
-            ),
-        )
-    ),
-    Weight(
-        _ATTENTION + r"q_norm\.weight",
-        _BLOCK + "attention/query_norm/scale",
-        "H -> H",
-        P(None),
-        only_if="qk_norm",
-    ),
-    Weight(
-        _ATTENTION + r"k_norm\.weight",
-        _BLOCK + "attention/key_norm/scale",
-        "H -> H",
-        P(None),
-        only_if="qk_norm",
-    ),
-    Weight(
-        _ATTENTION + r"o_proj\.weight",
-        _BLOCK + "attention/out",
-        "D (N H) -> N H D",
-        P("model", None, None),
-        P(None, None, "model"),
-    ),
-    Weight(
-        _ATTENTION + r"o_proj\.bias",
-        _BLOCK + "attention/out_bias",
-        "D -> D",
-        P(None),
-        only_if="out_bias",
-    ),
-    *(
-        row
-        for name in ("gate", "up")
-        for row in (
-            Weight(
-                _MLP + name + r"_proj\.weight",
-                _BLOCK + f"mlp/{name}",
-                "F D -> D F",
-                P(None, "model"),
-            ),
-            Weight(
-                _MLP + name + r"_proj\.bias",
-                _BLOCK + f"mlp/{name}_bias",
-                "F -> F",
-                P("model"),
-                only_if="mlp_bias",
-            ),
-        )
-    ),
-    Weight(_MLP + r"down_proj\.weight", _BLOCK + "mlp/down", "D F -> F D", P("model", None)),
-    Weight(
-        _MLP + r"down_proj\.bias", _BLOCK + "mlp/down_bias", "D -> D", P(None), only_if="mlp_bias"
+        replace(row, hf=f"model.layers.{{}}.{row.hf}", path=f"layers_{{}}/{row.path}")
+        for row in _OF_A_LAYER
     ),
 )
+_BY_PATH = {row.path: row for row in TABLE}
 # Buffers that old checkpoints carry and the configuration already determines.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 _BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
 _STORED_DTYPES = ("F32", "BF16", "F16")
 
 
-_BY_PATH = {row.path: row for row in TABLE}
-
-
-def row_of(name: str) -> tuple[Weight, str] | None:
-    """The table row that a checkpoint's tensor matches, and its Flax path."""
-    for row in TABLE:
-        if match := re.fullmatch(row.hf, name):
-            return row, row.path.format(*match.groups())
-    return None
-
-
 def row_at(path: str) -> Weight:
     """The table row of the parameter at a Flax path."""
-    return _BY_PATH[re.sub(r"layers_\d+", "layers_{0}", path)]
+    return _BY_PATH[re.sub(r"\d+", "{}", path)]
 
 
 def hf_name(path: str) -> str:
     """The checkpoint's name of the parameter at a Flax path."""
-    index = re.match(r"layers_(\d+)", path)
-    name = row_at(path).hf.replace("\\", "")
-    return name.replace("(d+)", index[1]) if index else name
+    return row_at(path).hf.format(*re.findall(r"\d+", path))
 
 
 def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -195,32 +126,31 @@ def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         row.path.format(layer): tuple(sizes[axis] for axis in row.param_axes)
         for row in TABLE
         if row.only_if is None or getattr(config, row.only_if)
-        for layer in range(config.num_layers if "{0}" in row.path else 1)
+        for layer in range(config.num_layers if "{}" in row.path else 1)
     }
     return {path: shapes[path] for path in sorted(shapes, key=lambda path: path.split("/"))}
 
 
-@dataclass(frozen=True)
-class Placement:
-    """A parameter on the mesh: its shape there, and how it is split over it."""
+def placement(
+    path: str, shape: tuple[int, ...], layout: Layout
+) -> tuple[tuple[int, ...], PartitionSpec]:
+    """The shape on the mesh of the parameter at a Flax path, `shape` in the checkpoint's model, and
+    how it is split.
 
-    shape: tuple[int, ...]
-    spec: P
-    padded: bool  # with zeros, where a width or the vocabulary does not divide the model axis
-
-
-def placement(path: str, shape: tuple[int, ...], layout: Layout) -> Placement:
-    """Of the parameter at a Flax path, whose shape in the checkpoint's model is `shape`."""
-    row = row_at(path)
-    spec = row.spec if layout.by_heads or row.by_sequence is None else row.by_sequence
-    sizes, split = list(shape), list(spec)
-    for i, (axis, size) in enumerate(zip(row.param_axes, shape, strict=True)):
-        if split[i] == "model" and size % layout.model:
-            if axis in ("F", "V"):
-                sizes[i] = layout.padded(size)
-            else:
-                split[i] = None
-    return Placement(tuple(sizes), P(*split), tuple(sizes) != shape)
+    Over `model` are split the vocabulary, the mlp's width and the heads; where attention is not by
+    heads (`Layout`), its kernels are split by D instead. A vocabulary or width that does not divide
+    the model axis is padded with zeros; a D that does not leaves the kernel whole.
+    """
+    axes = row_at(path).param_axes
+    split = next((axis for axis in axes if axis in "VFNK"), None)
+    if split in ("N", "K") and not layout.by_heads:
+        split = "D"
+    sizes, spec = [], []
+    for axis, size in zip(axes, shape, strict=True):
+        size = layout.padded(size) if axis in "VF" else size
+        sizes.append(size)
+        spec.append("model" if axis == split and size % layout.model == 0 else None)
+    return tuple(sizes), PartitionSpec(*spec)
 
 
 class Checkpoint:
@@ -232,33 +162,28 @@ class Checkpoint:
     """
 
     def __init__(self, model_path: str | Path, config: ModelConfig):
-        self.folder, self.config = Path(model_path), config
-        self.shapes = abstract_params(config)
-        self._names: dict[str, str] = {}  # Flax path -> checkpoint name
+        self.folder, self.shapes = Path(model_path), abstract_params(config)
         self._files: dict[str, Path] = {}  # checkpoint name -> file that holds it
+        paths = {hf_name(path): path for path in self.shapes}
         problems = []
         for name, file, shape, dtype in self._entries():
             if _DERIVED.fullmatch(name):
                 continue
-            found = row_of(name)
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                self._files[name] = file
+            if name not in paths:
+                if name == "lm_head.weight" and config.tie_word_embeddings:
+                    self._files[name] = file
+                else:
+                    problems.append(f"unexpected {name}")
                 continue
-            if found is None or found[1] not in self.shapes:
-                problems.append(f"unexpected {name}")
-                continue
-            row, path = found
-            want = row.stored_shape(self.shapes[path])
+            want = row_at(paths[name]).stored_shape(self.shapes[paths[name]])
             if shape != want:
                 problems.append(f"{name} has shape {list(shape)}, not {list(want)}")
             elif dtype not in _STORED_DTYPES:
                 problems.append(f"{name} has dtype {dtype}, not one of {', '.join(_STORED_DTYPES)}")
-            elif path in self._names:
+            elif name in self._files:
                 problems.append(f"{name} is there twice")
-            self._names[path] = name
             self._files[name] = file
-        missing = [path for path in self.shapes if path not in self._names]
-        problems += [f"missing {hf_name(path)}" for path in missing]
+        problems += [f"missing {name}" for name in paths if name not in self._files]
         if problems:
             shown = "; ".join(problems[:12])
             more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
@@ -303,8 +228,7 @@ class Checkpoint:
 
     def _check_tied(self) -> None:
         head, embedding = (
-            self._read(name, (slice(None),))
-            for name in ("lm_head.weight", self._names["embedding"])
+            self._read(name, (slice(None),)) for name in ("lm_head.weight", hf_name("embedding"))
         )
         if head.shape != embedding.shape or not np.array_equal(head, embedding):
             raise UserError(
@@ -344,13 +268,12 @@ class Checkpoint:
         """The parameter tree, each leaf of `dtype` and split over the mesh as the table says."""
 
         def leaf(path: str) -> jax.Array:
-            place = placement(path, self.shapes[path], layout)
-            sharding = layout.sharding(*place.spec)
-
-            def part(index: tuple[slice, ...]) -> np.ndarray:
-                return self._part(path, place.shape, index).astype(dtype)
-
-            return jax.make_array_from_callback(place.shape, sharding, part)
+            shape, spec = placement(path, self.shapes[path], layout)
+            return jax.make_array_from_callback(
+                shape,
+                layout.sharding(*spec),
+                lambda index: self._part(path, shape, index).astype(dtype),
+            )
 
         # Two readers: one converts while the other waits for the disk, and no more than two
         # tensors exist twice at any time.
@@ -373,7 +296,7 @@ class Checkpoint:
             size = math.prod(shape[axis] for axis in inner)
             start, stop = block[outer]
             slices.append(slice(start * size, stop * size))
-        tensor = self._read(self._names[path], tuple(slices))
+        tensor = self._read(hf_name(path), tuple(slices))
         sizes = [stop - start for start, stop in block.values()]
         tensor = tensor.reshape([sizes[axis] for axis in row.order])
         tensor = tensor.transpose(np.argsort(row.order))

@@ -63,8 +63,8 @@ class Workload:
         """Of one device."""
         total = 0
         for path, shape in abstract_params(self.config).items():
-            place = placement(path, shape, layout)
-            total += prod(place.shape) // (layout.model if "model" in place.spec else 1)
+            sizes, spec = placement(path, shape, layout)
+            total += prod(sizes) // (layout.model if "model" in spec else 1)
         return total * self.itemsize
 
     def cache_bytes(self, layout: Layout, rows: int, length: int) -> int:

@@ -156,12 +156,12 @@ def print_placements(plan: Plan) -> None:
     for path, shape in abstract_params(plan.config).items():
         seen.setdefault(re.sub(r"layers_\d+", "layers_*", path), (path, shape))
     for kind, (path, shape) in seen.items():
-        place = placement(path, shape, layout)
-        split = [i for i, axis in enumerate(place.spec) if axis == "model"]
+        sizes, spec = placement(path, shape, layout)
+        split = [i for i, axis in enumerate(spec) if axis == "model"]
         words = f"split by axis {split[0]}" if split and layout.model > 1 else "whole on each"
-        if place.padded:
+        if sizes != shape:
             words += f", padded from {list(shape)}"
-        print(f"  {kind:36} {list(place.shape)!s:24} {words}")
+        print(f"  {kind:36} {list(sizes)!s:24} {words}")
 
 
 class DiskOutlook:

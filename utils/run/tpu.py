@@ -172,9 +172,8 @@ def _abstract(plan: Plan) -> Any:
     layout, dtype = plan.layout, np.dtype(plan.dtype)
     leaves = {}
     for path, shape in abstract_params(plan.config).items():
-        place = placement(path, shape, layout)
-        sharding = layout.sharding(*place.spec)
-        leaves[path] = jax.ShapeDtypeStruct(place.shape, dtype, sharding=sharding)
+        sizes, spec = placement(path, shape, layout)
+        leaves[path] = jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.sharding(*spec))
     return unflatten_dict(leaves, sep="/")
 
 
