@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from utils.model.layout import Layout
@@ -52,7 +53,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     return frequencies
 
 
-def rotation(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
+def rotation(positions: Array, rope: Rope, head_dim: int) -> tuple[Array, Array]:
     """cos and sin, float32 [B, T, 1, H / 2]. positions: int32 [B, T].
 
     Angles are float32: bfloat16 cannot tell position 257 from 256.
@@ -61,7 +62,7 @@ def rotation(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
-def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
     """Rotary position embedding, half-split as in the Hugging Face checkpoints (Su et al. 2021).
 
     x: [B, T, N, H]; cos_sin: float32 [B, T, 1, H / 2] each. Computed in float32, returned as x's
@@ -74,23 +75,18 @@ def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-    window: int | None,
-) -> jax.Array:
+    query: Array, key: Array, value: Array, query_at: Array, key_at: Array, window: int | None
+) -> Array:
     """Causal grouped-query attention, softmax in float32; [B, T, N, H].
 
-    query: [B, T, N, H]; key, value: [B, K, S, H]; positions: int32 [B, T] and [B, S]. A query sees
-    the keys at or before its position, with `window` only the last `window` of them, itself
-    included. Dividing by the softmax's sum comes after the weighted sum of values: one pass over
-    the scores less.
+    query: [B, T, N, H]; key, value: [B, K, S, H]; query_at, key_at: positions, int32 [B, T] and
+    [B, S]. A query sees the keys at or before its position, with `window` only the last `window` of
+    them, itself included. Dividing by the softmax's sum comes after the weighted sum of values: one
+    pass over the scores less.
     """
     B, T, N, H = query.shape
     K = key.shape[1]
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    distance = query_at[:, :, None] - key_at[:, None, :]
     visible = distance >= 0
     if window is not None:
         visible &= distance < window
@@ -109,13 +105,8 @@ def attend(
 
 
 def attend_prompt(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: jax.Array,
-    window: int | None,
-    layout: Layout,
-) -> jax.Array:
+    query: Array, key: Array, value: Array, positions: Array, window: int | None, layout: Layout
+) -> Array:
     """`attend` over a prompt that is split over the mesh; [B, T, N, H], split like query.
 
     positions: int32 [B, T], those of the queries in the order that `Layout.deal` gives.
@@ -126,29 +117,26 @@ def attend_prompt(
     at = P("data") if layout.by_heads else P("data", "model")  # [B, T]
     spans = _spans(T, layout, window)
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    in_tiles = _in_small_tiles if on_cpu else _in_large_tiles
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array, at: jax.Array) -> jax.Array:
+    def local(query: Array, key: Array, value: Array, at: Array) -> Array:
         if not layout.by_heads:
             key, value = (_gathered(x, layout.stripes(T)) for x in (key, value))
         outputs = []
         for (start, stop), (first, last) in spans:
             keys, values = key[:, :, first:last], value[:, :, first:last]
             key_at = jnp.broadcast_to(jnp.arange(first, last), (len(key), last - first))
-            args = (query[:, start:stop], keys, values, at[:, start:stop], key_at, window)
-            outputs.append((_in_small_tiles if on_cpu else _in_large_tiles)(*args))
+            outputs.append(
+                in_tiles(query[:, start:stop], keys, values, at[:, start:stop], key_at, window)
+            )
         return jnp.concatenate(outputs, axis=1)
 
-    mapped = jax.shard_map(
-        local,
-        mesh=layout.mesh,
-        in_specs=(queries, keys, keys, at),
-        out_specs=queries,
-        check_vma=False,
-    )
+    specs = {"in_specs": (queries, keys, keys, at), "out_specs": queries}
+    mapped = jax.shard_map(local, mesh=layout.mesh, **specs, check_vma=False)
     return mapped(query, key, value, positions)
 
 
-def _gathered(x: jax.Array, stripes: int) -> jax.Array:
+def _gathered(x: Array, stripes: int) -> Array:
     """The tokens of all devices in the order of the prompt: [B, K, T / M, H] -> [B, K, T, H]."""
     B, K, _, H = x.shape
     x = jax.lax.all_gather(x, "model")  # [M, B, K, C U, H]
@@ -162,59 +150,48 @@ def _spans(T: int, layout: Layout, window: int | None) -> list[tuple[tuple[int, 
 
     More spans leave out more of the keys that lie in the future, and compile longer.
     """
-    if layout.by_heads or layout.model == 1:
+    sharing = 1 if layout.by_heads else layout.model  # devices, in the queries of a span
+    span = T // layout.stripes(T)
+    if sharing == 1:
         span = QUERY_TILE * math.ceil(T / QUERY_SPANS / QUERY_TILE)
-        queries = [(start, min(start + span, T)) for start in range(0, T, span)]
-        begins = queries
-    else:
-        stripes = layout.stripes(T)
-        span, local = T // stripes, T // stripes // layout.model
-        queries = [(i * local, (i + 1) * local) for i in range(stripes)]
-        begins = [(i * span, (i + 1) * span) for i in range(stripes)]
-    keys = [(0 if window is None else max(0, a - window + 1), b) for a, b in begins]
-    return list(zip(queries, keys, strict=True))
+    spans = []
+    for start in range(0, T, span):
+        stop = min(start + span, T)
+        first = 0 if window is None else max(0, start - window + 1)
+        spans.append(((start // sharing, stop // sharing), (first, stop)))
+    return spans
 
 
 def _in_large_tiles(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: jax.Array,
-    key_positions: jax.Array,
-    window: int | None,
-) -> jax.Array:
+    query: Array, key: Array, value: Array, query_at: Array, key_at: Array, window: int | None
+) -> Array:
     """`attend` in as few tiles of queries as their scores fit in memory; not a loop, so that the
     compiler's figures count them all."""
     (B, T, N, _), S = query.shape, key.shape[2]
     tiles = min(T, math.ceil(B * T * N * S * 4 / SCORE_BYTES))
     bounds = [T * i // tiles for i in range(tiles + 1)]
     parts = [
-        attend(query[:, i:j], key, value, positions[:, i:j], key_positions, window)
+        attend(query[:, i:j], key, value, query_at[:, i:j], key_at, window)
         for i, j in itertools.pairwise(bounds)
     ]
     return jnp.concatenate(parts, axis=1)
 
 
 def _in_small_tiles(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: jax.Array,
-    key_positions: jax.Array,
-    window: int | None,
-) -> jax.Array:
+    query: Array, key: Array, value: Array, query_at: Array, key_at: Array, window: int | None
+) -> Array:
     """`attend` in tiles of QUERY_TILE queries, so that scores stay in a CPU's cache."""
     B, T, N, H = query.shape
     size = min(T, QUERY_TILE)
     tiles = math.ceil(T / size)
     missing = tiles * size - T
 
-    def tiled(x: jax.Array) -> jax.Array:
+    def tiled(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(B, tiles, size, *x.shape[2:]).swapaxes(0, 1)
 
-    def tile(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return attend(xs[0], key, value, xs[1], key_positions, window)
-
-    y = jax.lax.map(tile, (tiled(query), tiled(positions)))
+    y = jax.lax.map(
+        lambda tile: attend(tile[0], key, value, tile[1], key_at, window),
+        (tiled(query), tiled(query_at)),
+    )
     return y.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]

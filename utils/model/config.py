@@ -16,72 +16,26 @@ from utils.model.rope import Rope, parse_rope
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Fields that shape the computation; `ModelConfig.from_dict` reads every one of them.
-_READ = {
-    "attention_bias",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "intermediate_size",
-    "layer_types",
-    "max_position_embeddings",
-    "max_window_layers",
-    "mlp_bias",
-    "model_type",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "sliding_window",
-    "tie_word_embeddings",
-    "use_sliding_window",
-    "vocab_size",
-}
+_READ = (
+    {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
+    | {"num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"}
+    | {"hidden_act", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings"}
+    | {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+    | {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+    | {"original_max_position_embeddings"}
+)
 # Fields of training, generation defaults or bookkeeping: they leave hidden states as they are.
-_HARMLESS = {
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "auto_map",
-    "begin_suppress_tokens",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "finetuning_task",
-    "id2label",
-    "initializer_range",
-    "is_decoder",
-    "is_encoder_decoder",
-    "keys_to_ignore_at_inference",
-    "label2id",
-    "model_max_length",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "prefix",
-    "pretraining_tp",
-    "problem_type",
-    "return_dict",
-    "sep_token_id",
-    "task_specific_params",
-    "tie_encoder_decoder",
-    "tokenizer_class",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_bfloat16",
-    "use_cache",
-}
+_HARMLESS = (
+    {"attention_dropout", "initializer_range", "pretraining_tp", "problem_type", "num_labels"}
+    | {"finetuning_task", "id2label", "label2id", "task_specific_params"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "begin_suppress_tokens"}
+    | {"prefix", "use_cache", "output_attentions", "output_hidden_states"}
+    | {"return_dict", "keys_to_ignore_at_inference"}
+    | {"is_decoder", "is_encoder_decoder", "tie_encoder_decoder", "chunk_size_feed_forward"}
+    | {"model_max_length", "tokenizer_class", "architectures", "auto_map", "_name_or_path"}
+    | {"dtype", "torch_dtype", "use_bfloat16", "torchscript", "_attn_implementation"}
+    | {"_attn_implementation_autoset", "transformers_version", "unsloth_fixed", "unsloth_version"}
+)
 
 
 @dataclass(frozen=True)
@@ -153,29 +107,17 @@ class ModelConfig:
             raise UserError(
                 f"model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}"
             )
-        unknown = sorted(
-            name
-            for name, value in fields.items()
-            if name not in _READ | _HARMLESS and value is not None
-        )
-        if unknown:
+        given = {name for name, value in fields.items() if value is not None}
+        if unknown := sorted(given - _READ - _HARMLESS):
             raise UserError(
                 f"field {', '.join(unknown)} is not known to this decoder and could change its "
                 f"result; known: {', '.join(sorted(_READ))}"
             )
 
         def size(name: str, default: int | None = None) -> int:
-            value = fields.get(name)
-            value = default if value is None else value
+            value = default if fields.get(name) is None else fields[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be a positive whole number, not {value!r}")
-            return value
-
-        def flag(name: str, default: bool = False) -> bool:
-            value = fields.get(name)
-            value = default if value is None else value
-            if not isinstance(value, bool):
-                raise UserError(f"{name} must be true or false, not {value!r}")
             return value
 
         if (fields.get("hidden_act") or "silu") not in ("silu", "swish"):
@@ -195,10 +137,10 @@ class ModelConfig:
         eps = fields.get("rms_norm_eps")
         if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
             raise UserError(f"rms_norm_eps must be a number of at least 0, not {eps!r}")
-        attention_bias = flag("attention_bias")
+        attention_bias, mlp_bias = _flag(fields, "attention_bias"), _flag(fields, "mlp_bias")
         if attention_bias and model_type in ("qwen2", "mistral"):
             raise UserError(f"attention_bias is not a field of {model_type}")
-        if flag("mlp_bias") and model_type != "llama":
+        if mlp_bias and model_type != "llama":
             raise UserError(f"mlp_bias is not a field of {model_type}")
         num_layers = size("num_hidden_layers")
         return cls(
@@ -214,29 +156,33 @@ class ModelConfig:
             rope=parse_rope(fields),
             qkv_bias=model_type == "qwen2" or attention_bias,
             out_bias=attention_bias,
-            mlp_bias=flag("mlp_bias"),
+            mlp_bias=mlp_bias,
             qk_norm=model_type == "qwen3",
-            tie_word_embeddings=flag("tie_word_embeddings"),
+            tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
             max_position_embeddings=size("max_position_embeddings"),
             sliding_windows=_sliding_windows(fields, num_layers),
         )
 
 
+def _flag(fields: dict[str, Any], name: str) -> bool:
+    value = False if fields.get(name) is None else fields[name]
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, not {value!r}")
+    return value
+
+
 def _sliding_windows(fields: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    window, in_use = fields.get("sliding_window"), fields.get("use_sliding_window")
-    if not isinstance(in_use, bool | None):
-        raise UserError(f"use_sliding_window must be true or false, not {in_use!r}")
-    if fields["model_type"] == "llama":
-        if window is not None or in_use:
-            raise UserError("sliding_window is not a field of llama")
-        window = None
-    if fields["model_type"].startswith("qwen") and not in_use:
+    model_type, window = fields["model_type"], fields.get("sliding_window")
+    in_use = _flag(fields, "use_sliding_window")
+    if model_type == "llama" and (window is not None or in_use):
+        raise UserError("sliding_window is not a field of llama")
+    if model_type.startswith("qwen") and not in_use:
         window = None
     if window is not None and (not isinstance(window, int) or window < 1):
         raise UserError(f"sliding_window must be a positive whole number or null, not {window!r}")
     layer_types = fields.get("layer_types")
     if layer_types is None:
-        if fields["model_type"] == "mistral":
+        if model_type == "mistral":
             return (window,) * num_layers
         first = fields.get("max_window_layers")
         first = 28 if first is None else first  # the default of Qwen2Config and Qwen3Config
@@ -244,15 +190,12 @@ def _sliding_windows(fields: dict[str, Any], num_layers: int) -> tuple[int | Non
             raise UserError(f"max_window_layers must be a whole number, not {first!r}")
         return tuple(window if window and i >= first else None for i in range(num_layers))
     known = ["full_attention", "sliding_attention"]
-    if (
-        not isinstance(layer_types, list)
-        or len(layer_types) != num_layers
-        or any(kind not in known for kind in layer_types)
-    ):
+    is_list = isinstance(layer_types, list) and len(layer_types) == num_layers
+    if not is_list or any(kind not in known for kind in layer_types):
         raise UserError(
             f"layer_types must name one of {', '.join(known)} for each of the {num_layers} layers"
         )
-    if fields["model_type"] == "mistral":
+    if model_type == "mistral":
         raise UserError("layer_types is not a field of mistral")
     if "sliding_attention" in layer_types and window is None:
         raise UserError("layer_types has sliding_attention, but no sliding_window is in use")

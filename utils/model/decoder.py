@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.lax import dynamic_update_slice_in_dim
 
 from utils.model.attention import INVALID_POSITION, attend, attend_prompt, rotate, rotation
@@ -31,7 +32,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
@@ -47,8 +48,8 @@ class Past:
     """
 
     cache: Cache
-    key_positions: jax.Array
-    slot: jax.Array
+    key_positions: Array
+    slot: Array
 
 
 class Attention(nn.Module):
@@ -58,12 +59,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        cos_sin: tuple[jax.Array, jax.Array],
-        past: Past | None,
-    ) -> tuple[jax.Array, Cache]:
+        self, x: Array, positions: Array, cos_sin: tuple[Array, Array], past: Past | None
+    ) -> tuple[Array, Cache]:
         """x: [B, T, D] -> [B, T, D], and keys and values.
 
         Without a past the T tokens are a prompt, whose keys and values are [B, K, T, H]; else T is
@@ -74,7 +71,7 @@ class Attention(nn.Module):
         heads = layout.heads(prompt=past is None)
         gather = layout.gathers_attention(prompt=past is None)
 
-        def project(name: str, count: int) -> jax.Array:
+        def project(name: str, count: int) -> Array:
             kernel = self.param(name, nn.initializers.lecun_normal(), (D, count, H))
             y = jnp.einsum("BTD,DNH->BTNH", x, layout.kernel(kernel, gather))
             y = layout.split(y, *heads)
@@ -113,14 +110,14 @@ class Mlp(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         """SwiGLU (Shazeer 2020); [B, T, D] -> [B, T, D]."""
         layout = self.layout
         B, T, D = x.shape
         F = layout.padded(self.config.intermediate_size)
         gather = layout.gathers_mlp(B, T, F)
 
-        def project(name: str, y: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        def project(name: str, y: Array, shape: tuple[int, int]) -> Array:
             kernel = self.param(name, nn.initializers.lecun_normal(), shape)
             y = jnp.einsum("BTD,DF->BTF", y, layout.kernel(kernel, gather))
             if self.config.mlp_bias:
@@ -140,16 +137,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        cos_sin: tuple[jax.Array, jax.Array],
-        past: Past | None,
-    ) -> tuple[jax.Array, Cache]:
+        self, x: Array, positions: Array, cos_sin: tuple[Array, Array], past: Past | None
+    ) -> tuple[Array, Cache]:
         """The residual stream [B, T, D] after this layer, and the rest as `Attention` gives it."""
         eps = self.config.rms_norm_eps
 
-        def split(y: jax.Array) -> jax.Array:
+        def split(y: Array) -> Array:
             return self.layout.split(y, *self.layout.stream(prompt=past is None))
 
         self._capture("resid_pre", x)
@@ -166,7 +159,7 @@ class Block(nn.Module):
         self._capture("resid_post", x)
         return x, cache
 
-    def _capture(self, hook_point: str, value: jax.Array) -> None:
+    def _capture(self, hook_point: str, value: Array) -> None:
         """Sows [B, T, D] as a bare array, if the spec asks for it."""
         if f"{hook_point}.{self.layer}" in self.capture.names:
             self.sow("intermediates", hook_point, value, lambda _, new: new, lambda: None)
@@ -197,12 +190,8 @@ class Decoder(nn.Module):
                 self.head = self.param("head", init, (c.hidden_size, V))
 
     def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        cache: Cache | None = None,
-        slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
+        self, tokens: Array, positions: Array, cache: Cache | None = None, slot: Array | None = None
+    ) -> tuple[Array, Cache]:
         """Residual stream after the last layer that is run, [B, T, D], and keys and values.
 
         tokens, positions: int32 [B, T]. Without a cache the T tokens are a prompt, in the order of
@@ -223,7 +212,7 @@ class Decoder(nn.Module):
             x, new[layer.name] = layer(x, positions, cos_sin, past)
         return x, new
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: Array) -> Array:
         """Final norm and unembedding: [B, D] -> float32 [B, V]; -inf where V is padded."""
         x = self.layout.split(self.final_norm(x), "data")
         if self.config.tie_word_embeddings:
@@ -237,13 +226,13 @@ class Decoder(nn.Module):
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -jnp.inf)
 
-    def initialize(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def initialize(self, tokens: Array, positions: Array) -> Array:
         """Touches every parameter; for `init` and abstract shapes."""
         return self.logits(self(tokens, positions)[0][:, 0])
 
 
 def filled_cache(
-    layout: Layout, prompt: Cache, positions: jax.Array, lengths: jax.Array, answer: int
+    layout: Layout, prompt: Cache, positions: Array, lengths: Array, answer: int
 ) -> Cache:
     """The cache of a prompt with room for `answer` tokens behind it.
 
@@ -254,7 +243,7 @@ def filled_cache(
     size = layout.cache_size(positions.shape[1], answer)
     over = ("model", None) if layout.by_heads else (None, "model")  # heads, slots
 
-    def slots(x: jax.Array) -> jax.Array:
+    def slots(x: Array) -> Array:
         return layout.split(layout.into_slots(x, size, 2), "data", *over)
 
     real = jnp.where(positions < lengths[:, None], positions, INVALID_POSITION)
@@ -265,7 +254,7 @@ def filled_cache(
     }
 
 
-def captured(intermediates: dict[str, Any]) -> dict[str, jax.Array]:
+def captured(intermediates: dict[str, Any]) -> dict[str, Array]:
     """The `intermediates` collection -> `{"<hook_point>.<layer>": [B, T, D]}`."""
     return {
         f"{hook_point}.{block.removeprefix('layers_')}": value

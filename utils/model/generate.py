@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from utils.model.capture import CaptureSpec
 from utils.model.decoder import Cache, Decoder, captured, filled_cache
@@ -59,9 +60,9 @@ class Prefilled:
     """captures: name -> [B, rows, D]; logits: float32 [B, V] at the last prompt token, or None;
     logprobs: float32 [B, A] of the forced answer's tokens, or None; cache: or None."""
 
-    captures: dict[str, jax.Array]
-    logits: jax.Array | None = None
-    logprobs: jax.Array | None = None
+    captures: dict[str, Array]
+    logits: Array | None = None
+    logprobs: Array | None = None
     cache: Cache | None = None
 
 
@@ -70,11 +71,11 @@ class Decoded:
     """tokens: int32 [B, A]; counts: int32 [B], how many of them are real; logprobs: float32
     [B, A]; captures: name -> [B, A, D]; steps: int32, forward passes that were run."""
 
-    tokens: jax.Array
-    counts: jax.Array
-    logprobs: jax.Array
-    captures: dict[str, jax.Array]
-    steps: jax.Array
+    tokens: Array
+    counts: Array
+    logprobs: Array
+    captures: dict[str, Array]
+    steps: Array
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class DecodeState:
     have so far, their newest token included; its unwritten part is 0.
     """
 
-    token: jax.Array
-    active: jax.Array
+    token: Array
+    active: Array
     cache: Cache
     result: Decoded
 
@@ -99,9 +100,9 @@ for _tree in (Prefilled, Decoded, DecodeState):
 def prefill(
     model: Decoder,
     params: Any,
-    tokens: jax.Array,
-    prompt_lengths: jax.Array,
-    answer_lengths: jax.Array,
+    tokens: Array,
+    prompt_lengths: Array,
+    answer_lengths: Array,
     shape: Shape,
     outputs: Outputs,
 ) -> Prefilled:
@@ -117,7 +118,7 @@ def prefill(
         {"params": params}, layout.deal(tokens), dealt, mutable=["intermediates"]
     )
 
-    def whole(value: jax.Array) -> jax.Array:
+    def whole(value: Array) -> Array:
         """[B, T, D] with each row on one device, its tokens in order."""
         return layout.collect(layout.split_rows(value))
 
@@ -147,9 +148,9 @@ def decode(
     model: Decoder,
     params: Any,
     cache: Cache,
-    logits: jax.Array,
-    prompt_lengths: jax.Array,
-    sample_keys: jax.Array,
+    logits: Array,
+    prompt_lengths: Array,
+    sample_keys: Array,
     prompt_slots: int,
     sampling: Sampling,
 ) -> tuple[Decoded, Cache]:
@@ -184,8 +185,8 @@ class _Loop:
 
     model: Decoder
     params: Any
-    prompt_lengths: jax.Array
-    keys: jax.Array
+    prompt_lengths: Array
+    keys: Array
     prompt_slots: int
     sampling: Sampling
 
@@ -194,7 +195,7 @@ class _Loop:
         """The captures that are kept of generated tokens."""
         return self.model.capture.names if self.model.capture.in_decode else ()
 
-    def first(self, cache: Cache, logits: jax.Array, real: jax.Array) -> DecodeState:
+    def first(self, cache: Cache, logits: Array, real: Array) -> DecodeState:
         """Each row's first token, from the logits of its prompt; real: bool [B], no padding row."""
         B, A = len(real), self.sampling.max_tokens
         split_rows = self.model.layout.split_rows
@@ -210,7 +211,7 @@ class _Loop:
         )
         return DecodeState(token, self.to_run(real, token), cache, result)
 
-    def unfinished(self, state: DecodeState) -> jax.Array:
+    def unfinished(self, state: DecodeState) -> Array:
         """Whether a row goes on; bool scalar."""
         last_step = self.sampling.max_tokens - (0 if self.names else 1)
         return (state.result.steps < last_step) & jnp.any(state.active)
@@ -241,7 +242,7 @@ class _Loop:
         )
         return DecodeState(token, self.to_run(goes_on, token), cache, result)
 
-    def choose(self, logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose(self, logits: Array, step: Array) -> tuple[Array, Array]:
         """Token number `step` of every row, int32 [B], and its log-probability at temperature 1,
         float32 [B]; logits: float32 [B, V]."""
         scores = logits
@@ -252,18 +253,18 @@ class _Loop:
         token = _argmax(scores).astype(jnp.int32)
         return token, _logprob(logits, token)
 
-    def ends(self, token: jax.Array) -> jax.Array:
+    def ends(self, token: Array) -> Array:
         """bool [B]"""
         return jnp.isin(token, jnp.array(self.sampling.stop_ids, jnp.int32))
 
-    def to_run(self, going_on: jax.Array, token: jax.Array) -> jax.Array:
+    def to_run(self, going_on: Array, token: Array) -> Array:
         """The rows, bool [B], whose newest token has to go through the model: of those that go on,
         all where its states are captured, else those that a next token is wanted of."""
         return going_on if self.names else going_on & ~self.ends(token)
 
     def with_states(
-        self, captures: dict[str, jax.Array], new: dict[str, jax.Array], step: jax.Array
-    ) -> dict[str, jax.Array]:
+        self, captures: dict[str, Array], new: dict[str, Array], step: Array
+    ) -> dict[str, Array]:
         """captures, [B, A, D] each, with the new states, [B, 1, D] each, as token `step`."""
         split_rows = self.model.layout.split_rows
         return {
@@ -272,9 +273,7 @@ class _Loop:
         }
 
 
-def _forced_logprobs(
-    model: Decoder, params: Any, x: jax.Array, targets: jax.Array, count: jax.Array
-) -> jax.Array:
+def _forced_logprobs(model: Decoder, params: Any, x: Array, targets: Array, count: Array) -> Array:
     """log p of targets, int32 [B, A], after hidden states x, [B, A, D]; float32 [B, A].
 
     In chunks of positions, because the logits of all of them would outweigh everything else in
@@ -286,7 +285,7 @@ def _forced_logprobs(
     x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, missing)))
 
-    def chunk(i: jax.Array, logprobs: jax.Array) -> jax.Array:
+    def chunk(i: Array, logprobs: Array) -> Array:
         rows = jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1).reshape(B * size, -1)
         wanted = jax.lax.dynamic_slice_in_dim(targets, i * size, size, axis=1).reshape(-1)
         new = _logprob(_logits(model, params, rows), wanted).reshape(B, size)
@@ -296,13 +295,13 @@ def _forced_logprobs(
     return jax.lax.fori_loop(0, chunks, chunk, jnp.zeros(targets.shape, jnp.float32))[:, :A]
 
 
-def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:
+def _logprob(logits: Array, token: Array) -> Array:
     """log p of token, int32 [N], under logits [N, V]; the other V - 1 are never normalised."""
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _argmax(x: jax.Array) -> jax.Array:
+def _argmax(x: Array) -> Array:
     """Index of the first maximum of each row: [B, V] -> int32 [B].
 
     A NaN counts as infinity, as numpy and torch rank it, so that a model which makes NaN still
@@ -316,19 +315,17 @@ def _argmax(x: jax.Array) -> jax.Array:
     return jnp.where(x == highest, index, x.shape[-1]).min(axis=-1)
 
 
-def _logits(model: Decoder, params: Any, x: jax.Array) -> jax.Array:
+def _logits(model: Decoder, params: Any, x: Array) -> Array:
     return model.apply({"params": params}, x, method=Decoder.logits)
 
 
-def _tokens_at(x: jax.Array, index: jax.Array) -> jax.Array:
+def _tokens_at(x: Array, index: Array) -> Array:
     """Other tokens of each row: x [B, T, D], index int [B, R] -> [B, R, D]; an index behind the end
     gives the last token."""
     return jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1)[..., None], axis=1)
 
 
-def _select(
-    value: jax.Array, capture: CaptureSpec, prompt_lengths: jax.Array, shape: Shape
-) -> jax.Array:
+def _select(value: Array, capture: CaptureSpec, prompt_lengths: Array, shape: Shape) -> Array:
     """The rows of a capture that are kept: [B, T, D] -> [B, R, D], R the most that any sample of
     the shape keeps. Behind a sample's own rows are those of tokens that are not kept."""
     start = capture.start(prompt_lengths)

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -71,7 +72,7 @@ class Layout:
     def sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, P(*spec))
 
-    def split(self, x: jax.Array, *spec: Any) -> jax.Array:
+    def split(self, x: Array, *spec: Any) -> Array:
         """x, its axes split as `spec` says; axes that it does not name are whole."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*spec))
 
@@ -96,7 +97,7 @@ class Layout:
         a data group moves on its way in and out, 2 (B / data) T D values."""
         return 2 * (batch // self.data) * tokens > 3 * width
 
-    def kernel(self, x: jax.Array, gather: bool) -> jax.Array:
+    def kernel(self, x: Array, gather: bool) -> Array:
         """A parameter whole on every device, or as it is stored."""
         return self.split(x) if gather else x
 
@@ -105,7 +106,7 @@ class Layout:
         them, or `data` alone for a batch that is too small, whose rows then have replicas."""
         return AXES if batch % self.mesh.size == 0 else "data"
 
-    def split_rows(self, x: jax.Array) -> jax.Array:
+    def split_rows(self, x: Array) -> Array:
         """x, [B, ...], with each row whole on one device, as it leaves the mesh."""
         return self.split(x, self.row_axes(len(x)))
 
@@ -127,7 +128,7 @@ class Layout:
         indices = self.sharding("data").addressable_devices_indices_map((batch,))
         return {i for (rows,) in indices.values() for i in range(*rows.indices(batch))}
 
-    def put(self, x: np.ndarray) -> jax.Array:
+    def put(self, x: np.ndarray) -> Array:
         """A host array, split over `data` by its first axis; each process needs its own rows."""
         return jax.make_array_from_callback(x.shape, self.sharding("data"), lambda index: x[index])
 
@@ -137,25 +138,25 @@ class Layout:
             return 1
         return next(c for c in (MAX_STRIPES, 2, 1) if tokens % (self.model * c) == 0)
 
-    def deal(self, x: jax.Array) -> jax.Array:
+    def deal(self, x: Array) -> Array:
         """[B, T, ...] in the order of the prompt -> the order in which devices hold it."""
         return self._swap(x, self.stripes(x.shape[1]), self.model)
 
-    def collect(self, x: jax.Array) -> jax.Array:
+    def collect(self, x: Array) -> Array:
         """The reverse of `deal`, for rows that are whole on a device."""
         return self._swap(x, self.model, self.stripes(x.shape[1]))
 
-    def _swap(self, x: jax.Array, outer: int, inner: int) -> jax.Array:
+    def _swap(self, x: Array, outer: int, inner: int) -> Array:
         if 1 in (outer, inner) or self.stripes(x.shape[1]) == 1:
             return x
         B, T, *rest = x.shape
         return x.reshape(B, outer, inner, -1, *rest).swapaxes(1, 2).reshape(B, T, *rest)
 
-    def look_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def look_up(self, table: Array, tokens: Array) -> Array:
         """Rows of an embedding table that is split by its rows: tokens [B, T] -> [B, T, D], split
         by tokens where there are several. Only what was looked up moves, never the table."""
 
-        def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        def local(table: Array, tokens: Array) -> Array:
             index = tokens - jax.lax.axis_index("model") * len(table)
             here = (index >= 0) & (index < len(table))
             found = jnp.where(here[..., None], table[jnp.where(here, index, 0)], 0)
@@ -173,7 +174,7 @@ class Layout:
         """Slots of a cache for so many tokens."""
         return prompt + self.cache_blocks * -(-answer // self.cache_blocks)
 
-    def into_slots(self, x: jax.Array, size: int, axis: int, fill: Any = 0) -> jax.Array:
+    def into_slots(self, x: Array, size: int, axis: int, fill: Any = 0) -> Array:
         """A prompt's entries along `axis`, with room behind them for generated tokens.
 
         The `size` slots are cut into `cache_blocks` blocks, one a device where the slots are split.
@@ -189,7 +190,7 @@ class Layout:
         x = jnp.pad(x, room, constant_values=fill)
         return x.reshape(*shape[:axis], size, *shape[axis + 1 :])
 
-    def slot(self, step: jax.Array, prompt: int, size: int) -> jax.Array:
+    def slot(self, step: Array, prompt: int, size: int) -> Array:
         """The slot of generated token `step`, int32 scalar, behind a prompt of `prompt` slots in
         `size` slots in all. The blocks take tokens in turn, so that their room fills evenly: in the
         example of `into_slots` tokens 0, 1, 2, 3 go to slots 2, 6, 3, 7."""

@@ -7,31 +7,15 @@ from typing import Any
 from utils.errors import UserError
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_ROPE_FIELDS = {
+_LENGTH = "original_max_position_embeddings"
+_REQUIRED = {
     "default": set(),
     "linear": {"factor"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", _LENGTH},
+    "yarn": {"factor", _LENGTH},
 }
-_ROPE_REQUIRED = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
-    "yarn": {"factor"},
+_OPTIONAL = {
+    "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
 }
 
 
@@ -80,23 +64,19 @@ def parse_rope(fields: dict[str, Any]) -> Rope:
     kind = kinds[0] if all(other == kinds[0] for other in kinds) else kinds
     if kind not in ROPE_TYPES:
         raise UserError(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if scaling.get("partial_rotary_factor") in (None, 1, 1.0):
-        scaling.pop("partial_rotary_factor", None)
+    if scaling.get("partial_rotary_factor") in (1, 1.0):
+        del scaling["partial_rotary_factor"]
     scaling = {name: value for name, value in scaling.items() if value is not None}
     if kind in ("llama3", "yarn"):
         # transformers lets the field outside of the rope parameters win, and falls back on the
         # model's length
-        outside = fields.get("original_max_position_embeddings")
-        scaling["original_max_position_embeddings"] = (
-            outside
-            or scaling.get("original_max_position_embeddings")
-            or fields.get("max_position_embeddings")
-        )
+        outside, length = fields.get(_LENGTH), scaling.get(_LENGTH)
+        scaling[_LENGTH] = outside or length or fields.get("max_position_embeddings")
     if kind == "default":  # a leftover that the default type does not read
-        scaling.pop("original_max_position_embeddings", None)
-    if unknown := sorted(scaling.keys() - _ROPE_FIELDS[kind]):
+        scaling.pop(_LENGTH, None)
+    if unknown := sorted(scaling.keys() - _REQUIRED[kind] - _OPTIONAL.get(kind, set())):
         raise UserError(f"rope field {', '.join(unknown)} is not known for rope_type {kind}")
-    if missing := sorted(_ROPE_REQUIRED[kind] - scaling.keys()):
+    if missing := sorted(_REQUIRED[kind] - scaling.keys()):
         raise UserError(f"rope_type {kind} needs {', '.join(missing)}")
     for name, value in scaling.items():
         if not isinstance(value, bool) if name == "truncate" else not _is_positive(value):
