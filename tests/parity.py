@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # of a row's norm; for log-probabilities, absolute
 def load_engine(folder, names=None, positions="all", dtype=np.float32, mesh=None) -> Engine:
     """An engine that captures `names`, or every hook point of every layer."""
     config = ModelConfig.from_hf(folder)
-    spec = CaptureSpec.from_flags(config, ["all"], HOOK_POINTS, positions)
+    spec = CaptureSpec.from_flags(config.num_layers, ["all"], HOOK_POINTS, positions)
     if names is not None:
         spec = CaptureSpec(tuple(names), positions)
     layout = Layout.of(config, mesh or single_device_mesh())

@@ -5,24 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import UserError
-from utils.model.config import ModelConfig
 
 HOOK_POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 TOKEN_POSITIONS = ("all", "prompt", "answer", "last")
-
-
-def capture_name(hook_point: str, layer: int) -> str:
-    """The key of an item's `activations`, e.g. `resid_post.11`."""
-    return f"{hook_point}.{layer}"
 
 
 @dataclass(frozen=True)
 class CaptureSpec:
     """What is captured; static under `jit`, so that nothing else is computed or kept.
 
-    names: `"<hook_point>.<layer>"`, layers ascending. tokens: which tokens' states are kept, one of
-    TOKEN_POSITIONS; `last` is the last token of the prompt, the one that the answer's first token
-    is predicted from.
+    names: the keys of an item's `activations`, `"<hook_point>.<layer>"`, layers ascending. tokens:
+    which tokens' states are kept, one of TOKEN_POSITIONS; `last` is the last token of the prompt,
+    the one that the answer's first token is predicted from.
     """
 
     names: tuple[str, ...] = ()
@@ -30,24 +24,20 @@ class CaptureSpec:
 
     @classmethod
     def from_flags(
-        cls,
-        config: ModelConfig,
-        layers: Sequence[str] | None,
-        hook_points: Sequence[str],
-        tokens: str,
+        cls, num_layers: int, layers: Sequence[str] | None, hook_points: Sequence[str], tokens: str
     ) -> "CaptureSpec":
         """layers: integers (negative from the end) or `all`; None is first, middle and last.
 
         Raises UserError when a layer or hook point does not exist.
         """
-        indices = resolve_layers(config.num_layers, layers)
+        indices = resolve_layers(num_layers, layers)
         for hook_point in hook_points:
             if hook_point not in HOOK_POINTS:
                 raise UserError(
                     f"hook point {hook_point!r} does not exist; there are {', '.join(HOOK_POINTS)}"
                 )
         wanted = [point for point in HOOK_POINTS if point in hook_points]
-        return cls(tuple(capture_name(p, i) for i in indices for p in wanted), tokens)
+        return cls(tuple(f"{point}.{i}" for i in indices for point in wanted), tokens)
 
     def start(self, prompt: Any) -> Any:
         """Index of the first token that is kept, after prompts of `prompt` tokens: an int, or an

@@ -254,10 +254,10 @@ def filled_cache(
     }
 
 
-def captured(intermediates: dict[str, Any]) -> dict[str, Array]:
-    """The `intermediates` collection -> `{"<hook_point>.<layer>": [B, T, D]}`."""
+def captured(variables: dict[str, Any]) -> dict[str, Array]:
+    """What `apply` gave beside its result -> `{"<hook_point>.<layer>": [B, T, D]}`."""
     return {
         f"{hook_point}.{block.removeprefix('layers_')}": value
-        for block, points in intermediates.items()
+        for block, points in variables.get("intermediates", {}).items()
         for hook_point, value in points.items()
     }

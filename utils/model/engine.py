@@ -18,17 +18,8 @@ COMPILERS = 4  # shapes that are compiled at once
 
 
 def specs(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays, for which a program is compiled."""
+    """Shapes, dtypes and shardings of a tree of arrays or of what a program returns."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def result_specs(program: Any) -> Any:
-    """Those of what a compiled program returns."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        program.out_info,
-        program.output_shardings,
-    )
 
 
 _PREFILL = jax.jit(prefill, static_argnames=("model", "shape", "outputs"))
@@ -73,9 +64,8 @@ class Engine:
         """See `decode`; prefilled: a prefill of that shape with logits, and a cache with room for
         `sampling.max_tokens`."""
         program = self.decode_program(len(prompt_lengths), shape, sampling)
-        put = self.model.layout.put
-        arrays = (put(prompt_lengths), put(sample_keys))
-        return program(self.params, prefilled.cache, prefilled.logits, *arrays)[0]
+        lengths, keys = map(self.model.layout.put, (prompt_lengths, sample_keys))
+        return program(self.params, prefilled.cache, prefilled.logits, lengths, keys)[0]
 
     def prefill_program(self, batch: int, shape: Shape, outputs: Outputs) -> Any:
         """`prefill`, compiled for `batch` rows."""
@@ -92,21 +82,15 @@ class Engine:
         """`decode`, compiled for `batch` rows after the prefill of a shape."""
         key = (batch, shape, sampling)
         if key not in self._programs:
-            before = self.prefill_program(batch, shape, Outputs(True, sampling.max_tokens))
-            prefilled = result_specs(before)
+            outputs = Outputs(logits=True, cache_room=sampling.max_tokens)
+            prefilled = specs(self.prefill_program(batch, shape, outputs).out_info)
             model = self.model
             if not sampling.captures:
                 model = model.clone(capture=CaptureSpec())
-            lowered = (_DECODE if sampling.keep_cache else _DECODE_INTO_CACHE).lower(
-                model,
-                specs(self.params),
-                prefilled.cache,
-                prefilled.logits,
-                self._input(batch),
-                self._input(batch, dtype=jnp.uint32),
-                shape.length,
-                sampling,
-            )
+            jitted = _DECODE if sampling.keep_cache else _DECODE_INTO_CACHE
+            before = (specs(self.params), prefilled.cache, prefilled.logits)
+            lengths, keys = self._input(batch), self._input(batch, dtype=jnp.uint32)
+            lowered = jitted.lower(model, *before, lengths, keys, shape.length, sampling)
             self._programs[key] = lowered.compile()
         return self._programs[key]
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 
 from utils.model.capture import CaptureSpec
 from utils.model.decoder import Cache, Decoder, captured, filled_cache
@@ -114,7 +115,7 @@ def prefill(
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     dealt = layout.deal(positions)
-    (x, keys_values), state = model.apply(
+    (x, keys_values), variables = model.apply(
         {"params": params}, layout.deal(tokens), dealt, mutable=["intermediates"]
     )
 
@@ -124,7 +125,7 @@ def prefill(
 
     captures = {
         name: _select(whole(value), model.capture, prompt_lengths, shape)
-        for name, value in captured(state.get("intermediates", {})).items()
+        for name, value in captured(variables).items()
         if model.capture.in_prefill or shape.answer
     }
     logits = logprobs = cache = None
@@ -218,9 +219,9 @@ class _Loop:
 
     def step(self, state: DecodeState) -> DecodeState:
         """The newest tokens through the model, and the next ones chosen."""
-        result, i = state.result, state.result.steps
+        result, i, split_rows = state.result, state.result.steps, self.model.layout.split_rows
         slots, A = state.cache["positions"].shape[1], self.sampling.max_tokens
-        (x, cache), sown = self.model.apply(
+        (x, cache), variables = self.model.apply(
             {"params": self.params},
             state.token[:, None],
             (self.prompt_lengths + i)[:, None],
@@ -230,6 +231,11 @@ class _Loop:
         )
         token, logprob = self.choose(_logits(self.model, self.params, x[:, 0]), i + 1)
         goes_on = state.active & ~self.ends(state.token) & (i + 1 < A)
+        new = captured(variables)
+        captures = {
+            name: dynamic_update_slice_in_dim(states, split_rows(new[name]), i, axis=1)
+            for name, states in result.captures.items()
+        }
         j = jnp.minimum(i + 1, A - 1)
         result = Decoded(
             tokens=result.tokens.at[:, j].set(jnp.where(goes_on, token, result.tokens[:, j])),
@@ -237,7 +243,7 @@ class _Loop:
             logprobs=result.logprobs.at[:, j].set(
                 jnp.where(goes_on, logprob, result.logprobs[:, j])
             ),
-            captures=self.with_states(result.captures, captured(sown.get("intermediates", {})), i),
+            captures=captures,
             steps=i + 1,
         )
         return DecodeState(token, self.to_run(goes_on, token), cache, result)
@@ -254,23 +260,12 @@ class _Loop:
         return token, _logprob(logits, token)
 
     def ends(self, token: Array) -> Array:
-        """bool [B]"""
         return jnp.isin(token, jnp.array(self.sampling.stop_ids, jnp.int32))
 
     def to_run(self, going_on: Array, token: Array) -> Array:
         """The rows, bool [B], whose newest token has to go through the model: of those that go on,
         all where its states are captured, else those that a next token is wanted of."""
         return going_on if self.names else going_on & ~self.ends(token)
-
-    def with_states(
-        self, captures: dict[str, Array], new: dict[str, Array], step: Array
-    ) -> dict[str, Array]:
-        """captures, [B, A, D] each, with the new states, [B, 1, D] each, as token `step`."""
-        split_rows = self.model.layout.split_rows
-        return {
-            name: jax.lax.dynamic_update_slice_in_dim(states, split_rows(new[name]), step, axis=1)
-            for name, states in captures.items()
-        }
 
 
 def _forced_logprobs(model: Decoder, params: Any, x: Array, targets: Array, count: Array) -> Array:
@@ -286,10 +281,10 @@ def _forced_logprobs(model: Decoder, params: Any, x: Array, targets: Array, coun
     targets = jnp.pad(targets, ((0, 0), (0, missing)))
 
     def chunk(i: Array, logprobs: Array) -> Array:
-        rows = jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1).reshape(B * size, -1)
-        wanted = jax.lax.dynamic_slice_in_dim(targets, i * size, size, axis=1).reshape(-1)
+        rows = dynamic_slice_in_dim(x, i * size, size, axis=1).reshape(B * size, -1)
+        wanted = dynamic_slice_in_dim(targets, i * size, size, axis=1).reshape(-1)
         new = _logprob(_logits(model, params, rows), wanted).reshape(B, size)
-        return jax.lax.dynamic_update_slice_in_dim(logprobs, new, i * size, axis=1)
+        return dynamic_update_slice_in_dim(logprobs, new, i * size, axis=1)
 
     chunks = (count + size - 1) // size
     return jax.lax.fori_loop(0, chunks, chunk, jnp.zeros(targets.shape, jnp.float32))[:, :A]

@@ -114,9 +114,9 @@ class Layout:
         """The devices of a process (default: this one) -> the rows of a batch that they bring to
         its host, each row of the batch once in all processes."""
         process = jax.process_index() if process is None else process
-        axes = self.row_axes(batch)
-        size = batch // (self.mesh.size if axes == AXES else self.data)
-        devices = self.mesh.devices.flat if axes == AXES else self.mesh.devices[:, 0]
+        apart = self.row_axes(batch) == AXES
+        devices = self.mesh.devices.flatten() if apart else self.mesh.devices[:, 0]
+        size = batch // len(devices)
         return {
             device: range(i * size, (i + 1) * size)
             for i, device in enumerate(devices)
@@ -147,7 +147,7 @@ class Layout:
         return self._swap(x, self.model, self.stripes(x.shape[1]))
 
     def _swap(self, x: Array, outer: int, inner: int) -> Array:
-        if 1 in (outer, inner) or self.stripes(x.shape[1]) == 1:
+        if 1 in (outer, inner):
             return x
         B, T, *rest = x.shape
         return x.reshape(B, outer, inner, -1, *rest).swapaxes(1, 2).reshape(B, T, *rest)

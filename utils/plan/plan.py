@@ -193,7 +193,10 @@ def plan_meshes(
     capture = CaptureSpec()
     if request.activations_dir is not None:
         capture = CaptureSpec.from_flags(
-            config, request.layers_to_extract, request.hook_points, request.token_positions
+            config.num_layers,
+            request.layers_to_extract,
+            request.hook_points,
+            request.token_positions,
         )
     checkpoint = Checkpoint(local.model_path, config)
     codec = load_codec(
