@@ -1,7 +1,8 @@
-"""One table from Hugging Face tensor names to Flax paths, axes and sharding; safetensors -> params.
+"""One table from Hugging Face tensor names to Flax paths and axes; safetensors -> params.
 
-Each process reads from disk only the slices that its devices hold. Every tensor of the model
-matches exactly one row; what is missing, unexpected or mis-shaped is reported together.
+How a parameter is split over the mesh follows from its axes' letters (`placement`). Each process
+reads from disk only the slices that its devices hold. Every tensor of the model matches exactly
+one row; what is missing, unexpected or mis-shaped is reported together.
 """
 
 # D model width   F mlp width   N query heads   K key/value heads   H head width   V vocabulary
