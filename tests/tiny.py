@@ -22,11 +22,14 @@ TINY = {
 }
 
 
-def random_task(rng: random.Random, pairs: int, tests: int = 1) -> tuple[dict, list]:
-    """A task that mirrors grids left to right, and its solutions."""
+def random_task(
+    rng: random.Random, pairs: int, tests: int = 1, side: int | None = None
+) -> tuple[dict, list]:
+    """A task that mirrors grids left to right, and its solutions; side: of every grid, by default
+    drawn, and then prompts have many lengths, for each of which a program is compiled."""
 
     def grid():
-        rows, cols = rng.randint(1, 5), rng.randint(1, 5)
+        rows, cols = (side, side) if side else (rng.randint(1, 5), rng.randint(1, 5))
         return [[rng.randint(0, 9) for _ in range(cols)] for _ in range(rows)]
 
     def mirrored(g):

@@ -38,6 +38,7 @@ FLAGS = {
     "layers_to_extract": [0, 1],
     "activation_dtype": "float32",
     "max_output_tokens": 12,
+    "prompt_format": "compact",  # prompts of tens of tokens, where chat takes hundreds
     "save_every_n_batches": 2,
 }
 HEADS = {
@@ -71,7 +72,7 @@ def models(tmp_path_factory):
 def tasks(tmp_path_factory):
     """25 tasks, 29 test inputs: no multiple of any mesh."""
     rng = random.Random(1)
-    made = {f"t{i:02}": random_task(rng, 1 + i % 3, 2 if i % 7 == 3 else 1) for i in range(25)}
+    made = {f"t{i:02}": random_task(rng, 1 + i % 2, 1 + (i % 7 == 3), 3) for i in range(25)}
     path = tmp_path_factory.mktemp("tasks") / "arc_format_train.json"
     path.write_text(json.dumps({name: task for name, (task, _) in made.items()}))
     solutions = {name: grids for name, (_, grids) in made.items()}

@@ -43,9 +43,8 @@ def run(plan: Plan, signals: Signals, peers: Peers | None = None) -> Manifest | 
     write on) and Interrupted; in both cases what was committed stays, and `--resume` does the rest.
     """
     peers = peers or Peers()
-    signals.hold()
     ending = Ending(signals, peers)
-    with opened(plan, peers) as (folder, uploads, done):
+    with _memory_in_words(), opened(plan, peers) as (folder, uploads, done):
         if _is_complete(plan, folder, uploads, done, peers):
             log.info("the run in %s is complete; there is nothing to do", folder.path)
             return None
@@ -61,6 +60,22 @@ def run(plan: Plan, signals: Signals, peers: Peers | None = None) -> Manifest | 
                 usage = computation.usage if computation is not None else Usage()
                 manifest = conclude(plan, folder, usage, peers)
             return send_the_rest(plan, folder, uploads, manifest, ending, peers)
+
+
+@contextlib.contextmanager
+def _memory_in_words() -> Iterator[None]:
+    """Says what to do where a device has not enough memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the device ran out of memory: --resume with a lower --max_batch_tokens or "
+            "--batch_size, or start again (--overwrite) with a lower --max_model_len or "
+            "--max_output_tokens",
+            exit_code=1,
+        ) from error
 
 
 def _is_complete(
@@ -98,6 +113,7 @@ def _begun(
     """The run writes to its folder and its prefix of the bucket; whatever ends it, what it has
     computed is stored, and sent if that takes seconds."""
     begun = False
+    ending.hold()
     try:
         with peers.together("clearing"):
             folder.clear()
@@ -113,21 +129,15 @@ def _begun(
         yield
     except BaseException as error:
         cause = ending.leaving(error)
-        if begun:
-            if not isinstance(cause, LeftBehind):
-                with contextlib.suppress(UserError):  # a disk that failed says so again
-                    folder.seal()
+        if begun and not isinstance(cause, LeftBehind):
+            with contextlib.suppress(UserError):  # a disk that failed says so again
+                folder.seal()
             uploads.stop(STOP_SECONDS)
             log.info("%d samples are stored; --resume does the rest", folder.num_stored)
-            if isinstance(cause, UserError):
-                cause.exit_code = 1
-        if isinstance(cause, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(cause):
-            cause = UserError(
-                "the device ran out of memory: --resume with a lower --max_batch_tokens or "
-                "--batch_size, or start again (--overwrite) with a lower --max_model_len or "
-                "--max_output_tokens",
-                exit_code=1,
-            )
+        if begun and isinstance(cause, UserError):
+            cause.exit_code = 1
+        if cause is error:
+            raise
         raise cause from error
     uploads.stop(0)
 
@@ -167,9 +177,9 @@ def _compute(
             seconds = time.perf_counter() - begin
             folder.update_timing(seconds, computation.compile_seconds, tokens)
             for result in results:
+                check()
                 folder.add(*to_item(result, plan))
                 uploads.wait_for_room(check)
-                check()
             if every and number % every == 0:
                 folder.seal()
             bar.update(len(results))
