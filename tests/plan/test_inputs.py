@@ -138,7 +138,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("what", "uri", "message"), BAD, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("what", "uri", "message"), BAD, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_what_is_not_there(filled, cache, what, uri, message):
     arguments = (uri,) if what is model else (uri, "--dataset_path")
     with pytest.raises(UserError) as error:
