@@ -750,14 +750,21 @@ def test_resume_does_not_replace_the_predictions_of_another_run(refused, run, tm
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
-def test_resume_with_a_damaged_shard(refused, run, damage):
+def test_resume_computes_a_damaged_shard_again(shell, flags, run, damage):
+    """It says which, and the predictions are those of before."""
     shard = run / "activations" / "activations_batch_000002.pkl"
+    before = (run / "predictions.json").read_bytes()
     if damage == "gone":
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-100])
-    text = refused(resume=True)
-    assert "missing or damaged: activations_batch_000002.pkl" in text and "--overwrite" in text
+    code, _, stderr = shell(*line(flags), "--resume")
+    assert code == 0, stderr
+    assert "missing or damaged" in stderr and "activations_batch_000002.pkl" in stderr
+    assert (run / "predictions.json").read_bytes() == before
+    manifest = json.loads((run / "activations" / "metadata.json").read_text())
+    assert (manifest["status"], manifest["total_samples"]) == ("complete", 8)
+    assert "activations_batch_000002.pkl" not in {e["filename"] for e in manifest["files"]}
 
 
 def test_a_damaged_manifest(refused, run):

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tqdm.utils import CallbackIOWrapper
 
 from utils.errors import UserError
 from utils.store.deadline import within
@@ -295,6 +294,8 @@ class BucketFolder:
         raise Stopped(name)
 
     def _send(self, file: _Sealed, replaces: int, tell: Callable[[str], None]) -> Receipt:
+        from tqdm.utils import CallbackIOWrapper  # late: scripts set tqdm up before it is imported
+
         blob = self._blob(file.name)
         # The server compares it with what arrives. With checksum="crc32c" the library would send
         # that of whatever the file holds by now.
