@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-
 from utils.errors import UserError
 from utils.store.deadline import within
 from utils.store.errors import brief, code_of, explained, is_refusal, is_remote, retry
