@@ -750,7 +750,7 @@ def test_resume_does_not_replace_the_predictions_of_another_run(refused, run, tm
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
-def test_resume_computes_a_damaged_shard_again(shell, flags, run, damage):
+def test_resume_computes_a_damaged_shard_again(shell, flags, run, damage, caplog):
     """It says which, and the predictions are those of before."""
     shard = run / "activations" / "activations_batch_000002.pkl"
     before = (run / "predictions.json").read_bytes()
@@ -760,7 +760,7 @@ def test_resume_computes_a_damaged_shard_again(shell, flags, run, damage):
         shard.write_bytes(shard.read_bytes()[:-100])
     code, _, stderr = shell(*line(flags), "--resume")
     assert code == 0, stderr
-    assert "missing or damaged" in stderr and "activations_batch_000002.pkl" in stderr
+    assert "missing or damaged" in caplog.text and "activations_batch_000002.pkl" in caplog.text
     assert (run / "predictions.json").read_bytes() == before
     manifest = json.loads((run / "activations" / "metadata.json").read_text())
     assert (manifest["status"], manifest["total_samples"]) == ("complete", 8)
