@@ -119,7 +119,7 @@ def restored_from(
             continue
         if name in manifests:
             restored[name] = bucket.read(name)
-        else:  # its shards were sent by another process, which alone lists them
+        elif owner == writer.owner:  # its shards were sent by another process, which lists them
             files = [shard for shard in listed.values() if shard.owner == owner]
             restored[name] = _manifest_of(next(iter(manifests.values())), files)
         if (journal := journal_name(owner)) in listing:
