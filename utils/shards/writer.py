@@ -196,7 +196,7 @@ class RunFolder:
                 os.truncate(self.journal_path, 0)
 
     def begin(self, skipped: list[dict[str, Any]] | None = None) -> None:
-        """Writes the first manifest. skipped: see `set_skipped`."""
+        """Writes the first manifest. skipped: as it lists the samples that are left out."""
         self._skipped = skipped or []
         with self._disk():
             for name in sorted(self._restored):  # answers first, and then the list of the shards
