@@ -1,7 +1,9 @@
 """Fixtures shared by the tests: a tiny random model with a tokenizer, and a few tasks."""
 
 import gc
+import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from tiny import TINY, random_task, write_model, write_tasks  # noqa: F401 (others import them here)
+from tiny import TINY, random_task, write_model, write_tasks
 
 from utils import cli
 
@@ -65,6 +67,43 @@ def run_folder(tmp_path_factory, tiny_model, tasks_file) -> Path:
     from runs import extracted
 
     return extracted(tmp_path_factory.mktemp("run"), tiny_model, tasks_file)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of a model of 14 heads and of one of 16."""
+    from checkpoints import write_random_checkpoint
+    from processes import HEADS
+    from tokenizers_for_tests import character_tokenizer
+
+    tokenizer = character_tokenizer()
+    folders = {}
+    for name, fields in HEADS.items():
+        folder = folders[name] = tmp_path_factory.mktemp(name)
+        size = {"vocab_size": len(tokenizer) + 3, "num_hidden_layers": 2}
+        write_random_checkpoint(folder, {**TINY, **size, **fields})
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """25 tasks, 29 test inputs: no multiple of any mesh."""
+    rng = random.Random(1)
+    made = {f"t{i:02}": random_task(rng, 1 + i % 2, 1 + (i % 7 == 3), 3) for i in range(25)}
+    path = tmp_path_factory.mktemp("tasks") / "arc_format_train.json"
+    path.write_text(json.dumps({name: task for name, (task, _) in made.items()}))
+    solutions = {name: grids for name, (_, grids) in made.items()}
+    (path.parent / "test_outputs_train.json").write_text(json.dumps(solutions))
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference(models, tasks, tmp_path_factory):
+    """What one process makes of the tasks with the 14-headed model."""
+    from processes import in_process
+
+    return in_process(models["14-2"], tasks, tmp_path_factory.mktemp("one"), mesh_shape=[4, 2])
 
 
 @pytest.fixture
