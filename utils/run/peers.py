@@ -71,11 +71,11 @@ class Peers:
 
     def exchange(self, name: str, value: Any) -> list[Any]:
         """What every process says, in their order; value: JSON. Waits for all."""
-        return [json.loads(part) for part in self._all(name, json.dumps(value).encode())]
+        return self._all(name, value, self.count)
 
-    def gather(self, payload: bytes) -> list[bytes]:
-        """The payloads of all for the first process; nothing for the others."""
-        return self._all("gather", payload, readers=1)
+    def gather(self, value: Any) -> list[Any]:
+        """What every process says, for the first one alone; nothing for the others."""
+        return [value] if self.count == 1 else self._all("gather", value, readers=1)
 
     @contextlib.contextmanager
     def together(self, step: str) -> Iterator[None]:
@@ -87,24 +87,25 @@ class Peers:
             raise
         self.exchange(step, None)
 
-    def _all(self, name: str, payload: bytes, readers: int | None = None) -> list[bytes]:
-        """The payloads in the order of the processes, for the first `readers` of them."""
+    def _all(self, name: str, value: Any, readers: int) -> list[Any]:
+        """What all say, for the first `readers` of them."""
+        text = json.dumps(value)
         if self.count == 1:
-            return [payload]
+            return [json.loads(text)]
         self._sequence += 1
         key = f"arc/{self._sequence}/{name}"
-        packed = zlib.compress(payload, 1)
+        packed = zlib.compress(text.encode(), 1)
         chunks = [packed[i : i + CHUNK_BYTES] for i in range(0, len(packed), CHUNK_BYTES)]
         for number, chunk in enumerate([str(len(chunks)).encode(), *chunks]):
             self._client.key_value_set_bytes(f"{key}/{self.index}/{number}", chunk)
-        if readers is not None and self.index >= readers:
+        if self.index >= readers:
             return []
         parts = []
         for other in range(self.count):
             count = int(self._await(f"{key}/{other}/0", name, other))
             numbers = range(1, count + 1)
             found = [self._await(f"{key}/{other}/{number}", name, other) for number in numbers]
-            parts.append(zlib.decompress(b"".join(found)))
+            parts.append(json.loads(zlib.decompress(b"".join(found))))
         return parts
 
     def _await(self, key: str, name: str, other: int) -> bytes:
@@ -272,7 +273,7 @@ def agree(plan: Plan, peers: Peers) -> None:
         "config": asdict(plan.config),
         "batches": hashlib.sha256(repr(plan.batches).encode()).hexdigest(),
     }
-    everyone = peers.exchange("request", json.loads(json.dumps(said)))
+    everyone = peers.exchange("request", said)
     for index, theirs in enumerate(everyone):
         if changes := differences(everyone[0], theirs):
             changes = [change.removeprefix("arguments.") for change in changes]

@@ -159,7 +159,7 @@ def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:
                 host = owners.get(owner_of(name), index)
                 speaker.setdefault(name, host if name in said[host]["listed"] else index)
     mine = {name for name, index in speaker.items() if index == peers.index}
-    folder.settle(lost, mine - lost)
+    folder.settle(lost, mine)
     return {tuple(key) for name in listed.keys() - lost for key in listed[name]}
 
 
