@@ -11,8 +11,7 @@ from utils.arc import scores
 from utils.errors import UserError
 from utils.plan.plan import Plan
 from utils.run.compute import Usage
-from utils.run.ending import Ending
-from utils.run.peers import Peers
+from utils.run.peers import Ending, Peers
 from utils.shards.items import sample_key, sample_name
 from utils.shards.manifest import Manifest, answers_to, stem, totals, union_of
 from utils.shards.uploads import Uploads

@@ -22,9 +22,8 @@ from utils.plan.plan import Plan
 from utils.run.compute import Computation, Usage, to_item
 from utils.run.conclude import conclude, last_files, send_the_rest
 from utils.run.dry_run import DiskOutlook, check_disk
-from utils.run.ending import Ending
 from utils.run.opening import opened
-from utils.run.peers import LeftBehind, Peers
+from utils.run.peers import Ending, LeftBehind, Peers
 from utils.run.pipeline import Pipeline
 from utils.shards.manifest import Manifest
 from utils.shards.uploads import Uploads

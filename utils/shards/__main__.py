@@ -19,17 +19,9 @@ from tqdm import tqdm
 from utils.arc import scores as scoring
 from utils.cli import Parser, Signals, run
 from utils.errors import UserError, some
+from utils.shards import manifest as stored
 from utils.shards.items import sample_key
-from utils.shards.manifest import (
-    Manifest,
-    differences,
-    journal_name,
-    manifest_name,
-    read_answers,
-    read_manifest,
-    shards_of,
-    union_of,
-)
+from utils.shards.manifest import Manifest
 from utils.shards.reader import load_shard
 from utils.store.local import check_writable, new_folder, to_json, write_json, write_json_atomic
 
@@ -81,7 +73,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     if output is not None and into.absolute() in (output.absolute(), *output.absolute().parents):
         raise UserError(f"{output} is in --into {into}, or is it: choose another place")
     check_writable(into.parent)
-    manifests = [read_manifest(part) for part in parts]
+    manifests = [stored.read_manifest(part) for part in parts]
     check(parts, manifests)
     if args.verify:
         for folder, manifest in zip(parts, manifests, strict=True):
@@ -131,7 +123,7 @@ def check(folders: list[Path], manifests: list[Manifest]) -> None:
             raise UserError(
                 f"{folder} lacks shards, or holds parts of them: {some(missing)}; fetch them again"
             )
-        if changes := differences(_settings(manifests[0]), _settings(manifest)):
+        if changes := stored.differences(_settings(manifests[0]), _settings(manifest)):
             raise UserError(f"{folder} is of another run than {folders[0]}: {some(changes)}")
         arguments = manifest["arguments"]
         count, number = arguments.get("num_shards", 1), arguments.get("shard_id", 0)
@@ -171,22 +163,22 @@ def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest
 def _collect(into: Path, folder: Path, manifest: Manifest) -> dict[str, Manifest]:
     """Links the shards of a part, and writes its answers and its manifests, by process."""
     part = manifest["arguments"].get("shard_id", 0)
-    answers = read_answers(folder)
+    answers = stored.read_answers(folder)
     parts: dict[str, Manifest] = {}
-    for shard in shards_of([manifest]).values():
+    for shard in stored.shards_of([manifest]).values():
         # A part of format 1 as it was first written has no number in its names.
         name = shard.filename if shard.owner else f"activations_host{part:03d}_{shard.short_name}"
         _link(folder / shard.filename, into / name)
         shard = replace(shard, filename=name, uploaded=False)
-        own = parts.setdefault(manifest_name(shard.owner), {**manifest, "files": []})
+        own = parts.setdefault(stored.manifest_name(shard.owner), {**manifest, "files": []})
         own["files"].append(shard.to_json())
-        with open(into / journal_name(shard.owner), "a") as journal:
+        with open(into / stored.journal_name(shard.owner), "a") as journal:
             journal.writelines(to_json(answers[key]) + "\n" for key in shard.samples)
-    return parts or {manifest_name(f"_host{part:03d}"): manifest}
+    return parts or {stored.manifest_name(f"_host{part:03d}"): manifest}
 
 
 def _joint(folders: list[Path], parts: dict[str, Manifest]) -> Manifest:
-    merged = union_of(parts)
+    merged = stored.union_of(parts)
     by_part = {m["arguments"].get("shard_id", 0): m["dataset"] for m in parts.values()}
     datasets = [by_part[number] for number in sorted(by_part)]
     hashes = "".join(dataset["hash"] for dataset in datasets)
@@ -215,7 +207,7 @@ def _link(source: Path, target: Path) -> None:
 
 def submission(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Kaggle's submission, of the answers in a merged folder; skipped samples are unsolved."""
-    answers = read_answers(folder)
+    answers = stored.read_answers(folder)
     counts: dict[str, int] = {}
     for task, index, *_ in [*answers, *map(sample_key, manifest["skipped"])]:
         counts[task] = max(counts.get(task, 0), index + 1)

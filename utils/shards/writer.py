@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.shards import manifest as manifests
+from utils.shards import manifest as stored
 from utils.shards.filling import OpenShard
 from utils.shards.held import Mode, Writer, held_in
 from utils.shards.items import (
@@ -93,9 +93,9 @@ class RunFolder:
         self._listed = set(self.shards)  # by the only process; one of several lists its own
         if self.writer.owner:
             self._listed = {entry["filename"] for entry in own["files"]} if own else set()
-        self._earlier = manifests.timing(own or {})
+        self._earlier = stored.timing(own or {})
         if own is None and self.writer.index == 0 and self.held.manifests:  # of other processes
-            self._earlier = manifests.timing(manifests.union_of(self.held.manifests))
+            self._earlier = stored.timing(stored.union_of(self.held.manifests))
         numbers = map(self._number, [*self.shards, *taken])
         self._next_number = 1 + max(numbers, default=0)
         self.settle(self.held.missing if self.writer.count == 1 else (), self.shards)
@@ -104,14 +104,14 @@ class RunFolder:
 
     @property
     def manifest_path(self) -> Path:
-        return self.path / manifests.manifest_name(self.writer.owner)
+        return self.path / stored.manifest_name(self.writer.owner)
 
     @property
     def journal_path(self) -> Path:
         return self.journal_of(self.writer.owner)
 
     def journal_of(self, owner: str) -> Path:
-        return self.path / manifests.journal_name(owner)
+        return self.path / stored.journal_name(owner)
 
     @property
     def absent_journals(self) -> list[Path]:
@@ -135,8 +135,8 @@ class RunFolder:
         those may be frozen, and wake."""
         names = [self.journal_path.name]
         if self.writer.index == 0 and self.path.exists():
-            journals = filter(manifests.JOURNAL.fullmatch, os.listdir(self.path))
-            names += [n for n in journals if manifests.owner_of(n) not in self.writer.owners]
+            journals = filter(stored.JOURNAL.fullmatch, os.listdir(self.path))
+            names += [n for n in journals if stored.owner_of(n) not in self.writer.owners]
         for name in names:
             self._locks.enter_context(locked_file(self.path / name))
 
@@ -165,10 +165,10 @@ class RunFolder:
         """Removes what is not part of the run: all of an earlier one that is overwritten, else what
         a kill left of this process's own files."""
         with self._disk():
-            for name in filter(manifests.stem, os.listdir(self.path)):
-                owner, is_partial = manifests.owner_of(name), name != manifests.stem(name)
+            for name in filter(stored.stem, os.listdir(self.path)):
+                owner, is_partial = stored.owner_of(name), name != stored.stem(name)
                 if self.mode == "overwrite":
-                    locked = manifests.JOURNAL.fullmatch(name) and owner in self.writer.owners
+                    locked = stored.JOURNAL.fullmatch(name) and owner in self.writer.owners
                     goes = not locked
                 else:
                     is_listed = not SHARD.fullmatch(name) or name in self.shards
@@ -186,7 +186,7 @@ class RunFolder:
                 self._restore(self.path / name, self._restored[name])
             self._correct_other_manifests()
             self._commit()
-            self.journal_bytes = manifests.whole_size(self.journal_path)
+            self.journal_bytes = stored.whole_size(self.journal_path)
 
     def _restore(self, path: Path, content: bytes) -> None:
         there = path.stat().st_size if path.exists() else 0
@@ -201,12 +201,12 @@ class RunFolder:
         """What is lost is listed by no manifest of a process that takes no part any more; nor does
         that of all say that a run is complete which goes on."""
         for name, manifest in self.held.manifests.items():
-            if manifests.owner_of(name) in self.writer.owners:
+            if stored.owner_of(name) in self.writer.owners:
                 continue
             files = [entry for entry in manifest["files"] if entry["filename"] in self.shards]
             status = "running" if name == "metadata.json" else manifest["status"]
             if (files, status) != (manifest["files"], manifest["status"]):
-                sums = manifests.totals(map(Shard.from_json, files))
+                sums = stored.totals(map(Shard.from_json, files))
                 local.write_json(
                     self.path / name, {**manifest, **sums, "status": status, "files": files}
                 )
@@ -351,7 +351,7 @@ class RunFolder:
         return {
             "format_version": FORMAT_VERSION,
             "status": status,
-            **manifests.totals(files),
+            **stored.totals(files),
             "cell_columns": list(CELL_COLUMNS),
             **self._static,
             "seconds": seconds,
