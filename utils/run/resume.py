@@ -130,7 +130,7 @@ def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:
     one would hide the other.
     """
     said = peers.exchange("samples", _holdings(folder))
-    owners = {folder.writer.with_index(index).owner: index for index in range(peers.count)}
+    owners = {owner: index for index, owner in enumerate(folder.writer.owners)}
     _check_that_folders_fit(said, owners)
     there = {name for holdings in said for name in holdings["there"]}
     listed = {name: samples for h in said for name, (_, samples) in h["listed"].items()}
