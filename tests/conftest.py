@@ -46,7 +46,7 @@ def forget_programs():
 @pytest.fixture(autouse=True)
 def stay(monkeypatch):
     """A run that fails in the test's own process does not end that process a little later."""
-    monkeypatch.setattr("utils.run.ending.leave_later", lambda error: None)
+    monkeypatch.setattr("utils.run.peers.leave_later", lambda error: None)
 
 
 @pytest.fixture(scope="session")

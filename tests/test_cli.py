@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, NoSignals, random_task, words
 from utils import cli
 from utils.cli import Interrupted, LogStream, last_words
 from utils.errors import UserError, one_line
-from utils.run.ending import Ending
+from utils.run.peers import Ending
 from utils.shards import load_shard
 from utils.shards.manifest import read_manifest
 
@@ -198,7 +198,7 @@ def test_leaving_gives_the_cause_and_a_last_moment(monkeypatch):
     left, gone = [], Gone()
     monkeypatch.setattr(cli, "GRACE_SECONDS", 0.1)
     monkeypatch.setattr(cli, "leave", lambda *words: left.append(words))
-    monkeypatch.setattr("utils.run.ending.leave_later", cli.leave_later)
+    monkeypatch.setattr("utils.run.peers.leave_later", cli.leave_later)
     cause = Ending(NoSignals(), gone).leaving(RuntimeError("INTERNAL: connection reset"))
     assert str(cause) == "process 1 is gone" and gone.told is cause
     time.sleep(0.5)

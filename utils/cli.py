@@ -23,33 +23,28 @@ from utils.errors import UserError, one_line
 
 GRACE_SECONDS = 18.0  # from a signal to the end of the process, at most; 20 are promised
 BAR_SECONDS = 30  # between two lines of a progress bar in a log file
+NOISY = ("jax", "httpx", "httpx2", "datasets", "transformers", "absl", "filelock", "urllib3")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of every flag that has one; keeps the lines of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        help_text = action.help or ""
         default = action.default
         if default is None or default is False or default == argparse.SUPPRESS:
-            return help_text
+            return action.help or ""
         if isinstance(default, list | tuple):
             default = " ".join(default)
-        return f"{help_text} (default: {default})"
+        return f"{action.help} (default: {default})"
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and whose help shows defaults."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
-        self.add_argument(
-            "--verbose", action="store_true", help="debug log, and the traceback of an error"
-        )
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        told = "debug log, and the traceback of an error"
+        self.add_argument("--verbose", action="store_true", help=told)
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
@@ -266,12 +261,10 @@ def last_words(error: BaseException) -> tuple[str, int]:
         return "error: this machine has not enough memory; what was written is intact", 1
     if isinstance(error, RecursionError):
         return "error: something that was read is nested too deeply (--verbose says where)", 1
-    if isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] in _JAX:
+    library = type(error).__module__.partition(".")[0]
+    if isinstance(error, RuntimeError) and library in ("jax", "jaxlib"):
         return f"error: JAX failed: {one_line(str(error))}; what was written is intact", 1
     return "", 1
-
-
-_JAX = ("jax", "jaxlib")
 
 
 def leave(line: str, code: int) -> NoReturn:
@@ -334,16 +327,7 @@ def run(
     # Without torch, which nothing here needs, transformers would say so at every start.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not args.verbose:
-        for noisy in (
-            "jax",
-            "httpx",
-            "httpx2",
-            "datasets",
-            "transformers",
-            "absl",
-            "filelock",
-            "urllib3",
-        ):
+        for noisy in NOISY:
             logging.getLogger(noisy).setLevel(logging.WARNING)
     signals, line = Signals(), ""
     try:
@@ -355,10 +339,8 @@ def run(
             traceback.print_exc()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        pass
     except OSError as error:
-        if not code:
+        if not code and not isinstance(error, BrokenPipeError):
             line, code = last_words(error)
     sys.stderr.flush()
     leave(line, code)

@@ -139,9 +139,9 @@ class SocketPeers(Peers):
         self._say(name=name, value=value)
         return self._hear()
 
-    def gather(self, payload):
-        parts = self.exchange("gather", payload.decode())
-        return [part.encode() for part in parts] if self.index == 0 else []
+    def gather(self, value):
+        values = self.exchange("gather", value)
+        return values if self.index == 0 else []
 
     @contextlib.contextmanager
     def together(self, step):

@@ -61,10 +61,10 @@ def two_peers(monkeypatch, silence=1.0):
 def test_two_exchange(monkeypatch):
     monkeypatch.setattr(peers, "CHUNK_BYTES", 10)
     _, (first, second) = two_peers(monkeypatch)
-    payloads = [os.urandom(99), b""]
+    values = [os.urandom(99).hex(), {}]
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(lambda: (second.exchange("a", [2]), second.gather(payloads[1])))
-        assert (first.exchange("a", [1]), first.gather(payloads[0])) == ([[1], [2]], payloads)
+        other = pool.submit(lambda: (second.exchange("a", [2]), second.gather(values[1])))
+        assert (first.exchange("a", [1]), first.gather(values[0])) == ([[1], [2]], values)
         assert other.result() == ([[1], [2]], [])
 
 

@@ -50,12 +50,9 @@ class Source:
 def add_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """The flags that say what `open_rows` opens; without a default `--dataset` must be given."""
     add = parser.add_argument
-    add(
-        "--dataset",
-        required=default is None,
-        default=default or argparse.SUPPRESS,
-        help="name on the Hugging Face hub, or a local .json, .jsonl or .parquet file or a folder",
-    )
+    told = "name on the Hugging Face hub, or a local .json, .jsonl or .parquet file or a folder"
+    given = {"default": default} if default else {"required": True}
+    add("--dataset", help=told, **given)
     add("--split", default="train", help="split, or a slice such as train[:100]")
     add("--column", help="column that holds the pairs (default: examples, else train and test)")
     add("--streaming", action="store_true", help="read from the hub without downloading it first")
@@ -64,10 +61,8 @@ def add_flags(parser: argparse.ArgumentParser, default: str | None = None) -> No
 def open_rows(
     dataset: str, split: str = "train", column: str | None = None, streaming: bool = False
 ) -> Source:
-    """The rows of `split`, as a stream, and where their pairs are.
+    """The rows of `split`, as a stream, and where their pairs are; arguments as of the flags.
 
-    dataset: a name on the hub, or a .json, .jsonl or .parquet file, or a folder of them. From the
-    hub, `streaming` reads over the network what is needed instead of downloading all of it first.
     Raises UserError for a dataset, split or column that is not there.
     """
     rows = _guarded(dataset, split, streaming)

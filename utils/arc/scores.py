@@ -10,6 +10,7 @@ from utils.arc.tasks import Grid, SampleKey
 # task_id -> the true output of each test input, None where unknown; in the order of writing
 Targets = Mapping[str, Sequence[Grid | None]]
 Answers = Mapping[SampleKey, dict[str, Any]]
+NOT_PARSED = [[0, 0], [0, 0]]  # in Kaggle's submission
 
 
 def answer(
@@ -80,33 +81,27 @@ def predictions(
     generated: whether the run made answers; if so, a sample without one was skipped and is wrong.
     """
 
-    def of(task_id: str, sample_idx: int, target: Grid | None) -> dict[str, Any]:
-        skipped = {"attempts": [], "correct": False if generated and target is not None else None}
-        found = answers.get((task_id, sample_idx), skipped)
-        return {
-            "sample_idx": sample_idx,
-            "attempts": found["attempts"],
-            "target": target,
-            "correct": found["correct"],
-        }
-
-    return {
-        task_id: [of(task_id, index, target) for index, target in enumerate(outputs)]
-        for task_id, outputs in targets.items()
-    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for task_id, outputs in targets.items():
+        found[task_id] = []
+        for index, target in enumerate(outputs):
+            wrong = False if generated and target is not None else None
+            given = answers.get((task_id, index), {"attempts": [], "correct": wrong})
+            sample = {"sample_idx": index, "attempts": given["attempts"], "target": target}
+            found[task_id].append({**sample, "correct": given["correct"]})
+    return found
 
 
 def submission(targets: Targets, answers: Answers) -> dict[str, list[dict[str, Grid]]]:
     """Kaggle's `submission.json`: the first two attempts at each output, the only one twice."""
 
-    def of(task_id: str, sample_idx: int) -> dict[str, Grid]:
-        found = answers.get((task_id, sample_idx))
-        grids = [attempt["grid"] for attempt in found["attempts"]] if found else []
-        first, second = [*grids, *grids, None, None][:2]
-        return {"attempt_1": first or [[0, 0], [0, 0]], "attempt_2": second or [[0, 0], [0, 0]]}
+    def attempts_at(*sample: str | int) -> dict[str, Grid]:
+        found = answers.get(sample, {"attempts": []})["attempts"]
+        grids = [attempt["grid"] or NOT_PARSED for attempt in found] or [NOT_PARSED]
+        return {"attempt_1": grids[0], "attempt_2": [*grids, *grids][1]}
 
     return {
-        task_id: [of(task_id, index) for index in range(len(outputs))]
+        task_id: [attempts_at(task_id, index) for index in range(len(outputs))]
         for task_id, outputs in targets.items()
     }
 

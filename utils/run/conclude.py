@@ -1,7 +1,6 @@
 """How a run ends: the answers of all processes make one output, their manifests one manifest, and
 what goes to a bucket has arrived there."""
 
-import json
 import logging
 import os
 from dataclasses import asdict
@@ -12,17 +11,9 @@ from utils.arc import scores
 from utils.errors import UserError
 from utils.plan.plan import Plan
 from utils.run.compute import Usage
-from utils.run.ending import Ending
-from utils.run.peers import Peers
+from utils.run.peers import Ending, Peers
 from utils.shards.items import sample_key, sample_name
-from utils.shards.manifest import (
-    Manifest,
-    answers_to,
-    journal_name,
-    stem,
-    totals,
-    union_of,
-)
+from utils.shards.manifest import Manifest, answers_to, stem, totals, union_of
 from utils.shards.uploads import Uploads
 from utils.shards.writer import RunFolder
 from utils.store.local import write_json_atomic
@@ -32,27 +23,28 @@ log = logging.getLogger(__name__)
 
 def conclude(plan: Plan, folder: RunFolder, usage: Usage, peers: Peers) -> Manifest:
     """Closes the last shard; the first process writes the output and the manifest of all."""
-    extracts = plan.request.activations_dir is not None
     folder.seal()
     usages = peers.exchange("usage", asdict(usage))
     spoken = [folder.shards[name] for name in sorted(folder.speaks_for)]
-    journals = [s for s in spoken if (folder.path / journal_name(s.owner)).exists()]
-    answers = list(answers_to(folder.path, journals).values())
-    lines = peers.gather(json.dumps(answers).encode()) if peers.count > 1 else None
+    answered = [s for s in spoken if folder.journal_of(s.owner).exists()]
+    gathered = peers.gather(list(answers_to(folder.path, answered).values()))
     extra: dict[str, Any] = {"useful_slots": _useful(usages)}
     if peers.index == 0:
-        found = answers if lines is None else [a for part in lines for a in json.loads(part)]
-        extra |= write_output(plan, {sample_key(answer): answer for answer in found})
+        answers = {sample_key(answer): answer for part in gathered for answer in part}
+        extra |= write_output(plan, answers)
     manifest = folder.finish(extra)
-    if peers.count > 1:
-        absent = [shard.to_json() for shard in spoken if shard.owner != folder.writer.owner]
-        parts = peers.gather(json.dumps([manifest, absent]).encode())
-        if peers.index == 0:
-            manifest = _joint(manifest, list(map(json.loads, parts)))
-            write_json_atomic(folder.path / "metadata.json", manifest)
+    absent = [shard.to_json() for shard in spoken if shard.owner != folder.writer.owner]
+    parts = peers.gather([manifest, absent])
+    if peers.count > 1 and peers.index == 0:
+        manifest = _joint(manifest, parts)
+        write_json_atomic(folder.path / "metadata.json", manifest)
     peers.exchange("finished", None)
-    if not extracts and peers.index == 0:
-        _keep_manifest_alone(folder.path, manifest)
+    if plan.request.activations_dir is None and peers.index == 0:
+        # --resume compares with the manifest; what it lists has served its purpose.
+        write_json_atomic(folder.path / "metadata.json", {**manifest, "files": []})
+        for name in os.listdir(folder.path):
+            if stem(name) and name != "metadata.json":
+                (folder.path / name).unlink()
     return manifest
 
 
@@ -91,14 +83,6 @@ def _joint(own: Manifest, parts: list[tuple[Manifest, list[dict[str, Any]]]]) ->
     return {**union_of(manifests), **{key: own[key] for key in own if key not in of_all}}
 
 
-def _keep_manifest_alone(folder: Path, manifest: Manifest) -> None:
-    """Of a run without activations: --resume compares with it; what it lists served its purpose."""
-    write_json_atomic(folder / "metadata.json", {**manifest, "files": []})
-    for name in os.listdir(folder):
-        if stem(name) and name != "metadata.json":
-            (folder / name).unlink()
-
-
 def _useful(usages: list[dict[str, int]]) -> dict[str, float | None]:
     """Share of the computed slots, of prefill and of decoding, that held a sample's token."""
     total = {key: sum(usage[key] for usage in usages) for key in usages[0]}
@@ -112,29 +96,22 @@ def _useful(usages: list[dict[str, int]]) -> dict[str, float | None]:
 def last_files(plan: Plan, folder: RunFolder) -> tuple[list[Path], list[Path]]:
     """What goes to the bucket once the shards are there: of this process, and then of all; the
     manifest by which a reader knows that the run is complete comes last."""
-    owner = folder.writer.owner
     own = []
     if plan.request.activations_dir is not None:
-        absent = {folder.shards[name].owner for name in folder.speaks_for} - {owner}
-        own = [folder.path / journal_name(name) for name in [*sorted(absent), owner]]
-        own = [path for path in own if path.exists()]
-        own += [folder.manifest_path] if owner else []
+        own = [*folder.absent_journals, *filter(Path.exists, [folder.journal_path])]
+        own += [folder.manifest_path] if folder.writer.owner else []
     joint = [Path(plan.request.output_path), folder.path / "metadata.json"]
     return own, [] if folder.writer.index else joint
 
 
 def send_the_rest(
-    plan: Plan,
-    folder: RunFolder,
-    uploads: Uploads,
-    manifest: Manifest,
-    ending: Ending,
-    peers: Peers,
+    plan: Plan, folder: RunFolder, uploads: Uploads, manifest: Manifest, ending: Ending
 ) -> Manifest:
     """Returns the manifest once the bucket, where there is one, holds all. Raises UserError."""
+    peers = ending.peers
     with peers.together("uploading"):
         uploads.drain(ending.check)
-    said = map(json.loads, peers.gather(json.dumps(dict(uploads.receipts)).encode()))
+    said = peers.gather(uploads.receipts)
     if receipts := {name: receipt for part in said for name, receipt in part.items()}:
         files = [
             {**entry, "uploaded": receipts.get(entry["filename"], entry["uploaded"])}

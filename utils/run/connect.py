@@ -55,9 +55,9 @@ def connect(
     """Joins the run's processes; alone where neither a flag nor the surroundings (a TPU pod, Slurm,
     GKE) say that there are several. Before anything touches a device.
 
-    address: HOST:PORT of process 0. timeout: seconds to wait for all to come. silence: seconds
-    after which a process that is not heard of counts as dead. A signal ends the process at once
-    until all have come, and is held from there on. Raises UserError.
+    timeout, silence: seconds to wait for all to come, and after which one that is not heard of
+    counts as dead. A signal ends the process at once until all have come, and is held from there
+    on. Raises UserError.
     """
     check_flags(address, count, index)
     if count == 1 or (address is None and not _surrounded()):
@@ -89,11 +89,9 @@ def connect(
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{lost} ({error!s:.200})") from error
     state = distributed.global_state
-    if state.num_processes == 1:
-        peers = Peers()
-    else:
+    if state.num_processes > 1:
         signals.hold()
-        peers = Peers(state.client, state.process_id, state.num_processes, silence, signals)
+    peers = Peers(state.client, state.process_id, state.num_processes, silence, signals)
     return peers
 
 

@@ -22,9 +22,8 @@ from utils.plan.plan import Plan
 from utils.run.compute import Computation, Usage, to_item
 from utils.run.conclude import conclude, last_files, send_the_rest
 from utils.run.dry_run import DiskOutlook, check_disk
-from utils.run.ending import Ending
 from utils.run.opening import opened
-from utils.run.peers import LeftBehind, Peers
+from utils.run.peers import Ending, LeftBehind, Peers
 from utils.run.pipeline import Pipeline
 from utils.shards.manifest import Manifest
 from utils.shards.uploads import Uploads
@@ -53,13 +52,13 @@ def run(plan: Plan, signals: Signals, peers: Peers | None = None) -> Manifest | 
         todo = plan.without(done)
         with peers.together("loading the model"):
             computation = ending.wait(_loading(plan, todo)) if todo else None
-        with _begun(plan, folder, uploads, ending, peers):
+        with _begun(plan, folder, uploads, ending):
             if computation is not None:
-                _compute(plan, todo, len(done), computation, folder, uploads, ending, peers)
+                _compute(plan, todo, len(done), computation, folder, uploads, ending)
             with peers.together("finishing"):
                 usage = computation.usage if computation is not None else Usage()
                 manifest = conclude(plan, folder, usage, peers)
-            return send_the_rest(plan, folder, uploads, manifest, ending, peers)
+            return send_the_rest(plan, folder, uploads, manifest, ending)
 
 
 @contextlib.contextmanager
@@ -99,20 +98,14 @@ def _loading(plan: Plan, todo: Sequence[Batch]) -> "Future[Computation]":
         computation.compile(todo)
         return computation
 
-    pool = ThreadPoolExecutor(1, "load")
-    try:
-        return pool.submit(load)
-    finally:
-        pool.shutdown(wait=False)
+    return ThreadPoolExecutor(1, "load").submit(load)
 
 
 @contextlib.contextmanager
-def _begun(
-    plan: Plan, folder: RunFolder, uploads: Uploads, ending: Ending, peers: Peers
-) -> Iterator[None]:
+def _begun(plan: Plan, folder: RunFolder, uploads: Uploads, ending: Ending) -> Iterator[None]:
     """The run writes to its folder and its prefix of the bucket; whatever ends it, what it has
     computed is stored, and sent if that takes seconds."""
-    begun = False
+    peers, begun = ending.peers, False
     ending.hold()
     try:
         with peers.together("clearing"):
@@ -150,7 +143,6 @@ def _compute(
     folder: RunFolder,
     uploads: Uploads,
     ending: Ending,
-    peers: Peers,
 ) -> None:
     """Stores this process's share of every batch in `todo`."""
 
@@ -159,7 +151,8 @@ def _compute(
         uploads.check()
 
     every = plan.request.save_every_n_batches
-    share = sum(len(batch.rows) - batch.rows.count(-1) for batch in todo) / peers.count
+    share = sum(len(batch.rows) - batch.rows.count(-1) for batch in todo)
+    share /= ending.peers.count
     pipeline = Pipeline(
         todo, computation.launch, computation.fetch, lambda result: result.nbytes, check
     )
@@ -170,7 +163,7 @@ def _compute(
         initial=num_done,
         unit="sample",
         desc="inference",
-        disable=peers.index > 0,
+        disable=ending.peers.index > 0,
     ) as bar:
         for number, results in enumerate(pipeline, 1):
             tokens += sum(result.num_tokens for result in results)

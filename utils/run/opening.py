@@ -19,6 +19,7 @@ from utils.shards.writer import RunFolder
 from utils.store.locks import claimed
 
 PROJECT = Path(__file__).parents[2]
+LIBRARIES = ("jax", "flax", "transformers", "numpy")
 
 
 @contextlib.contextmanager
@@ -31,11 +32,12 @@ def opened(plan: Plan, peers: Peers) -> Iterator[tuple[RunFolder, Uploads, set[S
     """
     request = plan.request
     output = Path(request.output_path)
+    mode: Mode = "resume" if request.resume else "overwrite" if request.overwrite else "new"
     settings = plan.settings(weights_hash(plan.checkpoint, peers))
     writer = Writer(peers.index, peers.count, request.shard_id, request.num_shards)
     with contextlib.ExitStack() as stack:
         with peers.together("checking"):
-            if output.exists() and not (request.resume or request.overwrite):
+            if output.exists() and mode == "new":
                 raise UserError(
                     f"{output} exists: continue its run with --resume, replace it with "
                     "--overwrite, or choose another path"
@@ -56,7 +58,7 @@ def opened(plan: Plan, peers: Peers) -> Iterator[tuple[RunFolder, Uploads, set[S
                     plan.run_folder,
                     settings,
                     _facts(plan, peers),
-                    mode=mode_of(plan),
+                    mode=mode,
                     writer=writer,
                     activation_dtype=request.activation_dtype,
                     save_every_n_samples=request.save_every_n_samples,
@@ -81,10 +83,6 @@ def stored_already(plan: Plan, peers: Peers) -> tuple[set[SampleKey], float]:
     goes to this process's disk; for a dry run, of which all processes call this."""
     with opened(plan, peers) as (folder, _, done):
         return done, folder.share
-
-
-def mode_of(plan: Plan) -> Mode:
-    return "resume" if plan.request.resume else "overwrite" if plan.request.overwrite else "new"
 
 
 def _uploads(plan: Plan, folder: RunFolder, listed: list) -> Uploads:
@@ -124,18 +122,10 @@ def _facts(plan: Plan, peers: Peers) -> dict:
 
 def _versions() -> dict[str, str | None]:
     """Of python, the libraries, and the project's git commit where it is a checkout of its own."""
-    packages = ("jax", "flax", "transformers", "numpy")
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    found.update({name: importlib.metadata.version(name) for name in packages})
-    return {**found, "commit": _commit()}
-
-
-def _commit() -> str | None:
-    if not (PROJECT / ".git").exists():  # git would name the repository that contains this folder
-        return None
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    commit = None
+    if (PROJECT / ".git").exists():  # else git would name a repository that contains this folder
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            ask = ["git", "rev-parse", "HEAD"]
+            commit = subprocess.check_output(ask, cwd=PROJECT, text=True, stderr=subprocess.DEVNULL)
+    return {"python": platform.python_version(), **libraries, "commit": commit and commit.strip()}

@@ -14,12 +14,13 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
-from utils.cli import Interrupted, Signals
+from utils.cli import Interrupted, Signals, leave_later
 from utils.errors import UserError, some
 from utils.model.weights import Checkpoint, fingerprint
 from utils.plan.plan import Plan
@@ -29,9 +30,11 @@ from utils.shards.manifest import differences
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
+POLL_SECONDS = 0.2
 FAREWELL_SECONDS = 17.0  # more than a shard that is being written may take
 CHUNK_BYTES = 1 << 20  # of what is gathered; a message of the store holds 4 MB at most
 AGAIN = "start all processes again with --resume"
+Value = TypeVar("Value")
 
 
 class LeftBehind(UserError):
@@ -71,11 +74,11 @@ class Peers:
 
     def exchange(self, name: str, value: Any) -> list[Any]:
         """What every process says, in their order; value: JSON. Waits for all."""
-        return [json.loads(part) for part in self._all(name, json.dumps(value).encode())]
+        return self._all(name, value, self.count)
 
-    def gather(self, payload: bytes) -> list[bytes]:
-        """The payloads of all for the first process; nothing for the others."""
-        return self._all("gather", payload, readers=1)
+    def gather(self, value: Any) -> list[Any]:
+        """What every process says, for the first one alone; nothing for the others."""
+        return [value] if self.count == 1 else self._all("gather", value, readers=1)
 
     @contextlib.contextmanager
     def together(self, step: str) -> Iterator[None]:
@@ -87,24 +90,25 @@ class Peers:
             raise
         self.exchange(step, None)
 
-    def _all(self, name: str, payload: bytes, readers: int | None = None) -> list[bytes]:
-        """The payloads in the order of the processes, for the first `readers` of them."""
+    def _all(self, name: str, value: Any, readers: int) -> list[Any]:
+        """What all say, for the first `readers` of them."""
+        text = json.dumps(value)
         if self.count == 1:
-            return [payload]
+            return [json.loads(text)]
         self._sequence += 1
         key = f"arc/{self._sequence}/{name}"
-        packed = zlib.compress(payload, 1)
+        packed = zlib.compress(text.encode(), 1)
         chunks = [packed[i : i + CHUNK_BYTES] for i in range(0, len(packed), CHUNK_BYTES)]
         for number, chunk in enumerate([str(len(chunks)).encode(), *chunks]):
             self._client.key_value_set_bytes(f"{key}/{self.index}/{number}", chunk)
-        if readers is not None and self.index >= readers:
+        if self.index >= readers:
             return []
         parts = []
         for other in range(self.count):
             count = int(self._await(f"{key}/{other}/0", name, other))
             numbers = range(1, count + 1)
             found = [self._await(f"{key}/{other}/{number}", name, other) for number in numbers]
-            parts.append(zlib.decompress(b"".join(found)))
+            parts.append(json.loads(zlib.decompress(b"".join(found))))
         return parts
 
     def _await(self, key: str, name: str, other: int) -> bytes:
@@ -243,6 +247,44 @@ class Peers:
                 time.sleep(0.1)
 
 
+class Ending:
+    """What may end a run before its time, a signal or another process, asked and told in one place.
+
+    `check` raises, in whichever thread asks; so what it interrupts is always a place that asked.
+    """
+
+    def __init__(self, signals: Signals, peers: Peers | None = None):
+        self.peers = peers or Peers()
+        self._signals = signals
+
+    def hold(self) -> None:
+        """From here on the run writes: a signal waits for the next `check`."""
+        self._signals.hold()
+
+    def check(self) -> None:
+        """Raises what ends this process's part: Interrupted, when this process or another one was
+        told to stop; UserError, when another failed or is gone; LeftBehind, a UserError, when the
+        others have given this process up, which then must not write any more."""
+        self._signals.check()
+        self.peers.check()
+
+    def wait(self, future: Future[Value]) -> Value:
+        """The result of `future`, or what `check` raises meanwhile; `future` then goes on alone."""
+        while not wait([future], POLL_SECONDS).done:
+            self.check()
+        return future.result()
+
+    def leaving(self, error: BaseException) -> BaseException:
+        """To be called once the run ends by `error`: gives the cause, which may be the end of
+        another process, and tells the others. From here on the process has GRACE_SECONDS left,
+        whatever disk or server it waits for; after a signal, since that signal."""
+        cause = self.peers.explain(error)
+        if not isinstance(cause, Interrupted):
+            leave_later(cause)
+        self.peers.leaving(cause)
+        return cause
+
+
 @contextlib.contextmanager
 def parting(peers: Peers) -> Iterator[None]:
     """Tells the others what ended this process's part, and lets them hear it."""
@@ -272,7 +314,7 @@ def agree(plan: Plan, peers: Peers) -> None:
         "config": asdict(plan.config),
         "batches": hashlib.sha256(repr(plan.batches).encode()).hexdigest(),
     }
-    everyone = peers.exchange("request", json.loads(json.dumps(said)))
+    everyone = peers.exchange("request", said)
     for index, theirs in enumerate(everyone):
         if changes := differences(everyone[0], theirs):
             changes = [change.removeprefix("arguments.") for change in changes]

@@ -12,22 +12,10 @@ from typing import Any
 from utils.arc.tasks import SampleKey
 from utils.errors import UserError, some
 from utils.run.peers import Peers
+from utils.shards import manifest as stored
 from utils.shards.held import Writer
 from utils.shards.items import sample_name
-from utils.shards.manifest import (
-    SHARD,
-    Manifest,
-    Shard,
-    changed_settings,
-    journal_name,
-    manifest_name,
-    owner_of,
-    read_manifests,
-    shards_of,
-    stem,
-    totals,
-    union_of,
-)
+from utils.shards.manifest import SHARD, Manifest, Shard
 from utils.shards.writer import RunFolder
 from utils.store.bucket import BucketFolder, NameTaken, Receipt
 from utils.store.local import json_lines
@@ -49,13 +37,13 @@ def manifests_in(
     listing: of the bucket's objects. output: name of the predictions or of the submission. Raises
     UserError for a bucket that holds a run without `resume`, or another run.
     """
-    held = [name for name in listing if stem(name)]
+    held = [name for name in listing if stored.stem(name)]
     if not resume:
         if not held and output not in listing:
             return {}
         there = "holds a run" if held else f"holds {output} already"
         if "metadata.json" in held:
-            run = union_of(read_manifests(bucket.uri))
+            run = stored.union_of(stored.read_manifests(bucket.uri))
             there = f"holds a run ({run['status']}, {run['total_samples']} samples)"
         raise UserError(
             f"{bucket} {there}: --resume continues a run; objects are never replaced, not with "
@@ -65,9 +53,9 @@ def manifests_in(
         raise UserError(
             f"{bucket} holds {output} already, and no run to resume: choose another prefix"
         )
-    manifests = read_manifests(bucket.uri) if held else {}
+    manifests = stored.read_manifests(bucket.uri) if held else {}
     for manifest in manifests.values():
-        if changes := changed_settings(manifest, settings):
+        if changes := stored.changed_settings(manifest, settings):
             raise UserError(
                 f"{bucket} holds another run: {some(changes)}; choose another prefix, or go back "
                 "to its settings"
@@ -88,17 +76,17 @@ def restored_from(
 
     Raises UserError where the bucket and the folders do not speak of one run.
     """
-    local = read_manifests(folder) if folder.exists() else {}
-    here = {name: shard.crc32c for name, shard in shards_of(local.values()).items()}
+    local = stored.read_manifests(folder) if folder.exists() else {}
+    here = {name: shard.crc32c for name, shard in stored.shards_of(local.values()).items()}
     said = peers.exchange("known", [sorted(local), here])
     known_manifests = {name for names, _ in said for name in names}
     known = {name: crc32c for _, files in said for name, crc32c in files.items()}
-    listed = shards_of(manifests.values())
+    listed = stored.shards_of(manifests.values())
     shards = [name for name in listing if SHARD.fullmatch(name)]
     if not manifests and any(name not in known for name in shards):
         raise UserError(f"{bucket} holds a run's files but no metadata.json: choose another prefix")
     for name, shard in listed.items():
-        unknown = name not in known and manifest_name(shard.owner) in known_manifests
+        unknown = name not in known and stored.manifest_name(shard.owner) in known_manifests
         if unknown or known.get(name, shard.crc32c) != shard.crc32c:
             raise UserError(
                 f"{bucket} holds {name}, which {folder} does not know, or knows "
@@ -113,8 +101,9 @@ def restored_from(
             *(len(orphans), bucket, orphans[0]),
         )
     restored: dict[str, bytes] = {}
-    for owner in sorted({shard.owner for shard in listed.values()} | set(map(owner_of, manifests))):
-        name = manifest_name(owner)
+    owners = {shard.owner for shard in listed.values()} | set(map(stored.owner_of, manifests))
+    for owner in sorted(owners):
+        name = stored.manifest_name(owner)
         if name in known_manifests or not writer.looks_after(owner):
             continue
         if name in manifests:
@@ -122,7 +111,7 @@ def restored_from(
         elif owner == writer.owner:  # its shards were sent by another process, which lists them
             files = [shard for shard in listed.values() if shard.owner == owner]
             restored[name] = _manifest_of(next(iter(manifests.values())), files)
-        if (journal := journal_name(owner)) in listing:
+        if (journal := stored.journal_name(owner)) in listing:
             restored[journal] = bucket.read(journal)
     return restored
 
@@ -130,7 +119,7 @@ def restored_from(
 def _manifest_of(other: Manifest, shards: list[Shard]) -> bytes:
     """A manifest of these shards, of the same run as `other`."""
     files = [shard.to_json() for shard in shards]
-    return json_lines({**other, "status": "running", **totals(shards), "files": files})
+    return json_lines({**other, "status": "running", **stored.totals(shards), "files": files})
 
 
 def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:
@@ -141,12 +130,12 @@ def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:
     one would hide the other.
     """
     said = peers.exchange("samples", _holdings(folder))
-    owners = {folder.writer.with_index(index).owner: index for index in range(peers.count)}
+    owners = {owner: index for index, owner in enumerate(folder.writer.owners)}
     _check_that_folders_fit(said, owners)
     there = {name for holdings in said for name in holdings["there"]}
     listed = {name: samples for h in said for name, (_, samples) in h["listed"].items()}
     lost = {name for holdings in said for name in holdings["missing"]}
-    lost = (lost | {name for name in listed if owner_of(name) in owners}) - there
+    lost = (lost | {name for name in listed if stored.owner_of(name) in owners}) - there
     if lost and peers.index == 0:
         log.warning(
             "%d shards are missing or damaged, and their samples are computed again: %s",
@@ -156,10 +145,10 @@ def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:
     for kind in ("files", "listed"):
         for index, holdings in enumerate(said):
             for name in holdings[kind]:
-                host = owners.get(owner_of(name), index)
+                host = owners.get(stored.owner_of(name), index)
                 speaker.setdefault(name, host if name in said[host]["listed"] else index)
     mine = {name for name, index in speaker.items() if index == peers.index}
-    folder.settle(lost, mine - lost)
+    folder.settle(lost, mine)
     return {tuple(key) for name in listed.keys() - lost for key in listed[name]}
 
 
@@ -194,7 +183,7 @@ def _check_that_folders_fit(said: list[dict[str, Any]], owners: dict[str, int]) 
             )
     for index, holdings in enumerate(said):
         for name in holdings["files"]:
-            host = owners.get(owner_of(name), index)
+            host = owners.get(stored.owner_of(name), index)
             if name not in said[host]["files"]:
                 raise UserError(
                     f"{holdings['folder']} of process {index} holds shards of process {host}, "

@@ -19,17 +19,9 @@ from tqdm import tqdm
 from utils.arc import scores as scoring
 from utils.cli import Parser, Signals, run
 from utils.errors import UserError, some
+from utils.shards import manifest as stored
 from utils.shards.items import sample_key
-from utils.shards.manifest import (
-    Manifest,
-    differences,
-    journal_name,
-    manifest_name,
-    read_answers,
-    read_manifest,
-    shards_of,
-    union_of,
-)
+from utils.shards.manifest import Manifest
 from utils.shards.reader import load_shard
 from utils.store.local import check_writable, new_folder, to_json, write_json, write_json_atomic
 
@@ -42,46 +34,43 @@ def build_parser() -> Parser:
     parser.add_argument(
         "parts",
         nargs="+",
+        type=Path,
         metavar="DIR",
         help="the --activations_dir of each run; or the submission.json of each, where they kept "
         "no activations",
     )
-    parser.add_argument("--into", metavar="DIR", help="folder to make, of the folders' shards")
-    parser.add_argument(
-        "--output_filepath", metavar="FILE", help="write the joint Kaggle submission there"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="read every shard and compare its crc32c first"
-    )
+    add = parser.add_argument
+    add("--into", type=Path, metavar="DIR", help="folder to make, of the folders' shards")
+    joint = "write the joint Kaggle submission there"
+    add("--output_filepath", type=Path, metavar="FILE", help=joint)
+    add("--verify", action="store_true", help="read every shard and compare its crc32c first")
     return parser
 
 
 def main(args: argparse.Namespace, signals: Signals) -> int:
-    output = Path(args.output_filepath) if args.output_filepath else None
-    if output is not None and output.exists():
-        raise UserError(f"{output} exists: choose another --output_filepath")
+    parts, output, into = args.parts, args.output_filepath, args.into
     if output is not None:
+        if output.exists():
+            raise UserError(f"{output} exists: choose another --output_filepath")
         check_writable(output.parent)
-    parts = [Path(part) for part in args.parts]
     for part in parts:
         if not part.exists():
             raise UserError(f"{part} does not exist: check the path")
-    if all(part.is_file() for part in parts):
-        if output is None or args.into is not None:
+    if all(map(Path.is_file, parts)):
+        if output is None or into is not None:
             raise UserError("submissions are joined into --output_filepath FILE, without --into")
         joint = join_submissions(parts)
         write_json_atomic(output, joint)
         print(f"submission    {output}, {len(joint)} tasks")
         return 0
-    if args.into is None:
+    if into is None:
         raise UserError("--into DIR is missing: the folder to make of these")
-    into = Path(args.into)
     if into.exists():
         raise UserError(f"{into} is there already: choose another --into")
     if output is not None and into.absolute() in (output.absolute(), *output.absolute().parents):
         raise UserError(f"{output} is in --into {into}, or is it: choose another place")
     check_writable(into.parent)
-    manifests = [read_manifest(part) for part in parts]
+    manifests = [stored.read_manifest(part) for part in parts]
     check(parts, manifests)
     if args.verify:
         for folder, manifest in zip(parts, manifests, strict=True):
@@ -115,35 +104,38 @@ def join_submissions(paths: list[Path]) -> dict[str, Any]:
 
 def check(folders: list[Path], manifests: list[Manifest]) -> None:
     """Raises UserError unless the runs are whole, alike, and each a part of the same tasks."""
+    _, expected = _part(manifests[0])
     shards: dict[int, Path] = {}
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest["status"] != "complete":
             raise UserError(f"{folder} is not complete: finish its run with --resume first")
         if not manifest["files"] and manifest["total_samples"]:
             raise UserError(f"{folder} kept no activations: join the submissions of its kind")
-        missing = [
+        if missing := [
             entry["filename"]
             for entry in manifest["files"]
             if not (path := folder / entry["filename"]).is_file()
             or path.stat().st_size != entry["size_bytes"]
-        ]
-        if missing:
+        ]:
             raise UserError(
                 f"{folder} lacks shards, or holds parts of them: {some(missing)}; fetch them again"
             )
-        if changes := differences(_settings(manifests[0]), _settings(manifest)):
+        if changes := stored.differences(_settings(manifests[0]), _settings(manifest)):
             raise UserError(f"{folder} is of another run than {folders[0]}: {some(changes)}")
-        arguments = manifest["arguments"]
-        count, number = arguments.get("num_shards", 1), arguments.get("shard_id", 0)
-        if count != (expected := manifests[0]["arguments"].get("num_shards", 1)):
+        number, count = _part(manifest)
+        if count != expected:
             raise UserError(f"{folder} is one of {count} shards, {folders[0]} one of {expected}")
         if number in shards:
-            other = shards[number]
-            raise UserError(f"{other} and {folder} both hold shard {number}")
+            raise UserError(f"{shards[number]} and {folder} both hold shard {number}")
         shards[number] = folder
-    expected = manifests[0]["arguments"].get("num_shards", 1)
     if absent := sorted(set(range(expected)) - shards.keys()):
         raise UserError(f"of {expected} shards these are missing: {some(list(map(str, absent)))}")
+
+
+def _part(manifest: Manifest) -> tuple[int, int]:
+    """--shard_id and --num_shards."""
+    arguments = manifest["arguments"]
+    return arguments.get("shard_id", 0), arguments.get("num_shards", 1)
 
 
 def _settings(manifest: Manifest) -> Manifest:
@@ -170,24 +162,24 @@ def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest
 
 def _collect(into: Path, folder: Path, manifest: Manifest) -> dict[str, Manifest]:
     """Links the shards of a part, and writes its answers and its manifests, by process."""
-    part = manifest["arguments"].get("shard_id", 0)
-    answers = read_answers(folder)
+    part, _ = _part(manifest)
+    answers = stored.read_answers(folder)
     parts: dict[str, Manifest] = {}
-    for shard in shards_of([manifest]).values():
+    for shard in stored.shards_of([manifest]).values():
         # A part of format 1 as it was first written has no number in its names.
         name = shard.filename if shard.owner else f"activations_host{part:03d}_{shard.short_name}"
         _link(folder / shard.filename, into / name)
         shard = replace(shard, filename=name, uploaded=False)
-        own = parts.setdefault(manifest_name(shard.owner), {**manifest, "files": []})
+        own = parts.setdefault(stored.manifest_name(shard.owner), {**manifest, "files": []})
         own["files"].append(shard.to_json())
-        with open(into / journal_name(shard.owner), "a") as journal:
+        with open(into / stored.journal_name(shard.owner), "a") as journal:
             journal.writelines(to_json(answers[key]) + "\n" for key in shard.samples)
-    return parts or {manifest_name(f"_host{part:03d}"): manifest}
+    return parts or {stored.manifest_name(f"_host{part:03d}"): manifest}
 
 
 def _joint(folders: list[Path], parts: dict[str, Manifest]) -> Manifest:
-    merged = union_of(parts)
-    by_part = {m["arguments"].get("shard_id", 0): m["dataset"] for m in parts.values()}
+    merged = stored.union_of(parts)
+    by_part = {_part(manifest)[0]: manifest["dataset"] for manifest in parts.values()}
     datasets = [by_part[number] for number in sorted(by_part)]
     hashes = "".join(dataset["hash"] for dataset in datasets)
     merged |= {
@@ -215,7 +207,7 @@ def _link(source: Path, target: Path) -> None:
 
 def submission(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Kaggle's submission, of the answers in a merged folder; skipped samples are unsolved."""
-    answers = read_answers(folder)
+    answers = stored.read_answers(folder)
     counts: dict[str, int] = {}
     for task, index, *_ in [*answers, *map(sample_key, manifest["skipped"])]:
         counts[task] = max(counts.get(task, 0), index + 1)

@@ -47,13 +47,9 @@ def planned_shards(
     """
     shard = OpenShard(save_every_n_samples, max_shard_mb)
     for item in itertools.chain(items, [None]):
-        if item is not None:
-            item = stored_item(item, activation_dtype)
-        if shard.items and (item is None or shard.lacks_room_for(item)):
+        stored = item and stored_item(item, activation_dtype)
+        if shard.items and (stored is None or shard.is_full or shard.lacks_room_for(stored)):
             yield len(shard.items), shard_bytes(shard.items)
             shard.clear()
-        if item is not None:
-            shard.append(item)
-            if shard.is_full:
-                yield len(shard.items), shard_bytes(shard.items)
-                shard.clear()
+        if stored is not None:
+            shard.append(stored)

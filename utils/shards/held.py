@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -39,18 +39,14 @@ class Writer:
     @property
     def owner(self) -> str:
         """What its files have in their names: `_host003`, or nothing for the only process."""
-        return self._name(self.index)
+        return self.owners[self.index]
 
     @property
-    def owners(self) -> frozenset[str]:
-        """Of all processes of the run."""
-        return frozenset(map(self._name, range(self.count)))
-
-    def with_index(self, index: int) -> "Writer":
-        return replace(self, index=index)
-
-    def _name(self, index: int) -> str:
-        return "" if self.count == self.parts == 1 else f"_host{self.part * self.count + index:03d}"
+    def owners(self) -> list[str]:
+        """Of all processes of the run, in their order."""
+        if self.count == self.parts == 1:
+            return [""]
+        return [f"_host{self.part * self.count + index:03d}" for index in range(self.count)]
 
     def looks_after(self, owner: str) -> bool:
         """Whether this process does what is left to do for the files of `owner`: they are its own,
@@ -79,18 +75,18 @@ class Held:
     @property
     def there(self) -> set[str]:
         """The shards that are on the disk, or were sent to a bucket."""
-        return {name for name, shard in self.shards.items() if self.is_there(shard)}
-
-    def is_there(self, shard: Shard) -> bool:
-        path = self.path / shard.filename
-        if path.is_file():
-            return path.stat().st_size == shard.size_bytes
-        return bool(shard.uploaded)
+        found = set()
+        for name, shard in self.shards.items():
+            path = self.path / name
+            whole = path.is_file() and path.stat().st_size == shard.size_bytes
+            if whole or (shard.uploaded and not path.is_file()):
+                found.add(name)
+        return found
 
     @property
     def missing(self) -> set[str]:
         """The shards whose writer has a manifest here, but which are not there."""
-        owners = {owner_of(name) for name in self.manifests}
+        owners = set(map(owner_of, self.manifests))
         return {n for n, shard in self.shards.items() if shard.owner in owners} - self.there
 
 

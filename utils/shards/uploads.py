@@ -18,16 +18,16 @@ from tqdm import tqdm
 
 from utils.cli import command_to_resume
 from utils.errors import UserError, some
-from utils.shards.manifest import JOURNAL, MANIFEST, Shard, journal_name, whole_size
+from utils.shards.manifest import JOURNAL, MANIFEST, Shard, whole_size
 from utils.shards.writer import RunFolder
 from utils.store.bucket import BucketFolder, Damaged, Receipt, Stopped, opened
 from utils.store.deadline import within
 from utils.store.local import checksum
 
 THREADS = 4  # each holds a chunk of 8 MiB, twice for a file that goes in one request
-MANIFEST_SHARE = 0.05  # of the time, at most, goes into sending manifests that grow
 MANIFEST_SECONDS = 1.0  # between two writes of one object, which a bucket asks for
-MAX_MANIFEST_SECONDS = 60.0  # the same, at most, of a manifest that took long to send
+MANIFEST_SHARE = 0.05  # of the time, at most, goes into sending manifests that grow,
+MAX_MANIFEST_SECONDS = 60.0  # unless that would take longer pauses than this
 CLAIM_SECONDS = 120
 LAST_SECONDS = 5  # for the last files, at least, also where the shards took all of the time
 PATIENCE_SECONDS = 10  # before trouble is spoken of, and then once in
@@ -40,7 +40,7 @@ Check = Callable[[], None]  # called time and again; what it raises ends a wait
 class Uploads:
     """Of a run that goes to no bucket: nothing to do, ever. What each verb is for:"""
 
-    num_bytes, waited = 0, 0.0
+    waited = 0.0
     receipts: Mapping[str, dict] = {}
 
     def holds(self, *paths: Path) -> bool:
@@ -75,8 +75,7 @@ class BucketUploads(Uploads):
     for the `metadata.json` by which the first of several processes takes the prefix. shards:
     whether they are sent, or only what the run ends with.
 
-    num_bytes: sent so far, of all kinds. waited: seconds that computing waited. receipts: of the
-    shards, as the manifest has them.
+    waited: seconds that computing waited. receipts: of the shards, as the manifest has them.
     """
 
     def __init__(
@@ -93,18 +92,17 @@ class BucketUploads(Uploads):
         shards: bool = True,
     ):
         self.bucket, self.folder = bucket, folder
-        self.num_bytes, self.waited = 0, 0.0
+        self.waited = 0.0
         self.receipts = {name: asdict(receipt) for name, receipt in sent_before.items()}
         self._sent_before, self._there = dict(sent_before), dict(there)
         self._max_pending, self._timeout = max_pending_bytes, timeout
         self._deletes, self._shards, self._joint = delete_after_upload, shards, list(listed)
-        self._changed = threading.Condition()  # of what follows
         self._queue: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
-        self._sizes: dict[str, int] = {}  # of what is sealed and not in the bucket's manifest
-        self._pending: dict[str, int] = {}  # of what fills the disk until it is sent
-        self._new: dict[str, Receipt] = {}  # sent, and not in a manifest
-        self._damaged: dict[str, str] = {}
+        self._changed = threading.Condition()  # of the next three
+        self._left: dict[str, int] = {}  # bytes of each shard that is in no manifest of the bucket
+        self._sent: dict[str, Receipt] = {}  # those of them that have arrived there
         self._failure: BaseException | None = None
+        self._damaged: list[str] = []
         self._trouble, self._told, self._healthy = "", float("-inf"), time.monotonic()
         self._told_waiting = float("-inf")
         self._deadline = 0.0  # of what is sent after the last sample
@@ -115,7 +113,7 @@ class BucketUploads(Uploads):
     # ------------------------------------------------------------------------- the run's side
 
     def start(self) -> None:
-        if self.receipts and self._shards:
+        if self.receipts:
             self.folder.record(self.receipts)
         within(
             CLAIM_SECONDS,
@@ -126,31 +124,27 @@ class BucketUploads(Uploads):
         if self._shards:
             for name in sorted(self.folder.speaks_for - self.receipts.keys()):
                 self._submit(self.folder.shards[name])
-        if self._deletes:  # what an earlier run sent and left
-            for name in filter(self._is_left, self._sent_before):
-                self._sizes[name] = self.folder.shards[name].size_bytes
-                self._new[name] = self._sent_before[name]
+        if self._deletes:
+            self._sent = {n: r for n, r in self._sent_before.items() if self._is_on_disk(n)}
+            self._left |= {name: receipt.size for name, receipt in self._sent.items()}
         for name, work in [("manifests", self._keep_manifest)] + [("upload", self._send)] * THREADS:
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True).start()
 
     def holds(self, *paths: Path) -> bool:
         for path in paths:
-            if path.name not in self._there or not path.exists():
+            there = self._there.get(path.name)
+            if not (there and path.exists() and there.holds(*_measured(path))):
                 return False
-            size = whole_size(path)
-            with open(path, "rb") as file:
-                if not self._there[path.name].holds(size, checksum(file, size)):
-                    return False
-        if self._deletes and any(map(self._is_left, self._sent_before)):
+        if self._deletes and any(map(self._is_on_disk, self._sent_before)):
             return False
         return not self._shards or self.folder.speaks_for <= self._sent_before.keys()
 
-    def _is_left(self, name: str) -> bool:
+    def _is_on_disk(self, name: str) -> bool:
         return (self.folder.path / name).exists()
 
     def _submit(self, shard: Shard) -> None:
         with self._changed:
-            self._sizes[shard.filename] = self._pending[shard.filename] = shard.size_bytes
+            self._left[shard.filename] = shard.size_bytes
         self._queue.put(shard)
 
     def _take_sealed(self) -> None:
@@ -159,37 +153,37 @@ class BucketUploads(Uploads):
 
     def wait_for_room(self, check: Check) -> None:
         self._take_sealed()
-        begin, still, sent = time.monotonic(), time.monotonic(), self._progress()
-        with self._changed:
-            if self._has_room():
-                return self.check()
-            if begin > self._told_waiting + TELL_SECONDS:
-                self._told_waiting = begin
-                log.info(
-                    "computing waits for the network: %.2f GB of shards wait to be uploaded",
-                    sum(self._pending.values()) / 1e9,
-                )
-        while not self._settled_or(self._has_room, 0.5):
+        self.check()
+        if self._pending() <= self._max_pending:
+            return
+        begin = still = time.monotonic()
+        if begin > self._told_waiting + TELL_SECONDS:
+            self._told_waiting = begin
+            log.info(
+                "computing waits for the network: %.2f GB of shards wait to be uploaded",
+                self._pending() / 1e9,
+            )
+        read = self.bucket.bytes_read  # which grows also as a shard that takes long is sent
+        while not self._settled_or(lambda: self._pending() <= self._max_pending, 0.5):
             check()
-            if sent != (now := self._progress()):
-                sent, still = now, time.monotonic()
+            if read != self.bucket.bytes_read:
+                read, still = self.bucket.bytes_read, time.monotonic()
             if time.monotonic() - still > self._timeout:
                 self._given_up = True
-                waiting = sum(self._pending.values()) / 1e9
                 raise UserError(
                     f"nothing could be uploaded to {self.bucket} for {self._timeout:g} s, while"
-                    f" {waiting:.2f} GB wait ({self._trouble or 'no answer'}); they are intact "
-                    f"in {self.folder.path}. To go on: {command_to_resume()}",
+                    f" {self._pending() / 1e9:.2f} GB wait ({self._trouble or 'no answer'}); they "
+                    f"are intact in {self.folder.path}. To go on: {command_to_resume()}",
                     exit_code=1,
                 )
         self.waited += time.monotonic() - begin
         self.check()
 
-    def _progress(self) -> int:  # grows also as a shard that takes long is sent
-        return self.num_bytes + self.bucket.bytes_read
-
-    def _has_room(self) -> bool:
-        return sum(self._pending.values()) <= self._max_pending
+    def _pending(self) -> int:
+        """Bytes that fill the disk until they are sent, or until they are deleted."""
+        with self._changed:
+            gone = () if self._deletes else self._sent
+            return sum(size for name, size in self._left.items() if name not in gone)
 
     def _settled_or(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Whether that holds, or an upload failed for good, after at most so long."""
@@ -204,27 +198,28 @@ class BucketUploads(Uploads):
         self._take_sealed()
         deadline = self._deadline = time.monotonic() + self._timeout
         self._hurry.set()
-        total = sum(self._left().values())
-        if total:
+        if total := self._bytes_left():
             with tqdm(total=total, unit="B", unit_scale=True, desc="uploading") as bar:
                 while not self._is_sent(0.2) and time.monotonic() < deadline:
                     check()
-                    bar.update(total - sum(self._left().values()) - bar.n)
-                bar.update(total - sum(self._left().values()) - bar.n)
+                    bar.update(total - self._bytes_left() - bar.n)
+                bar.update(total - self._bytes_left() - bar.n)
         self._given_up = True
         self.check()
         problems = [
             f"{words} (restore the file, or start again with another --activations_dir and prefix)"
-            for words in self._damaged.values()
+            for words in self._damaged
         ]
-        if left := self._left():
+        way_on = ""
+        if self._left:
             problems.append(
-                f"{_shards(left)} could not be uploaded to {self.bucket} within {self._timeout:g} s"
-                f" ({self._trouble or 'too slow'}): {some(sorted(left))}; what is left is intact in"
-                f' {self.folder.path}, where metadata.json says "uploaded": false'
+                f"{self._amount_left()} could not be uploaded to {self.bucket} within "
+                f"{self._timeout:g} s ({self._trouble or 'too slow'}): {some(sorted(self._left))}; "
+                f"what is left is intact in {self.folder.path}, where metadata.json says "
+                '"uploaded": false'
             )
+            way_on = f". To send the rest: {command_to_resume()}"
         if problems:
-            way_on = f". To send the rest: {command_to_resume()}" if left else ""
             raise UserError("; ".join(problems) + way_on, exit_code=1)
 
     def send(self, check: Check, *paths: Path) -> None:
@@ -238,7 +233,7 @@ class BucketUploads(Uploads):
 
         def put() -> None:
             for path in paths:
-                self._put(path, whole_size(path))
+                self._put(path)
 
         within(max(LAST_SECONDS, self._deadline - time.monotonic()), put, late, check)
 
@@ -246,8 +241,8 @@ class BucketUploads(Uploads):
         self._take_sealed()
         deadline = time.monotonic() + (0 if self._given_up else seconds)
         self._hurry.set()
-        if (left := self._left()) and not self._given_up:
-            log.info("sending %s for up to %d s", _shards(left), seconds)
+        if self._left and not self._given_up:
+            log.info("sending %s for up to %d s", self._amount_left(), seconds)
         while not self._is_sent(0.1) and time.monotonic() < deadline:
             pass
         self._stopping.set()
@@ -255,18 +250,22 @@ class BucketUploads(Uploads):
             self._changed.notify_all()
         for _ in range(THREADS):
             self._queue.put(None)
-        if left := self._left():
+        if self._left:
             log.info(
                 "on this disk, and not yet in %s: %s; --resume sends the rest",
-                *(self.bucket, _shards(left)),
+                *(self.bucket, self._amount_left()),
             )
 
     def _is_sent(self, seconds: float) -> bool:
-        return self._settled_or(lambda: not self._left(), seconds)
+        return self._settled_or(lambda: not self._left, seconds)
 
-    def _left(self) -> dict[str, int]:
+    def _bytes_left(self) -> int:
         with self._changed:
-            return {n: size for n, size in self._sizes.items() if n not in self._damaged}
+            return sum(self._left.values())
+
+    def _amount_left(self) -> str:
+        count = len(self._left)
+        return f"{count} shard{'s' * (count != 1)} ({self._bytes_left() / 1e9:.3f} GB)"
 
     # ------------------------------------------------------------------------- in the threads
 
@@ -283,76 +282,67 @@ class BucketUploads(Uploads):
     def _send(self) -> None:
         """Shards, one after the other, for as long as the process lives."""
         while shard := self._queue.get():
-            name, size = shard.filename, shard.size_bytes
+            path, size = self.folder.path / shard.filename, shard.size_bytes
             try:
-                path, threads = self.folder.path / name, self._threads
-                receipt = self.bucket.put(path, name, size, shard.crc32c, **threads)
+                receipt = self.bucket.put(path, path.name, size, shard.crc32c, **self._threads)
             except Damaged as error:
                 log.error("%s", error)
                 with self._changed:
-                    self._damaged[name] = str(error)
-                    del self._pending[name]
+                    self._damaged.append(str(error))
+                    del self._left[path.name]
                     self._changed.notify_all()
                 continue
             with self._changed:
-                self._new[name] = receipt
-                if not self._deletes:  # else once it is deleted
-                    del self._pending[name]
-                self._count(size)
+                self._sent[path.name] = receipt
+                self._healthy = time.monotonic()
                 self._changed.notify_all()
 
     def _keep_manifest(self) -> None:
-        due = earliest = 0.0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._new or self._stopping.is_set())
-            self._hurry.wait(max(0.0, due - time.monotonic()))
-            time.sleep(max(0.0, earliest - time.monotonic()))
-            with self._changed:
-                new, self._new = self._new, {}
-            if not new:
+                self._changed.wait_for(lambda: self._sent or self._stopping.is_set())
+                sent = dict(self._sent)
+            if not sent:
                 return
             begin = time.monotonic()
-            receipts = {name: asdict(receipt) for name, receipt in new.items()}
+            receipts = {name: asdict(receipt) for name, receipt in sent.items()}
             self.folder.record(receipts)
             self.receipts |= receipts
             self._send_manifest()
             if self._deletes:
-                self._delete(new)
+                self._delete(sent)
+            took = time.monotonic() - begin
             with self._changed:
-                for name in new:
-                    del self._sizes[name]
-                    self._pending.pop(name, None)
+                for name in sent:
+                    del self._left[name], self._sent[name]
                 self._changed.notify_all()
-            now = time.monotonic()
-            pause = min((now - begin) / MANIFEST_SHARE, MAX_MANIFEST_SECONDS)
-            earliest, due = now + MANIFEST_SECONDS, now + pause
+            time.sleep(MANIFEST_SECONDS)
+            self._hurry.wait(min(took / MANIFEST_SHARE, MAX_MANIFEST_SECONDS))
 
     def _take_prefix(self) -> None:
         """By `metadata.json`, whatever the number of processes, and this process's manifest."""
-        folder = self.folder
-        if folder.writer.owner and folder.writer.index == 0:
-            manifest = folder.manifest_of((), self._joint)[0]
-            self._put(manifest, len(manifest), "metadata.json", always=True)
-        owners = {folder.shards[name].owner for name in folder.speaks_for} - {folder.writer.owner}
-        for path in (folder.path / journal_name(owner) for owner in sorted(owners)):
-            if self._shards and path.exists():  # of processes that take no part: it does not change
-                self._put(path, whole_size(path))
-        if self._shards or not folder.writer.owner:
+        writer = self.folder.writer
+        if writer.owner and writer.index == 0:
+            self._put(self.folder.manifest_of((), self._joint), "metadata.json", always=True)
+        if self._shards:
+            for path in self.folder.absent_journals:
+                self._put(path)
+        if self._shards or not writer.owner:
             self._send_manifest(always=True)
 
     def _send_manifest(self, always: bool = False) -> None:
         """The answers first, so that none is missing that the manifest speaks of."""
-        manifest, journal_bytes = self.folder.manifest_of(self.receipts)
-        if self._shards and self.receipts:
-            self._put(self.folder.journal_path, journal_bytes)
-        self._put(manifest, len(manifest), self.folder.manifest_path.name, always)
+        manifest = self.folder.manifest_of(self.receipts)
+        if self.receipts:
+            self._put(self.folder.journal_path, size=self.folder.journal_bytes)
+        self._put(manifest, self.folder.manifest_path.name, always=always)
 
-    def _put(self, source: Path | bytes, size: int, name: str = "", always: bool = False) -> None:
+    def _put(
+        self, source: Path | bytes, name: str = "", size: int | None = None, always: bool = False
+    ) -> None:
         """Sends what changes in the course of a run, unless the bucket holds just that."""
         name = name or source.name
-        with opened(source) as file:
-            crc32c = checksum(file, size)
+        size, crc32c = _measured(source, size)
         there = self._there.get(name)
         if there and there.holds(size, crc32c) and not always:
             return
@@ -362,13 +352,16 @@ class BucketUploads(Uploads):
                 "or take the one of the bucket",
                 exit_code=1,
             )
-        replaces = there.generation if there else 0
-        exclusive = bool(MANIFEST.fullmatch(name))
         self._there[name] = self.bucket.put(
-            source, name, size, crc32c, replaces=replaces, exclusive=exclusive, **self._threads
+            source,
+            name,
+            size,
+            crc32c,
+            replaces=there.generation if there else 0,
+            exclusive=bool(MANIFEST.fullmatch(name)),
+            **self._threads,
         )
-        with self._changed:
-            self._count(size)
+        self._healthy = time.monotonic()
 
     def _delete(self, receipts: dict[str, Receipt]) -> None:
         for name, receipt in receipts.items():
@@ -381,10 +374,6 @@ class BucketUploads(Uploads):
             except (UserError, OSError) as error:
                 log.warning("%s is kept: %s", path, error)
 
-    def _count(self, size: int) -> None:
-        self.num_bytes += size
-        self._healthy = time.monotonic()
-
     def _tell(self, trouble: str) -> None:
         """Remembers why an upload failed; says so when that goes on, once a minute."""
         now = time.monotonic()
@@ -396,5 +385,9 @@ class BucketUploads(Uploads):
         log.warning("uploads do not get through, and are tried again: %s", trouble)
 
 
-def _shards(sizes: dict[str, int]) -> str:
-    return f"{len(sizes)} shard{'s' * (len(sizes) != 1)} ({sum(sizes.values()) / 1e9:.3f} GB)"
+def _measured(source: Path | bytes, size: int | None = None) -> tuple[int, str]:
+    """Bytes, of a journal those of whole lines, and their crc32c."""
+    if size is None:
+        size = len(source) if isinstance(source, bytes) else whole_size(source)
+    with opened(source) as file:
+        return size, checksum(file, size)

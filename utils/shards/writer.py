@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from utils.arc.tasks import SampleKey
 from utils.errors import UserError
+from utils.shards import manifest as stored
 from utils.shards.filling import OpenShard
 from utils.shards.held import Mode, Writer, held_in
 from utils.shards.items import (
@@ -28,45 +28,21 @@ from utils.shards.items import (
     shard_bytes,
     stored_item,
 )
-from utils.shards.manifest import (
-    FORMAT_VERSION,
-    SHARD,
-    Manifest,
-    Shard,
-    journal_name,
-    manifest_name,
-    owner_of,
-    stem,
-    timing,
-    totals,
-    union_of,
-    whole_size,
-)
-from utils.store.local import (
-    Sink,
-    check_writable,
-    free_bytes,
-    json_lines,
-    replacing,
-    to_json,
-    write_json,
-)
+from utils.shards.manifest import FORMAT_VERSION, SHARD, Manifest, Shard
+from utils.store import local
 from utils.store.locks import locked_file
 
 
 class RunFolder:
     """One process's shards, answers and manifest in the folder of a run.
 
-    The constructor takes the lock and reads; it changes nothing, and leaving the `with` block
-    before `begin` leaves nothing behind. `clear` removes what is not part of the run, and `begin`
-    writes the first manifest: of several processes each calls the one, and when all have, the
-    other. Then `add`, `seal` and `finish` are for one thread; `record` and `manifest_of` for others
-    besides.
+    The constructor takes the lock and reads; leaving the `with` block before `begin` leaves nothing
+    behind. Of several processes all call `clear`, which removes what is not part of the run, and
+    when all have, `begin`, which writes the first manifest. Then `add`, `seal` and `finish` are for
+    one thread; `record` and `manifest_of` for others besides.
 
-    settings: top-level manifest entries that decide what is computed (`model`, `dataset`, `prompt`,
-        `activations`, ...), nested dicts; a resumed run must have the same, but for keys named
-        `path`. facts: entries that a resumed run may change (`arguments`, `versions`, `devices`,
-        `mesh_shape`, `processes`).
+    settings: top-level manifest entries that decide what is computed; a resumed run must have the
+        same, but for keys named `path`. facts: entries that a resumed run may change.
     restored: file name -> content of manifests and journals that a bucket holds and the folder has
         lost. taken: names of shards that are not to be given again.
 
@@ -93,7 +69,7 @@ class RunFolder:
         self.activation_dtype = activation_dtype
         settings = json.loads(json.dumps(settings))  # as the manifest gives them back
         self._static = {**facts, **settings}
-        self._restored = dict(restored or {})
+        self._restored = restored or {}
         self._open = OpenShard(save_every_n_samples, max_shard_mb)
         self._answers: list[str] = []  # journal lines of the open shard
         self._timing = (0.0, 0.0, 0.0)
@@ -103,7 +79,7 @@ class RunFolder:
         self._stamp: tuple[int, ...] = ()  # of the manifest as this process left it
         self._commits = threading.RLock()
         self.sealed: deque[Shard] = deque()
-        check_writable(self.path)
+        local.check_writable(self.path)
         held_in(self.path, settings, mode, self._restored)  # refused before a file is made
         self._locks = contextlib.ExitStack()
         try:
@@ -113,27 +89,36 @@ class RunFolder:
             self.close()
             raise
         self.shards = dict(self.held.shards)
-        self.speaks_for = frozenset(self.shards)
         own = self.held.manifests.get(self.manifest_path.name)
         self._listed = set(self.shards)  # by the only process; one of several lists its own
         if self.writer.owner:
             self._listed = {entry["filename"] for entry in own["files"]} if own else set()
-        self._earlier = timing(own or {})
+        self._earlier = stored.timing(own or {})
         if own is None and self.writer.index == 0 and self.held.manifests:  # of other processes
-            self._earlier = timing(union_of(self.held.manifests))
-        self._next_number = 1 + max(self._numbers([*self.shards, *taken]), default=0)
-        self.done: set[SampleKey] = set()
-        self.settle(self.held.missing if self.writer.count == 1 else ())
+            self._earlier = stored.timing(stored.union_of(self.held.manifests))
+        numbers = map(self._number, [*self.shards, *taken])
+        self._next_number = 1 + max(numbers, default=0)
+        self.settle(self.held.missing if self.writer.count == 1 else (), self.shards)
 
     # ------------------------------------------------------------------------------ opening
 
     @property
     def manifest_path(self) -> Path:
-        return self.path / manifest_name(self.writer.owner)
+        return self.path / stored.manifest_name(self.writer.owner)
 
     @property
     def journal_path(self) -> Path:
-        return self.path / journal_name(self.writer.owner)
+        return self.journal_of(self.writer.owner)
+
+    def journal_of(self, owner: str) -> Path:
+        return self.path / stored.journal_name(owner)
+
+    @property
+    def absent_journals(self) -> list[Path]:
+        """The journals here of processes that take no part any more, where this one speaks for
+        shards of theirs."""
+        owners = {self.shards[name].owner for name in self.speaks_for} - {self.writer.owner}
+        return list(filter(Path.exists, map(self.journal_of, sorted(owners))))
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -150,8 +135,8 @@ class RunFolder:
         those may be frozen, and wake."""
         names = [self.journal_path.name]
         if self.writer.index == 0 and self.path.exists():
-            journals = [n for n in os.listdir(self.path) if n == stem(n) and n.endswith(".jsonl")]
-            names += [n for n in journals if owner_of(n) not in self.writer.owners]
+            journals = filter(stored.JOURNAL.fullmatch, os.listdir(self.path))
+            names += [n for n in journals if stored.owner_of(n) not in self.writer.owners]
         for name in names:
             self._locks.enter_context(locked_file(self.path / name))
 
@@ -159,37 +144,35 @@ class RunFolder:
     def share(self) -> float:
         """Of the samples of the run, those that are stored here, by one of the processes that share
         this folder: their locked journals are in it once all have opened it."""
-        journals = [self.path / journal_name(owner) for owner in self.writer.owners]
-        return sum(map(Path.exists, journals)) / len(journals)
+        journals = map(self.journal_of, self.writer.owners)
+        return sum(map(Path.exists, journals)) / self.writer.count
 
-    def _numbers(self, names: Iterable[str]) -> list[int]:
-        """Of this process's shards among `names`."""
-        found = map(SHARD.fullmatch, names)
-        return [int(m[2]) for m in found if m and (m[1] or "") == self.writer.owner]
+    def _number(self, name: str) -> int:
+        """Of a shard of this process; 0 for any other file."""
+        found = SHARD.fullmatch(name)
+        return int(found[2]) if found and (found[1] or "") == self.writer.owner else 0
 
-    def settle(self, lost: Collection[str], speaks_for: Collection[str] | None = None) -> None:
+    def settle(self, lost: Collection[str], speaks_for: Iterable[str]) -> None:
         """lost: shards that are nowhere any more, whose samples are to be computed again.
         speaks_for: shards of which this process, and no other, sends answers and entries to the
         first and bytes to the bucket: its own, and some of processes that take no part any more."""
         self.shards = {name: s for name, s in self.shards.items() if name not in lost}
         self._listed -= set(lost)
-        self.speaks_for = frozenset(self.shards if speaks_for is None else speaks_for)
+        self.speaks_for = frozenset(speaks_for) - set(lost)
         self.done = {key for shard in self.shards.values() for key in shard.samples}
 
     def clear(self) -> None:
         """Removes what is not part of the run: all of an earlier one that is overwritten, else what
         a kill left of this process's own files."""
         with self._disk():
-            for name in os.listdir(self.path):
-                whole = stem(name)
-                if not whole:
-                    continue
+            for name in filter(stored.stem, os.listdir(self.path)):
+                owner, is_partial = stored.owner_of(name), name != stored.stem(name)
                 if self.mode == "overwrite":
-                    of_a_process = owner_of(whole) in self.writer.owners
-                    goes = name != whole or not (of_a_process and whole.endswith(".jsonl"))
+                    locked = stored.JOURNAL.fullmatch(name) and owner in self.writer.owners
+                    goes = not locked
                 else:
-                    unlisted = SHARD.fullmatch(whole) and whole not in self.shards
-                    goes = owner_of(whole) == self.writer.owner and (name != whole or unlisted)
+                    is_listed = not SHARD.fullmatch(name) or name in self.shards
+                    goes = owner == self.writer.owner and (is_partial or not is_listed)
                 if goes:
                     (self.path / name).unlink(missing_ok=True)
             if self.mode == "overwrite":
@@ -203,31 +186,30 @@ class RunFolder:
                 self._restore(self.path / name, self._restored[name])
             self._correct_other_manifests()
             self._commit()
-            self._journal_bytes = whole_size(self.journal_path)
+            self.journal_bytes = stored.whole_size(self.journal_path)
 
     def _restore(self, path: Path, content: bytes) -> None:
-        if path.exists() and path.stat().st_size:
-            return
-        if path.suffix == ".json":
-            with replacing(path) as sink:
+        there = path.stat().st_size if path.exists() else 0
+        if path.suffix == ".jsonl":
+            if there < len(content):  # a kill may have cut it short as it was restored
+                self._append(path, 0, content)
+        elif not there:
+            with local.replacing(path) as sink:
                 sink.write(content)
-            return
-        with open(path, "ab") as journal:  # in place, because it is locked
-            journal.write(content)
-            journal.flush()
-            os.fsync(journal.fileno())
 
     def _correct_other_manifests(self) -> None:
         """What is lost is listed by no manifest of a process that takes no part any more; nor does
         that of all say that a run is complete which goes on."""
         for name, manifest in self.held.manifests.items():
-            if owner_of(name) in self.writer.owners:
+            if stored.owner_of(name) in self.writer.owners:
                 continue
             files = [entry for entry in manifest["files"] if entry["filename"] in self.shards]
             status = "running" if name == "metadata.json" else manifest["status"]
             if (files, status) != (manifest["files"], manifest["status"]):
-                sums = totals(map(Shard.from_json, files))
-                write_json(self.path / name, {**manifest, **sums, "status": status, "files": files})
+                sums = stored.totals(map(Shard.from_json, files))
+                local.write_json(
+                    self.path / name, {**manifest, **sums, "status": status, "files": files}
+                )
 
     # ------------------------------------------------------------------------------ writing
 
@@ -250,7 +232,7 @@ class RunFolder:
                 "infinities alone: check the weights, or take another --dtype",
                 exit_code=1,
             )
-        line = to_json(answer) + "\n"
+        line = local.to_json(answer) + "\n"
         if self._open.lacks_room_for(item):
             self.seal()
         self.done.add(key)
@@ -266,7 +248,7 @@ class RunFolder:
         name = f"activations{self.writer.owner}_batch_{self._next_number:06d}.pkl"
         with self._disk(items), self._commits:
             self._check_that_it_is_ours()
-            with replacing(self.path / name, exclusive=True) as sink:
+            with local.replacing(self.path / name, exclusive=True) as sink:
                 dump(items, sink)
             shard = Shard(
                 filename=name,
@@ -278,7 +260,8 @@ class RunFolder:
                 float16_overflows=sum(float16_overflows(i, self.activation_dtype) for i in items),
                 non_finite=sum(map(non_finite_rows, items)),
             )
-            self._append_answers()
+            lines = "".join(self._answers).encode()
+            self.journal_bytes = self._append(self.journal_path, self.journal_bytes, lines)
             self.shards[name] = shard
             self._listed.add(name)
             try:
@@ -293,13 +276,14 @@ class RunFolder:
         self._open.clear()
         self.sealed.append(shard)
 
-    def _append_answers(self) -> None:
-        lines = "".join(self._answers).encode()
-        with open(self.journal_path, "ab", buffering=0) as journal:
-            journal.truncate(self._journal_bytes)  # drops what an append that failed left behind
-            Sink(journal).write(lines)
-            os.fsync(journal.fileno())
-        self._journal_bytes += len(lines)
+    def _append(self, journal: Path, size: int, lines: bytes) -> int:
+        """Writes behind the first `size` bytes, in place because the file is locked; what an append
+        that failed left there is dropped. Returns the new size."""
+        with open(journal, "ab", buffering=0) as file:
+            file.truncate(size)
+            local.Sink(file).write(lines)
+            os.fsync(file.fileno())
+        return size + len(lines)
 
     @property
     def num_stored(self) -> int:
@@ -327,23 +311,21 @@ class RunFolder:
             self._listed |= sent.keys()
             self._commit()
 
-    def manifest_of(
-        self, names: Collection[str], others: Iterable[Shard] = ()
-    ) -> tuple[bytes, int]:
+    def manifest_of(self, names: Collection[str], others: Iterable[Shard] = ()) -> bytes:
         """The manifest as a reader of the bucket is to find it while the run goes on, with those
-        shards alone and `others`; and how many bytes of the journal hold the answers to them."""
+        shards alone and `others`. `journal_bytes` of the journal hold at least their answers."""
         with self._commits:
             files = [s for name, s in self.shards.items() if name in names and name in self._listed]
-            return json_lines(self._manifest([*files, *others], "running", {})), self._journal_bytes
+            return local.json_lines(self._manifest([*files, *others], "running", {}))
 
     def _commit(self) -> Manifest:
         self._check_that_it_is_ours()
         files = [shard for name, shard in self.shards.items() if name in self._listed]
         manifest = self._manifest(files, self._status, self._extra)
-        write_json(self.manifest_path, manifest)
+        local.write_json(self.manifest_path, manifest)
         if self.writer.owner and self.writer.count == 1:  # a part's, by which it is read alone
             joint = self._manifest(list(self.shards.values()), self._status, self._extra)
-            write_json(self.path / "metadata.json", joint)
+            local.write_json(self.path / "metadata.json", joint)
         self._stamp = self._read_stamp()
         return manifest
 
@@ -369,7 +351,7 @@ class RunFolder:
         return {
             "format_version": FORMAT_VERSION,
             "status": status,
-            **totals(files),
+            **stored.totals(files),
             "cell_columns": list(CELL_COLUMNS),
             **self._static,
             "seconds": seconds,
@@ -389,7 +371,7 @@ class RunFolder:
             yield
         except OSError as error:
             need = f"the shard takes {shard_bytes(items) / 1e6:.1f} MB, " if items else ""
-            free = free_bytes(self.path) / 1e6
+            free = local.free_bytes(self.path) / 1e6
             self._failure = UserError(
                 f"cannot write to {self.path}: {error.strerror}; {need}{free:.1f} MB are free. "
                 "What was written before is intact: free space and --resume",

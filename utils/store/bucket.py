@@ -14,6 +14,7 @@ import io
 import logging
 import os
 import random
+import re
 import secrets
 import tempfile
 import threading
@@ -26,16 +27,49 @@ from utils.errors import UserError
 from utils.store.deadline import within
 from utils.store.errors import brief, code_of, explained, is_refusal, is_remote, retry
 from utils.store.local import checksum
-from utils.store.uris import SCHEME, is_uri, parse_uri
 
-__all__ = ["BucketFolder", "Damaged", "NameTaken", "Receipt", "Stopped", "is_uri", "parse_uri"]
-
+SCHEME = "gs://"
 CHUNK_BYTES = 8 << 20  # of an upload; what is not larger goes in one request
 PREFLIGHT_SECONDS = 18
 REQUEST_SECONDS = 30  # without an answer
 MAX_PAUSE_SECONDS = 20
 
 log = logging.getLogger(__name__)
+
+
+def is_uri(path: str | Path) -> bool:
+    """Whether `path` speaks of a bucket; pathlib leaves one slash of the two."""
+    return str(path).startswith("gs:/")
+
+
+def parse_uri(uri: str | Path, flag: str = "") -> tuple[str, str]:
+    """`gs://bucket/some/prefix/` -> ("bucket", "some/prefix").
+
+    flag: named in the UserError that is raised for anything else.
+    """
+    text = str(uri)
+    if isinstance(uri, Path) and is_uri(uri):
+        text = SCHEME + text.removeprefix("gs:/")
+    where = f"{flag} {text}".strip()
+    if not text.startswith(SCHEME):
+        written = "that" if ":" in text else f"gs://{text.lstrip('/')}"
+        raise UserError(f"{where} is not gs://BUCKET/PREFIX: write {written}")
+    bucket, _, prefix = text.removeprefix(SCHEME).partition("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+        raise UserError(
+            f"{where}: {bucket!r} is no name of a bucket, which is lower-case letters, digits, "
+            "dashes, underscores and dots: write gs://BUCKET/PREFIX"
+        )
+    prefix = prefix.removesuffix("/")
+    parts = prefix.split("/")
+    if prefix and not {"", ".", ".."}.isdisjoint(parts):
+        plain = "/".join(part for part in parts if part.strip("."))
+        raise UserError(
+            f"{where}: a part of the prefix is empty, `.` or `..`: write gs://{bucket}/{plain}"
+        )
+    if not prefix.isprintable() or len(prefix.encode()) > 900 or parts[0] == ".well-known":
+        raise UserError(f"{where}: a bucket takes no such prefix: choose a shorter, plainer one")
+    return bucket, prefix
 
 
 class Stopped(Exception):
@@ -65,8 +99,8 @@ class Receipt:
 
 @dataclass(frozen=True)
 class _Sealed:
-    """The first `size` bytes of a file, or of bytes, as they were when `crc32c` was taken of them;
-    on their way to the object `name`."""
+    """The first `size` bytes of `source`, as they were when `crc32c` was taken of them, on their
+    way to the object `name`."""
 
     source: Path | bytes
     name: str
@@ -94,11 +128,11 @@ def opened(source: Path | bytes) -> BinaryIO:
 
 
 def _client() -> Any:
-    return _client_of(os.environ.get("STORAGE_EMULATOR_HOST"))
+    return _client_of(os.environ.get("STORAGE_EMULATOR_HOST", ""))
 
 
 @functools.cache
-def _client_of(emulator: str | None) -> Any:
+def _client_of(emulator: str) -> Any:
     from google.cloud import storage
 
     if emulator and not emulator.startswith(("http://", "https://")):

@@ -85,10 +85,7 @@ def whole_name(name: str) -> str:
 
 
 def remove_partial(path: Path) -> None:
-    """Removes what processes that were killed have left of the file `path`.
-
-    To be called by the one process that may write it, see `utils.store.locks`.
-    """
+    """Removes what processes that were killed have left of the file `path`, which is locked."""
     with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way
         for name in os.listdir(path.parent):
             if name != path.name and whole_name(name) == path.name:
@@ -125,11 +122,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, exclusive: bool = False) -> Iterator["Sink"]:
-    """What goes into the sink has the name `path` only once all of it is on the disk.
-
-    exclusive: raise FileExistsError in the end, and replace nothing, where a file has that name.
-    Raises OSError.
-    """
+    """What goes into the sink has the name `path` once all of it is on the disk; see `Draft`."""
     with Draft(path) as draft:
         yield Sink(draft.file)
         draft.commit(exclusive)
@@ -140,8 +133,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to be filled, which is called `path` once the block has ended without an error.
 
     Until then it lies beside `path` under a random name that ends in `.partial`; an error removes
-    it. Its files are brought to the disk before it is renamed. The parent of `path` is made. Raises
-    OSError, also where `path` is there already and is not an empty folder.
+    it. The parent of `path` is made. Raises OSError, also where `path` is there already and is not
+    an empty folder.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,8 +213,7 @@ def json_lines(value: dict[str, Any]) -> bytes:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes `json_lines`; `path` holds the old content or the new one, never a part. Raises
-    OSError."""
+    """`json_lines`; `path` holds the old content or the new one, never a part. Raises OSError."""
     with replacing(path) as sink:
         sink.write(json_lines(value))
 
@@ -238,7 +230,6 @@ def write_json_atomic(path: str | Path, value: dict[str, Any]) -> None:
 
 class JsonFile(Draft):
     """A JSON object or list written item by item, one a line, as a `Draft` that raises UserError.
-    Its folder must be there.
 
     brackets: `{}` of an object, whose items are `"key": value`, or `[]` of a list.
     """
@@ -289,8 +280,11 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing(folder)) as probe:
             probe.write(b"x")
     except OSError as error:
-        hint = "choose another folder"
-        raise UserError(f"cannot write to {folder}: {error.strerror}; {hint}") from error
+        raise unwritable(folder, error) from error
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to {folder}: {error.strerror}; choose another folder")
 
 
 def free_bytes(folder: Path) -> int:

@@ -12,22 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.store.local import remove_partial
+from utils.store.local import remove_partial, unwritable
 
 log = logging.getLogger(__name__)
 _without_locks: set[int] = set()  # devices of which the log has said so
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """`folder`, made if need be, for this process alone.
 
     A folder that was made for it is removed again if it is empty in the end. Raises UserError while
     another process holds it, and where it cannot be made. On a file system without locks nothing is
     held, and the log says so, once.
     """
-    with _owned(folder, folder):
-        yield
+    return _owned(folder, folder)
 
 
 @contextlib.contextmanager
@@ -79,8 +77,7 @@ def _owned(what: Path, lock: Path, other: str = "folder") -> Iterator[None]:
             f"another process is writing to {what}: wait for its end, or choose another {other}"
         ) from None
     except OSError as error:
-        hint = "choose another folder"
-        raise UserError(f"cannot write to {what}: {error.strerror}; {hint}") from error
+        raise unwritable(what, error) from error
     try:
         yield
     finally:
@@ -108,18 +105,14 @@ def _take(lock: Path, is_folder: bool) -> tuple[int, list[Path]]:
                 os.close(handle)
                 raise
             except OSError as error:
-                _say_no_locks(os.fstat(handle).st_dev, f"{lock}: {error.strerror}")
+                if (device := os.fstat(handle).st_dev) not in _without_locks:
+                    _without_locks.add(device)
+                    log.warning(
+                        "the file system has no locks (%s: %s), which would keep two processes "
+                        "apart: let no other one write there",
+                        *(lock, error.strerror),
+                    )
             if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
                 return handle, missing
             os.close(handle)
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(lock))
-
-
-def _say_no_locks(device: int, why: str) -> None:
-    if device not in _without_locks:
-        _without_locks.add(device)
-        log.warning(
-            "the file system has no locks (%s), which would keep two processes apart: let no other "
-            "one write there",
-            why,
-        )
