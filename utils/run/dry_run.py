@@ -31,7 +31,7 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
     """The item of a sample as the run will store it, its arrays zero.
 
     Its size is exact unless an answer is generated: that one is taken at its longest, and as the
-    largest grid that so many tokens can hold.
+    largest grid that so many tokens can hold, each of them in a cell.
     """
     request, config = plan.request, plan.config
     encoded = plan.encode(sample)
@@ -42,21 +42,24 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
         A = request.max_output_tokens
         cells = np.zeros((min(A, MAX_SIDE**2), 7), np.int32)
         cells[:, :2] = -1, 1  # of the test output
+        cells[:, 5] = P + np.arange(len(cells))
+        cells[:, 6] = P + A
         grid = [[0] * MAX_SIDE] * -(-len(cells) // MAX_SIDE)
         answers.append(np.zeros(A, np.int32))
         said.append(Answer(grid, None, cells))
-    kept = len(plan.capture.rows(P, A))
-    states = np.zeros((kept, config.hidden_size), request.activation_dtype)
     logits = np.zeros((1, config.vocab_size), request.activation_dtype)
     result = Result(
         sample,
         encoded,
         answers,
         [np.zeros(A, np.float32)] if A else [],
-        dict.fromkeys(plan.capture.names, states),
+        {},
         None if request.no_logits else logits,
     )
-    return to_item(result, plan, said)[0]
+    item = to_item(result, plan, said)[0]
+    rows = len(item.get("positions", item["input_ids"]))
+    states = np.zeros((rows, config.hidden_size), request.activation_dtype)  # takes no memory
+    return {**item, "activations": dict.fromkeys(plan.capture.names, states)}
 
 
 def planned_items(plan: Plan, process: int) -> Iterator[dict[str, Any] | None]:
@@ -98,8 +101,11 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
     to this disk, where processes write to several.
     """
     request = plan.request
-    todo = [sample.length for sample in plan.samples if sample.key not in done]
-    kept = sum(len(plan.capture.rows(length.prompt, length.answer)) for length in todo)
+    todo = [sample for sample in plan.samples if sample.key not in done]
+    kept = sum(
+        plan.capture.num_kept(sample.length.prompt, sample.length.answer, sample.cell_tokens)
+        for sample in todo
+    )
     values = kept * plan.config.hidden_size * len(plan.capture.names)
     if plan.capture.names and not request.no_logits:
         values += len(todo) * plan.config.vocab_size
@@ -109,7 +115,8 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
     if need > (free := free_bytes(plan.run_folder)):
         raise UserError(
             f"{plan.run_folder} needs at least {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB "
-            "free: free space, or take fewer layers, --token_positions or tasks"
+            "free: free space, or take fewer layers, --token_positions, --max_rows_per_sample or "
+            "tasks"
         )
 
 
