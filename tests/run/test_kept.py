@@ -60,12 +60,13 @@ def test_rows_of_cells_are_those_of_the_item(
     assert any(other[key]["positions"].tolist() != some[key]["positions"].tolist() for key in every)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("max_rows", [None, 30])
 @pytest.mark.parametrize("positions", ["cells", "prompt"])
 def test_the_dry_run_counts_the_rows_that_are_kept(
-    positions, max_rows, tiny_model, tasks_file, tmp_path
+    positions, max_rows, dtype, tiny_model, tasks_file, tmp_path
 ):
-    flags = {"teacher_forcing": True, "token_positions": positions}
+    flags = {"teacher_forcing": True, "token_positions": positions, "activation_dtype": dtype}
     flags |= {"max_rows_per_sample": max_rows} if max_rows else {}
     folder = extracted(tmp_path, tiny_model, tasks_file, **flags)
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]

@@ -156,9 +156,10 @@ class Request:
         type=int_at_least(1),
     )
     activation_dtype: str = _extracted(
-        "on disk; what float16 cannot hold is stored as float32 and counted",
+        "on disk; int8 is with a scale for each row, and the manifest says how far off it is; what "
+        "float16 or int8 cannot hold is stored as float32 and counted",
         default="float16",
-        choices=("float16", "float32"),
+        choices=("float16", "float32", "int8"),
     )
     no_logits: bool = _extracted(
         "leave out output_logits; with --max_output_tokens 0 the pass ends after the last captured "

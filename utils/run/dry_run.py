@@ -20,6 +20,7 @@ from utils.prompt.formats import Answer
 from utils.run.compute import Result, to_item
 from utils.run.summary import print_shortfalls, views_of
 from utils.shards.filling import planned_shards
+from utils.shards.items import logits_dtype
 from utils.store.local import free_bytes
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
         grid = [[0] * MAX_SIDE] * -(-len(cells) // MAX_SIDE)
         answers.append(np.zeros(A, np.int32))
         said.append(Answer(grid, None, cells))
-    logits = np.zeros((1, config.vocab_size), request.activation_dtype)
+    logits = np.zeros((1, config.vocab_size), logits_dtype(request.activation_dtype))
     result = Result(
         sample,
         encoded,
@@ -59,7 +60,10 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
     item = to_item(result, plan, said)[0]
     rows = len(item.get("positions", item["input_ids"]))
     states = np.zeros((rows, config.hidden_size), request.activation_dtype)  # takes no memory
-    return {**item, "activations": dict.fromkeys(plan.capture.names, states)}
+    item["activations"] = dict.fromkeys(plan.capture.names, states)
+    if request.activation_dtype == "int8":
+        item["scales"] = dict.fromkeys(plan.capture.names, np.zeros(rows, np.float32))
+    return item
 
 
 def planned_items(plan: Plan, process: int) -> Iterator[dict[str, Any] | None]:
@@ -106,10 +110,13 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
         plan.capture.num_kept(sample.length.prompt, sample.length.answer, sample.cell_tokens)
         for sample in todo
     )
-    values = kept * plan.config.hidden_size * len(plan.capture.names)
+    dtype, logits = (
+        np.dtype(name).itemsize
+        for name in (request.activation_dtype, logits_dtype(request.activation_dtype))
+    )
+    need = kept * plan.config.hidden_size * len(plan.capture.names) * dtype * share
     if plan.capture.names and not request.no_logits:
-        values += len(todo) * plan.config.vocab_size
-    need = values * np.dtype(request.activation_dtype).itemsize * share
+        need += len(todo) * plan.config.vocab_size * logits * share
     if request.delete_after_upload:
         need = min(need, request.max_pending_gb * 1e9 + request.max_shard_mb * 1e6)
     if need > (free := free_bytes(plan.run_folder)):
