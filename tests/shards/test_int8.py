@@ -18,6 +18,7 @@ from utils.dataset import ActivationDataset, Selection
 from utils.dataset.bridges import export_for_saelens
 from utils.dataset.contrast import contrast
 from utils.dataset.stats import activation_stats
+from utils.run import conclude
 from utils.shards import __main__ as merge
 from utils.shards import iter_items, load_shard
 from utils.shards.held import Writer
@@ -155,6 +156,12 @@ def test_errors_are_right_of_several_processes_and_after_a_merge(tmp_path):
     for index in (0, 1):
         write(tmp_path / "run", range(index, 7, 2), writer=Writer(index, 2), mode="resume")
     check_errors(read_manifest(tmp_path / "run"), tmp_path / "run", range(7))
+    both = [
+        json.loads((tmp_path / "run" / f"metadata_host00{index}.json").read_text())
+        for index in (0, 1)
+    ]
+    joint = conclude._joint(both[0], [(manifest, []) for manifest in both])
+    check_errors(joint, tmp_path / "run", range(7))
     parts, manifests = [tmp_path / "part0", tmp_path / "part1"], []
     for part, folder in enumerate(parts):
         facts = {
