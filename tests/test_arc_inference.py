@@ -156,7 +156,7 @@ def test_two_runs_are_equal_to_the_byte(tiny_model, tasks_file, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.parametrize("positions", ["prompt", "answer", "last"])
+@pytest.mark.parametrize("positions", ["prompt", "answer", "last", "cells"])
 def test_selected_positions_are_named(tiny_model, tasks_file, tmp_path, positions):
     every = items_of(tiny_model, tasks_file, tmp_path / "all", "--teacher_forcing")
     chosen = items_of(
@@ -165,7 +165,9 @@ def test_selected_positions_are_named(tiny_model, tasks_file, tmp_path, position
     )
     for key, item in chosen.items():
         P, T = item["prompt_length"], len(item["input_ids"])
-        expected = {"prompt": range(P), "answer": range(P, T), "last": [P - 1]}[positions]
+        held = {token for *_, start, stop in item["cells"] for token in range(start, stop)}
+        expected = {"prompt": range(P), "answer": range(P, T), "last": [P - 1]}
+        expected = expected.get(positions, sorted(held))
         assert item["positions"].dtype == np.int32
         assert item["positions"].tolist() == list(expected)
         for name, states in item["activations"].items():

@@ -143,7 +143,8 @@ BAD_VALUES = [
     ({"layers_to_extract": True}, "--layers_to_extract: expected at least one argument"),
     ({"hook_points": "resid"}, "--hook_points: invalid choice: 'resid'"),
     ({"token_positions": "first"}, "--token_positions: invalid choice"),
-    ({"activation_dtype": "int8"}, "--activation_dtype: invalid choice"),
+    ({"activation_dtype": "int4"}, "--activation_dtype: invalid choice"),
+    ({"max_rows_per_sample": 0}, "--max_rows_per_sample: 0 is below 1"),
     ({"save_every_n_samples": 0}, "--save_every_n_samples: 0 is below 1"),
     ({"max_shard_mb": 0}, "--max_shard_mb: 0 is not a finite number of at least 1"),
     ({"max_shard_mb": "1GB"}, "'1GB' is not a number"),
@@ -226,6 +227,7 @@ CONTRADICTIONS = [
         "leave out --hook_points, --no_logits",
     ),
     ({"no_extraction": True, "token_positions": "last"}, "leave out --token_positions"),
+    ({"no_extraction": True, "max_rows_per_sample": 5}, "leave out --max_rows_per_sample"),
 ]
 
 
@@ -297,8 +299,8 @@ def test_help_shows_choices_in_braces_also_beside_a_file():
         "--prompt_format {chat,turns,compact,plain}|FILE",
         "--grid_encoding {digits,spaced,numbered,words}",
         "--dtype {float32,bfloat16}",
-        "--token_positions {all,prompt,answer,last}",
-        "--activation_dtype {float16,float32}",
+        "--token_positions {all,prompt,answer,last,cells}",
+        "--activation_dtype {float16,float32,int8}",
         "--hook_points {resid_pre,resid_mid,resid_post,attn_out,mlp_out}",
     ):
         assert f"\n  {choices}" in text
@@ -732,8 +734,10 @@ def test_resume_names_what_differs(refused, run, tiny_model, tasks_file, tmp_pat
         ({"layers_to_extract": 0}, "activations.resid_post.1 was {"),
         ({"hook_points": "attn_out"}, "activations.attn_out.0 was None"),
         ({"token_positions": "last"}, "capture.token_positions was 'all', is 'last'"),
+        ({"max_rows_per_sample": 5}, "capture.max_rows_per_sample was None, is 5"),
         ({"no_logits": True}, "capture.logits was True, is False"),
         ({"activation_dtype": "float32"}, "dtype was 'float16', is 'float32'"),
+        ({"activation_dtype": "int8"}, "dtype was 'float16', is 'int8'"),
         ({"dtype": "bfloat16"}, "model.dtype was 'float32', is 'bfloat16'"),
         ({"max_output_tokens": 9}, "generation.max_output_tokens was 100, is 9"),
         ({"temperature": 1}, "generation.temperatures was [0.0], is [1.0]"),

@@ -28,6 +28,7 @@ from utils.dataset.stats import activation_stats
 from utils.errors import UserError, some
 from utils.model.capture import HOOK_POINTS
 from utils.prompt.codec import load_tokenizer
+from utils.shards.int8 import values_of
 from utils.shards.items import to_float32
 from utils.shards.manifest import Manifest, differences, read_manifest
 from utils.shards.reader import read_ahead, read_entry
@@ -134,7 +135,8 @@ class ActivationDataset:
     def parts(
         self, seed: int | None = None, worker: int = 0, workers: int = 1
     ) -> Iterator[ActivationRows]:
-        """Every sample's selected rows, as stored; samples without any are left out.
+        """Every sample's selected rows, as stored but int8 as float32; samples without any are left
+        out.
 
         seed: of the order of shards; None keeps the manifests'. worker, workers: this one's share
         of the shards. The next shard is read while this one is used. Raises UserError where
@@ -166,7 +168,6 @@ class ActivationDataset:
 
     def _select(self, item: dict[str, Any], place: int, left_out: Counter[str]) -> ActivationRows:
         s = self.selection
-        states = item["activations"][self.name]
         tokens = item.get("positions", np.arange(len(item["input_ids"]), dtype=np.int32))
         left = np.ones(len(tokens), bool)
 
@@ -187,10 +188,10 @@ class ActivationDataset:
         if len(self._special):
             drop(SPECIAL, np.isin(item["input_ids"][tokens], self._special))
         if self._norm_limit is not None:
-            norms = np.linalg.norm(to_float32(states), axis=1)
+            norms = np.linalg.norm(to_float32(values_of(item, self.name)), axis=1)
             drop(SINK, norms > self._norm_limit)
         rows = np.flatnonzero(left)
-        states = states if len(rows) == len(states) else states[rows]
+        states = values_of(item, self.name, slice(None) if left.all() else rows)
         samples, tokens = np.full(len(rows), place, np.int32), tokens[rows]
         return ActivationRows(states, samples, tokens, item["input_ids"][tokens], held[rows])
 
@@ -240,7 +241,7 @@ class ActivationDataset:
 
     def rows(self, most: int | None = None, seed: int = 0) -> ActivationRows:
         """All selected rows in memory, in order, or `most` of them, drawn at random by `seed` from
-        all in one pass (reservoir sampling, Vitter 1985). Activations are as stored."""
+        all in one pass (reservoir sampling, Vitter 1985). Activations are as `parts` gives them."""
         if most is None:
             return ActivationRows.joined(list(self.parts()))
         random, seen = np.random.default_rng(seed), 0

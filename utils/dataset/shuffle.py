@@ -78,7 +78,8 @@ class Buffer:
     def put(self, places: np.ndarray, block: ActivationRows) -> None:
         """Of places that are named twice, the last row stays."""
         if block.activations.dtype.itemsize > self.rows.activations.dtype.itemsize:
-            # float16 could not hold a value of this block, so it was stored as float32.
+            # What was stored before this block is float16, and this is float32: float16 could not
+            # hold a value of it, or it is of another run.
             wider = self.rows.activations.astype(block.activations.dtype)
             self.rows = replace(self.rows, activations=wider)
         for column, values in zip(self.rows.columns(), block.columns(), strict=True):

@@ -1,13 +1,16 @@
 """Which layers and hook points are captured, for which tokens, and what each capture is called."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from utils.errors import UserError
 
 HOOK_POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-TOKEN_POSITIONS = ("all", "prompt", "answer", "last")
+TOKEN_POSITIONS = ("all", "prompt", "answer", "last", "cells")
 
 
 @dataclass(frozen=True)
@@ -16,15 +19,26 @@ class CaptureSpec:
 
     names: the keys of an item's `activations`, `"<hook_point>.<layer>"`, layers ascending. tokens:
     which tokens' states are kept, one of TOKEN_POSITIONS; `last` is the last token of the prompt,
-    the one that the answer's first token is predicted from.
+    the one that the answer's first token is predicted from, and `cells` are those that hold a cell
+    of any grid. max_rows: of these tokens so many are drawn in each sample, by `seed`.
+
+    The device captures one run of tokens, `rows`; the host keeps those among them that `kept` says.
     """
 
     names: tuple[str, ...] = ()
     tokens: str = "all"
+    max_rows: int | None = None
+    seed: int = 0
 
     @classmethod
     def from_flags(
-        cls, num_layers: int, layers: Sequence[str] | None, hook_points: Sequence[str], tokens: str
+        cls,
+        num_layers: int,
+        layers: Sequence[str] | None,
+        hook_points: Sequence[str],
+        tokens: str,
+        max_rows: int | None = None,
+        seed: int = 0,
     ) -> "CaptureSpec":
         """layers: integers (negative from the end) or `all`; None is first, middle and last.
 
@@ -37,20 +51,51 @@ class CaptureSpec:
                     f"hook point {hook_point!r} does not exist; there are {', '.join(HOOK_POINTS)}"
                 )
         wanted = [point for point in HOOK_POINTS if point in hook_points]
-        return cls(tuple(f"{point}.{i}" for i in indices for point in wanted), tokens)
+        names = tuple(f"{point}.{i}" for i in indices for point in wanted)
+        return cls(names, tokens, max_rows, seed)
 
     def start(self, prompt: Any) -> Any:
         """Index of the first token that is kept, after prompts of `prompt` tokens: an int, or an
         array of the lengths of several prompts; always the int 0 where all start there."""
-        return {"all": 0, "prompt": 0, "answer": prompt, "last": prompt - 1}[self.tokens]
+        return {"answer": prompt, "last": prompt - 1}.get(self.tokens, 0)
 
     def rows(self, prompt: int, answer: int) -> range:
-        """The tokens that a capture's rows belong to, of a prompt and an answer of so many tokens.
-
-        This is the one place that knows what --token_positions means; `start` is its beginning.
+        """The tokens that a capture's rows belong to on the device, of a prompt and an answer of so
+        many tokens; `start` is its beginning. For `cells`, which lie anywhere, it is all of them.
         """
-        stop = {"all": prompt + answer, "answer": prompt + answer}.get(self.tokens, prompt)
+        stop = prompt if self.tokens in ("prompt", "last") else prompt + answer
         return range(self.start(prompt), stop)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every token of every sample has a row."""
+        return self.tokens == "all" and self.max_rows is None
+
+    def kept(
+        self, prompt: int, answer: int, spans: np.ndarray, key: tuple[str | int, ...]
+    ) -> np.ndarray:
+        """The tokens whose rows are stored, of `rows`: int32 [R], ascending.
+
+        spans: int [C, 2], first token of each cell and the one behind its last. key: of the sample.
+        What is drawn depends on the seed and the key alone: every token of a sample has a random
+        number, and those with the lowest are kept.
+        """
+        span = self.rows(prompt, answer)
+        tokens = np.arange(span.start, span.stop, dtype=np.int32)
+        if self.tokens == "cells":
+            tokens = tokens_in(spans, prompt + answer)
+        if self.max_rows is not None and len(tokens) > self.max_rows:
+            digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
+            # Raw bits: numpy may change how it makes other draws of them, but not the bits.
+            numbers = np.random.PCG64(int.from_bytes(digest)).random_raw(prompt + answer)
+            lowest = np.argsort(numbers[tokens], kind="stable")[: self.max_rows]
+            tokens = np.sort(tokens[lowest])
+        return tokens
+
+    def num_kept(self, prompt: int, answer: int, cell_tokens: int) -> int:
+        """How many tokens `kept` gives, where `cell_tokens` of them hold a cell."""
+        chosen = cell_tokens if self.tokens == "cells" else len(self.rows(prompt, answer))
+        return chosen if self.max_rows is None else min(chosen, self.max_rows)
 
     @property
     def in_prefill(self) -> bool:
@@ -66,6 +111,14 @@ class CaptureSpec:
     def last_layer(self) -> int:
         """Highest layer that is captured, or -1."""
         return max((int(name.rpartition(".")[2]) for name in self.names), default=-1)
+
+
+def tokens_in(spans: np.ndarray, tokens: int) -> np.ndarray:
+    """Which of so many tokens are in one of the spans, int [C, 2]: int32, ascending."""
+    steps = np.zeros(tokens + 1, np.int64)
+    np.add.at(steps, spans[:, 0], 1)
+    np.add.at(steps, spans[:, 1], -1)
+    return np.flatnonzero(steps.cumsum() > 0).astype(np.int32)
 
 
 def resolve_layers(num_layers: int, layers: Sequence[str] | None) -> list[int]:

@@ -143,6 +143,7 @@ class Plan:
             },
             "capture": {
                 "token_positions": request.token_positions,
+                "max_rows_per_sample": request.max_rows_per_sample,
                 "logits": not request.no_logits,
             },
             "generation": {
@@ -197,6 +198,8 @@ def plan_meshes(
             request.layers_to_extract,
             request.hook_points,
             request.token_positions,
+            request.max_rows_per_sample,
+            request.seed,
         )
     checkpoint = Checkpoint(local.model_path, config)
     codec = load_codec(

@@ -122,7 +122,11 @@ class Request:
         unset="0, greedy, for one answer; 0.7 for those after the first",
         type=float_at_least(0),
     )
-    seed: int = _answers("of the random draws, also those of the views", default=0, type=int)
+    seed: int = _answers(
+        "of the random draws, also those of the views and of --max_rows_per_sample",
+        default=0,
+        type=int,
+    )
     teacher_forcing: bool = _answers(
         "run prompt and ground truth in one pass instead of generating", default=False
     )
@@ -141,14 +145,21 @@ class Request:
     )
     token_positions: str = _extracted(
         "tokens whose states are kept; last is the prompt's last, which the answer's first token "
-        "is predicted from",
+        "is predicted from; cells are those that hold a cell of a grid",
         default="all",
         choices=TOKEN_POSITIONS,
     )
+    max_rows_per_sample: int | None = _extracted(
+        "of these tokens keep N of each sample, drawn at random by --seed, the same in every run",
+        unset="all",
+        metavar="N",
+        type=int_at_least(1),
+    )
     activation_dtype: str = _extracted(
-        "on disk; what float16 cannot hold is stored as float32 and counted",
+        "on disk; int8 is with a scale for each row, and the manifest says how far off it is; what "
+        "float16 or int8 cannot hold is stored as float32 and counted",
         default="float16",
-        choices=("float16", "float32"),
+        choices=("float16", "float32", "int8"),
     )
     no_logits: bool = _extracted(
         "leave out output_logits; with --max_output_tokens 0 the pass ends after the last captured "
@@ -261,7 +272,8 @@ class Request:
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
         self._check_upload()
-        names = self._given("layers_to_extract", "hook_points", "token_positions", "no_logits")
+        extracted = ("layers_to_extract", "hook_points", "token_positions", "max_rows_per_sample")
+        names = self._given(*extracted, "no_logits")
         if self.activations_dir is None and names:
             if self.distributed:
                 raise UserError(f"{names}: give --extract_activations too")

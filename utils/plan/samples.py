@@ -18,6 +18,7 @@ from utils.arc import tasks as arc
 from utils.arc.tasks import SampleKey
 from utils.arc.views import View, views
 from utils.errors import UserError
+from utils.model.capture import tokens_in
 from utils.plan.batching import Length
 from utils.plan.request import Request
 from utils.prompt.codec import Codec
@@ -27,13 +28,15 @@ from utils.prompt.codec import Codec
 class Sample:
     """One test input of a task in one view, and how much of the task its prompt holds.
 
-    original: the task as the dataset has it. view: None where a run is not augmented.
+    original: the task as the dataset has it. cell_tokens: those of `length` that hold a cell.
+    view: None where a run is not augmented.
     """
 
     original: arc.Task
     sample_idx: int
     num_train_pairs: int
     length: Length
+    cell_tokens: int
     view: View | None = None
 
     @property
@@ -142,7 +145,8 @@ def plan_samples(
                 reserved = answer if request.teacher_forcing else request.max_output_tokens
                 if prompt + reserved <= max_model_len:
                     length = Length(prompt, answer, expected)
-                    samples.append(Sample(original, index, pairs, length, view))
+                    cell_tokens = len(tokens_in(encoded.cells[:, 5:], prompt + answer))
+                    samples.append(Sample(original, index, pairs, length, cell_tokens, view))
                     break
             else:
                 reason = (

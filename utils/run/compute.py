@@ -35,8 +35,9 @@ class Result:
 
     answers: int32 ids of each generated answer, in the order of the predictions; none where the
     answer was forced, which `encoded` holds, or where there is none. logprobs: float32 [A] of each
-    answer, the forced one included. captures: name -> [R, D], of the tokens of `CaptureSpec.rows`.
-    logits: [1, V] at the last prompt token, or None.
+    answer, the forced one included. captures: name -> [R, D], of the tokens of `CaptureSpec.rows`,
+    from which `to_item` takes those of `CaptureSpec.kept`. logits: [1, V] at the last prompt token,
+    or None.
     """
 
     sample: Sample
@@ -231,14 +232,20 @@ def to_item(
     prediction = said[0].grid if said else None
     correct = prediction == sample.target if said and sample.target is not None else None
     ids = np.concatenate([encoded.ids, *result.answers[:1]])
+    cells = np.concatenate([encoded.cells, *(answer.cells for answer in said[:1])])
+    span = plan.capture.rows(P, len(ids) - P)
+    kept = plan.capture.kept(P, len(ids) - P, cells[:, 5:], sample.key)
+    states = result.captures
+    if len(kept) < len(span):
+        states = {name: rows[kept - span.start] for name, rows in states.items()}
     item = {
         "task_id": sample.original.task_id,
         "sample_idx": sample.sample_idx,
         "input_ids": ids,
         "prompt_length": P,
-        "activations": result.captures,
+        "activations": states,
         "output_logprobs": result.logprobs[0] if result.logprobs else np.zeros(0, np.float32),
-        "cells": np.concatenate([encoded.cells, *(answer.cells for answer in said[:1])]),
+        "cells": cells,
         "num_train_pairs": sample.num_train_pairs,
         "prediction": prediction,
         "target": sample.target,
@@ -247,8 +254,8 @@ def to_item(
     }
     if result.logits is not None and request.activations_dir is not None:
         item["output_logits"] = result.logits
-    if plan.capture.tokens != "all":
-        item["positions"] = np.array(plan.capture.rows(P, len(ids) - P), np.int32)
+    if not plan.capture.keeps_all:
+        item["positions"] = kept
     task_id, sample_idx, *number = sample.key
     if view:
         dropped = len(sample.original.train) - sample.num_train_pairs

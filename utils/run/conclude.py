@@ -79,7 +79,8 @@ def _joint(own: Manifest, parts: list[tuple[Manifest, list[dict[str, Any]]]]) ->
         str(index): {**manifest, "files": manifest["files"] + absent}
         for index, (manifest, absent) in enumerate(parts)
     }
-    of_all = ("files", "skipped", "seconds", "compile_seconds", "tokens_per_second", *totals([]))
+    summed = ("files", "skipped", "seconds", "compile_seconds", "tokens_per_second")
+    of_all = {*summed, *totals([], {})}
     return {**union_of(manifests), **{key: own[key] for key in own if key not in of_all}}
 
 

@@ -20,6 +20,7 @@ from utils.prompt.formats import Answer
 from utils.run.compute import Result, to_item
 from utils.run.summary import print_shortfalls, views_of
 from utils.shards.filling import planned_shards
+from utils.shards.items import logits_dtype
 from utils.store.local import free_bytes
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
     """The item of a sample as the run will store it, its arrays zero.
 
     Its size is exact unless an answer is generated: that one is taken at its longest, and as the
-    largest grid that so many tokens can hold.
+    largest grid that so many tokens can hold, each of them in a cell.
     """
     request, config = plan.request, plan.config
     encoded = plan.encode(sample)
@@ -42,21 +43,27 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
         A = request.max_output_tokens
         cells = np.zeros((min(A, MAX_SIDE**2), 7), np.int32)
         cells[:, :2] = -1, 1  # of the test output
+        cells[:, 5] = P + np.arange(len(cells))
+        cells[:, 6] = P + A
         grid = [[0] * MAX_SIDE] * -(-len(cells) // MAX_SIDE)
         answers.append(np.zeros(A, np.int32))
         said.append(Answer(grid, None, cells))
-    kept = len(plan.capture.rows(P, A))
-    states = np.zeros((kept, config.hidden_size), request.activation_dtype)
-    logits = np.zeros((1, config.vocab_size), request.activation_dtype)
+    logits = np.zeros((1, config.vocab_size), logits_dtype(request.activation_dtype))
     result = Result(
         sample,
         encoded,
         answers,
         [np.zeros(A, np.float32)] if A else [],
-        dict.fromkeys(plan.capture.names, states),
+        {},
         None if request.no_logits else logits,
     )
-    return to_item(result, plan, said)[0]
+    item = to_item(result, plan, said)[0]
+    rows = len(item.get("positions", item["input_ids"]))
+    states = np.zeros((rows, config.hidden_size), request.activation_dtype)  # takes no memory
+    item["activations"] = dict.fromkeys(plan.capture.names, states)
+    if request.activation_dtype == "int8":
+        item["scales"] = dict.fromkeys(plan.capture.names, np.zeros(rows, np.float32))
+    return item
 
 
 def planned_items(plan: Plan, process: int) -> Iterator[dict[str, Any] | None]:
@@ -98,18 +105,25 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
     to this disk, where processes write to several.
     """
     request = plan.request
-    todo = [sample.length for sample in plan.samples if sample.key not in done]
-    kept = sum(len(plan.capture.rows(length.prompt, length.answer)) for length in todo)
-    values = kept * plan.config.hidden_size * len(plan.capture.names)
+    todo = [sample for sample in plan.samples if sample.key not in done]
+    kept = sum(
+        plan.capture.num_kept(sample.length.prompt, sample.length.answer, sample.cell_tokens)
+        for sample in todo
+    )
+    dtype, logits = (
+        np.dtype(name).itemsize
+        for name in (request.activation_dtype, logits_dtype(request.activation_dtype))
+    )
+    need = kept * plan.config.hidden_size * len(plan.capture.names) * dtype * share
     if plan.capture.names and not request.no_logits:
-        values += len(todo) * plan.config.vocab_size
-    need = values * np.dtype(request.activation_dtype).itemsize * share
+        need += len(todo) * plan.config.vocab_size * logits * share
     if request.delete_after_upload:
         need = min(need, request.max_pending_gb * 1e9 + request.max_shard_mb * 1e6)
     if need > (free := free_bytes(plan.run_folder)):
         raise UserError(
             f"{plan.run_folder} needs at least {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB "
-            "free: free space, or take fewer layers, --token_positions or tasks"
+            "free: free space, or take fewer layers, --token_positions, --max_rows_per_sample or "
+            "tasks"
         )
 
 

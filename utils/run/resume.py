@@ -119,7 +119,8 @@ def restored_from(
 def _manifest_of(other: Manifest, shards: list[Shard]) -> bytes:
     """A manifest of these shards, of the same run as `other`."""
     files = [shard.to_json() for shard in shards]
-    return json_lines({**other, "status": "running", **stored.totals(shards), "files": files})
+    sums = stored.totals(shards, other.get("activations", {}))
+    return json_lines({**other, "status": "running", **sums, "files": files})
 
 
 def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:

@@ -66,7 +66,8 @@ def print_summary(plan: Plan, manifest: dict[str, Any]) -> None:
         print(f"activations   {request.activations_dir}: {shards}")
         if manifest["float16_overflows"]:
             print(
-                f"              {manifest['float16_overflows']} arrays were too large for float16"
+                f"              {manifest['float16_overflows']} arrays are float32, since "
+                f"{request.activation_dtype} could not hold them"
             )
     if plan.bucket is not None:
         print(f"uploaded      {plan.bucket}: all of these")

@@ -4,7 +4,17 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from utils.shards.items import array_bytes, shard_bytes, stored_item
+from utils.shards.int8 import Errors, joined
+from utils.shards.items import (
+    array_bytes,
+    float16_overflows,
+    non_finite_rows,
+    sample_key,
+    shard_bytes,
+    stored_item,
+)
+from utils.shards.manifest import Shard
+from utils.store.local import Sink
 
 
 class OpenShard:
@@ -14,25 +24,45 @@ class OpenShard:
     `max_shard_mb` megabytes (10^6 bytes); an item larger than that has a shard of its own.
     """
 
-    def __init__(self, save_every_n_samples: int | None, max_shard_mb: float):
+    def __init__(
+        self, save_every_n_samples: int | None, max_shard_mb: float, activation_dtype: str
+    ):
+        self._dtype = activation_dtype
         self._max_samples = save_every_n_samples or float("inf")
         self._max_bytes = max_shard_mb * 1e6
         self.clear()
 
     def clear(self) -> None:
         self.items: list[dict[str, Any]] = []
+        self._errors: Errors = {}
         self._bytes = 0
 
     def lacks_room_for(self, item: dict[str, Any]) -> bool:
         return bool(self.items) and self._bytes + array_bytes(item) > self._max_bytes
 
-    def append(self, item: dict[str, Any]) -> None:
+    def append(self, item: dict[str, Any], errors: Errors) -> None:
+        """errors: what int8 changed, by activation; none of an item that is not stored as int8."""
         self.items.append(item)
+        self._errors = joined(self._errors, errors)
         self._bytes += array_bytes(item)
 
     @property
     def is_full(self) -> bool:
         return len(self.items) >= self._max_samples
+
+    def as_written(self, filename: str, sink: Sink) -> Shard:
+        """What the manifest lists, once `sink` has taken the items."""
+        return Shard(
+            filename=filename,
+            num_samples=len(self.items),
+            num_tokens=sum(len(item["input_ids"]) for item in self.items),
+            size_bytes=sink.size,
+            crc32c=sink.crc32c,
+            samples=tuple(map(sample_key, self.items)),
+            float16_overflows=sum(float16_overflows(item, self._dtype) for item in self.items),
+            non_finite=sum(map(non_finite_rows, self.items)),
+            relative_error=self._errors,
+        )
 
 
 def planned_shards(
@@ -43,13 +73,14 @@ def planned_shards(
 ) -> Iterator[tuple[int, int]]:
     """(samples, file size in bytes) of each shard that `RunFolder` would make of `items`.
 
-    Arrays of `np.zeros` in the stored dtype take no memory. None stands for a `seal()`.
+    Arrays of `np.zeros` in the stored dtype take no memory, and those of int8 have their scales.
+    None stands for a `seal()`.
     """
-    shard = OpenShard(save_every_n_samples, max_shard_mb)
+    shard = OpenShard(save_every_n_samples, max_shard_mb, activation_dtype)
     for item in itertools.chain(items, [None]):
         stored = item and stored_item(item, activation_dtype)
         if shard.items and (stored is None or shard.is_full or shard.lacks_room_for(stored)):
             yield len(shard.items), shard_bytes(shard.items)
             shard.clear()
         if stored is not None:
-            shard.append(stored)
+            shard.append(stored, {})

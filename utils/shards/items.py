@@ -28,6 +28,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {  # in the order of storage
     "prompt_length": int,
     "positions": np.ndarray,  # int32 [R], absent when every token has a row
     "activations": dict,  # "<hook_point>.<layer>" -> [R, D]
+    "scales": dict,  # of activations in int8: name -> float32 [R]; see `utils.shards.int8`
     "output_logits": np.ndarray,  # [1, V], absent under --no_logits
     "output_logprobs": np.ndarray,  # float32 [T - prompt_length]
     "cells": np.ndarray,  # int32 [C, 7]
@@ -38,7 +39,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {  # in the order of storage
     "correct": (bool, NoneType),
     "teacher_forced": bool,
 }
-_OPTIONAL = {"view", "positions", "output_logits", "cells_original"}
+_OPTIONAL = {"view", "positions", "scales", "output_logits", "cells_original"}
 _INTEGERS = {key for key, kind in _TYPES.items() if kind is int}
 _BLOCK = 1 << 16  # values that are widened at once
 
@@ -59,6 +60,11 @@ def sample_name(key: SampleKey) -> str:
     """`task1, sample 0`, or with its view `task1, sample 0, view 2`."""
     words = zip(("{}", "sample {}", "view {}"), key, strict=False)
     return ", ".join(word.format(part) for word, part in words)
+
+
+def logits_dtype(activation_dtype: str) -> str:
+    """What `output_logits` are stored in."""
+    return "float16" if activation_dtype == "int8" else activation_dtype
 
 
 def to_storage(array: Any, dtype: str) -> np.ndarray:
@@ -111,6 +117,8 @@ def stored_item(item: dict[str, Any], activation_dtype: str) -> dict[str, Any]:
 
     Raises KeyError, TypeError or ValueError when keys, types or shapes are not those of an item: a
     mistake of the program's, never of the user's. A copy is made only of what is not stored as is.
+    Activations that have scales are int8, as `utils.shards.int8` makes them; beside "int8" the
+    others are those that int8 cannot hold, and stored as float32.
     """
     item = dict(item)
     for key in ("input_ids", "positions", "cells", "cells_original"):
@@ -118,15 +126,20 @@ def stored_item(item: dict[str, Any], activation_dtype: str) -> dict[str, Any]:
             array = np.asarray(item[key])
             item[key] = np.ascontiguousarray(array.astype(np.int32, "C", "same_kind", copy=False))
     item["output_logprobs"] = to_storage(item["output_logprobs"], "float32")
+    scales = item.get("scales", {})
+    wide = "float32" if activation_dtype == "int8" else activation_dtype
     item["activations"] = {
-        name: to_storage(array, activation_dtype) for name, array in item["activations"].items()
+        name: to_storage(array, "int8" if name in scales else wide)
+        for name, array in item["activations"].items()
     }
     if "output_logits" in item:
-        item["output_logits"] = to_storage(item["output_logits"], activation_dtype)
+        dtype = logits_dtype(activation_dtype)
+        item["output_logits"] = to_storage(item["output_logits"], dtype)
     check_items([item])
     tokens = len(item["input_ids"])
     rows = len(item.get("positions", item["input_ids"]))
     shapes = {name: len(array) == rows for name, array in item["activations"].items()}
+    shapes |= {f"scales of {name}": len(array) == rows for name, array in scales.items()}
     shapes["output_logprobs"] = item["output_logprobs"].shape == (tokens - item["prompt_length"],)
     shapes["cells"] = item["cells"].shape[1:] == (len(CELL_COLUMNS),)
     if "cells_original" in item:
@@ -152,22 +165,29 @@ def check_items(items: Any) -> None:
                 raise TypeError(f"item {index} holds a {type(value).__name__} as {key}")
         if "view" in item and type(item["view"].get("number")) is not int:
             raise TypeError(f"item {index} holds a view without a number")
+        scales = item.get("scales", {})
+        for key, mapping in (("activations", item["activations"]), ("scales", scales)):
+            for name, array in mapping.items():
+                if not isinstance(name, str) or not isinstance(array, np.ndarray):
+                    raise TypeError(f"item {index}: {key}[{name!r}] is not an array")
         for name, array in item["activations"].items():
-            if not isinstance(name, str) or not isinstance(array, np.ndarray):
-                raise TypeError(f"item {index}: activations[{name!r}] is not an array")
+            if (array.dtype == np.int8) != (name in scales):
+                lacks = "with" if name in scales else "without"
+                raise ValueError(f"item {index}: {name} is {array.dtype} {lacks} scales")
 
 
 def array_bytes(item: dict[str, Any]) -> int:
     """Bytes of all arrays of a stored item."""
-    values = (*item.values(), *item["activations"].values())
+    values = (*item.values(), *item["activations"].values(), *item.get("scales", {}).values())
     return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
 
 
 def float16_overflows(item: dict[str, Any], activation_dtype: str) -> int:
-    """Arrays of a stored item that `activation_dtype` could not hold."""
-    model_arrays = [*item["activations"].values()]
-    model_arrays += [item["output_logits"]] if "output_logits" in item else []
-    return sum(array.dtype != np.dtype(activation_dtype) for array in model_arrays)
+    """Arrays of a stored item that are float32 because `activation_dtype` could not hold them."""
+    wide = [array.dtype != np.dtype(activation_dtype) for array in item["activations"].values()]
+    if "output_logits" in item:
+        wide.append(item["output_logits"].dtype != np.dtype(logits_dtype(activation_dtype)))
+    return sum(wide)
 
 
 def dump(items: list[dict[str, Any]], sink: Sink) -> None:
@@ -196,7 +216,7 @@ def load(file: BinaryIO) -> list[dict[str, Any]]:
     except (TypeError, ValueError) as error:
         raise pickle.UnpicklingError(str(error)) from error
     for item in items:
-        for mapping in (item, item["activations"]):
+        for mapping in (item, item["activations"], item.get("scales", {})):
             for key, value in mapping.items():
                 if type(value) is _Reconstructed:
                     mapping[key] = value.view(np.ndarray)

@@ -9,12 +9,14 @@ to a bucket lists it with its receipt.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from utils.arc.tasks import SampleKey
 from utils.errors import UserError
+from utils.shards.int8 import Errors, RelativeError, joined
 from utils.shards.items import sample_key, sample_name
 from utils.store.local import whole_name
 from utils.store.places import place_of
@@ -26,6 +28,8 @@ JOURNAL = re.compile(r"answers(_host\d{3,})?\.jsonl")
 
 _TIMINGS = ("seconds", "compile_seconds", "tokens_per_second")
 _EMPTY = (None, [], {})
+# What is read matters, not where it lies; and what was measured is no setting.
+_APART = ("path", "relative_error")
 _LATER = ("prompt.tokenizer_hash", "prompt.stop_ids")  # which the first manifests do not say
 
 Manifest = dict[str, Any]  # the JSON object that `metadata.json` holds
@@ -37,7 +41,7 @@ class Shard:
 
     uploaded: the receipt of the bucket (`uri`, `size`, `crc32c`, `generation`), or False.
     float16_overflows: arrays that were stored as float32. non_finite: activation rows in which the
-    model itself made a NaN or an infinity.
+    model itself made a NaN or an infinity. relative_error: of activations stored as int8, by name.
     """
 
     filename: str
@@ -48,6 +52,7 @@ class Shard:
     samples: tuple[SampleKey, ...]
     float16_overflows: int = 0
     non_finite: int = 0
+    relative_error: Errors = field(default_factory=dict)
     uploaded: dict[str, Any] | bool = False
 
     @classmethod
@@ -64,11 +69,18 @@ class Shard:
             samples=tuple(map(tuple, entry["samples"])),
             float16_overflows=int(entry.get("float16_overflows", 0)),
             non_finite=int(entry.get("non_finite", 0)),
+            relative_error={
+                name: RelativeError(**error)
+                for name, error in entry.get("relative_error", {}).items()
+            },
             uploaded=entry["uploaded"],
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "samples": [list(key) for key in self.samples]}
+        entry = {**asdict(self), "samples": [list(key) for key in self.samples]}
+        if not self.relative_error:
+            del entry["relative_error"]
+        return entry
 
     @property
     def owner(self) -> str:
@@ -188,7 +200,7 @@ def union_of(manifests: dict[str, Manifest]) -> Manifest:
     return {
         **ordered[0],
         "status": "complete" if complete else "running",
-        **totals(shards),
+        **totals(shards, ordered[0].get("activations", {})),
         "seconds": seconds,
         "compile_seconds": compile_seconds,
         "tokens_per_second": tokens / seconds if seconds else 0.0,
@@ -197,15 +209,23 @@ def union_of(manifests: dict[str, Manifest]) -> Manifest:
     }
 
 
-def totals(shards: Iterable[Shard]) -> dict[str, int]:
-    """The manifest entries that sum up its files."""
+def totals(shards: Iterable[Shard], activations: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest entries that sum up its files. One of them is `activations`, of which each entry
+    is given and its `relative_error` is what the shards say together."""
     shards = list(shards)
+    errors: Errors = reduce(joined, (shard.relative_error for shard in shards), {})
+    described = {name: dict(entry) for name, entry in activations.items()}
+    for name, entry in described.items():
+        entry.pop("relative_error", None)
+        if (error := errors.get(name)) and error.rows:
+            entry["relative_error"] = {"mean": error.sum / error.rows, "max": error.max}
     return {
         "total_samples": sum(shard.num_samples for shard in shards),
         "total_batches": len(shards),
         "total_tokens": sum(shard.num_tokens for shard in shards),
         "float16_overflows": sum(shard.float16_overflows for shard in shards),
         "non_finite": sum(shard.non_finite for shard in shards),
+        "activations": described,
     }
 
 
@@ -221,7 +241,7 @@ def changed_settings(manifest: Manifest, settings: Mapping[str, Any]) -> list[st
 
 
 def differences(was: Any, now: Any, name: str = "") -> list[str]:
-    """`model.hash was 'a', is 'b'` for each entry that differs; keys named `path` do not count.
+    """`model.hash was 'a', is 'b'` for each entry that differs; keys in _APART do not count.
 
     An entry that is not there is one that is empty. Those of _LATER are compared where both sides
     have them: manifests of earlier versions do not say what they were.
@@ -234,7 +254,7 @@ def differences(was: Any, now: Any, name: str = "") -> list[str]:
     return [
         change
         for key in {**was, **now}
-        if key != "path"  # what is read matters, not where it lies
+        if key not in _APART
         for change in differences(was.get(key), now.get(key), f"{name}.{key}".lstrip("."))
     ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from utils.errors import UserError
+from utils.shards.int8 import dequantized_item
 from utils.shards.items import load, sample_key
 from utils.shards.manifest import read_manifest
 from utils.store.local import checksum
@@ -24,8 +25,8 @@ def load_shard(path: str | Path, verify: bool = True) -> list[dict[str, Any]]:
     """The items of a shard; loading one runs none of what a hostile file may hold.
 
     path: of a file, or `gs://bucket/prefix/activations_batch_000001.pkl`. verify: compare size and
-    crc32c with the manifest beside it first, and its samples then. Raises UserError with the file
-    and the cause.
+    crc32c with the manifest beside it first, and its samples then. Items are as they are stored,
+    with `scales` where activations are int8. Raises UserError with the file and the cause.
     """
     place, name = split(path)
     if not verify:
@@ -37,7 +38,8 @@ def load_shard(path: str | Path, verify: bool = True) -> list[dict[str, Any]]:
 
 
 def iter_items(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Every item of a run, verified; one shard in memory at a time.
+    """Every item of a run, verified, its activations as values: what is stored as int8 is float32
+    here, and there are no `scales`. One shard is in memory at a time.
 
     folder: of a disk, or `gs://bucket/prefix`. Of a bucket, the next shard is fetched to a
     temporary file meanwhile. A shard that was deleted after its upload comes from the bucket.
@@ -48,7 +50,7 @@ def iter_items(folder: str | Path) -> Iterator[dict[str, Any]]:
     for entry, file in zip(entries, files, strict=True):
         with file:
             items = _load_verified(file, f"{place}/{entry['filename']}", entry)
-        yield from items
+        yield from map(dequantized_item, items)
 
 
 def read_ahead(read: Callable[[Entry], Content], entries: Sequence[Entry]) -> Iterator[Content]:

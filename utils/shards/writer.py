@@ -18,10 +18,10 @@ from utils.errors import UserError
 from utils.shards import manifest as stored
 from utils.shards.filling import OpenShard
 from utils.shards.held import Mode, Writer, held_in
+from utils.shards.int8 import quantized_item
 from utils.shards.items import (
     CELL_COLUMNS,
     dump,
-    float16_overflows,
     non_finite_rows,
     sample_key,
     sample_name,
@@ -69,8 +69,9 @@ class RunFolder:
         self.activation_dtype = activation_dtype
         settings = json.loads(json.dumps(settings))  # as the manifest gives them back
         self._static = {**facts, **settings}
+        self._activations = self._static.pop("activations", {})
         self._restored = restored or {}
-        self._open = OpenShard(save_every_n_samples, max_shard_mb)
+        self._open = OpenShard(save_every_n_samples, max_shard_mb, activation_dtype)
         self._answers: list[str] = []  # journal lines of the open shard
         self._timing = (0.0, 0.0, 0.0)
         self._status, self._extra = "running", {}
@@ -206,7 +207,7 @@ class RunFolder:
             files = [entry for entry in manifest["files"] if entry["filename"] in self.shards]
             status = "running" if name == "metadata.json" else manifest["status"]
             if (files, status) != (manifest["files"], manifest["status"]):
-                sums = stored.totals(map(Shard.from_json, files))
+                sums = stored.totals(map(Shard.from_json, files), manifest.get("activations", {}))
                 local.write_json(
                     self.path / name, {**manifest, **sums, "status": status, "files": files}
                 )
@@ -220,6 +221,7 @@ class RunFolder:
         `predictions.json` is rebuilt from (`utils.arc.scores.answer`). Raises ValueError for a
         sample that was added before, and UserError for one of which the model gave no finite row.
         """
+        item, errors = quantized_item(item) if self.activation_dtype == "int8" else (item, {})
         item = stored_item(item, self.activation_dtype)
         key = sample_key(item)
         if key in self.done or key != sample_key(answer):
@@ -236,7 +238,7 @@ class RunFolder:
         if self._open.lacks_room_for(item):
             self.seal()
         self.done.add(key)
-        self._open.append(item)
+        self._open.append(item, errors)
         self._answers.append(line)
         if self._open.is_full:
             self.seal()
@@ -250,16 +252,7 @@ class RunFolder:
             self._check_that_it_is_ours()
             with local.replacing(self.path / name, exclusive=True) as sink:
                 dump(items, sink)
-            shard = Shard(
-                filename=name,
-                num_samples=len(items),
-                num_tokens=sum(len(item["input_ids"]) for item in items),
-                size_bytes=sink.size,
-                crc32c=sink.crc32c,
-                samples=tuple(map(sample_key, items)),
-                float16_overflows=sum(float16_overflows(i, self.activation_dtype) for i in items),
-                non_finite=sum(map(non_finite_rows, items)),
-            )
+            shard = self._open.as_written(name, sink)
             lines = "".join(self._answers).encode()
             self.journal_bytes = self._append(self.journal_path, self.journal_bytes, lines)
             self.shards[name] = shard
@@ -351,7 +344,7 @@ class RunFolder:
         return {
             "format_version": FORMAT_VERSION,
             "status": status,
-            **stored.totals(files),
+            **stored.totals(files, self._activations),
             "cell_columns": list(CELL_COLUMNS),
             **self._static,
             "seconds": seconds,
