@@ -4,14 +4,16 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from subprocess import DEVNULL, PIPE
 
 import pytest
 from conftest import ROOT, TINY, random_task, run_script
 
-from utils.run import tpu
+from utils.cli import COMPILER_ALONE
 from utils.run.tpu import SLICES, collectives_of
 
 MULTIPLE = "ALLOW_MULTIPLE_LIBTPU_LOAD"
@@ -122,7 +124,7 @@ print("held", flush=True)
 input()
 """
     ask = "from utils.run.tpu import slice_devices; print(len(slice_devices('v5e-4')))"
-    lone = {**os.environ, **tpu._COMPILER_ALONE}
+    lone = {**os.environ, **COMPILER_ALONE}
     lone.pop(MULTIPLE, None)
     with subprocess.Popen(
         [sys.executable, "-c", hold], env=lone, text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
@@ -133,6 +135,39 @@ input()
         )
         holder.communicate("\n")
     assert found.stdout == "4\n", found.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_plan_that_compiles(inputs, stop, code):
+    """Within 20 seconds, in the compiler's C++ code, and whatever handlers libtpu installs."""
+    compiling = """
+import sys
+import jax
+from utils import cli
+from distributed_inference_with_activations import build_parser, main
+
+def said(event, seconds, **facts):
+    if facts.get("fun_name") == "jit(prefill)" and event.endswith("to_mlir_module_duration"):
+        print("lowered", flush=True)  # what follows is the compiler's
+
+jax.monitoring.register_event_duration_secs_listener(said)
+cli.run(main, build_parser())
+"""
+    flags = ("--model_path", inputs, "--dataset_path", inputs / "tasks.json", "--max_tasks", "2")
+    with subprocess.Popen(
+        [sys.executable, "-c", compiling, *flags, "--extract_activations", "--plan", "v5e-8"],
+        **{"cwd": ROOT, "text": True, "stdout": PIPE, "stderr": PIPE},
+    ) as planning:
+        assert "lowered\n" in iter(planning.stdout.readline, "")
+        time.sleep(2)
+        planning.send_signal(stop)
+        start = time.monotonic()
+        _, error = planning.communicate()
+        assert time.monotonic() - start < 20
+    assert planning.returncode == code, error
+    assert error.splitlines()[-1] == f"stopped by {stop.name}; what was written is intact"
+    assert "stack trace" not in error
 
 
 @needs_compiler

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from utils.cli import COMPILER_ALONE
 from utils.errors import UserError
 from utils.model.engine import for_every_shape
 from utils.model.generate import Shape
@@ -66,14 +67,6 @@ SLICES = {
     for name, chip in CHIPS.items()
     for shape in chip.slices
 }
-# Of this machine nothing is asked: neither a metadata server, nor the TPU, if it has one, nor the
-# lock of a process that uses it, or that plans too.
-_COMPILER_ALONE = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-}
 _COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
@@ -83,8 +76,7 @@ def slice_devices(name: str) -> Sequence[jax.Device]:
     where libtpu is not installed."""
     if name not in SLICES:
         raise UserError(f"--plan {name} is not a slice: there are {', '.join(SLICES)}")
-    for variable, value in _COMPILER_ALONE.items():
-        os.environ.setdefault(variable, value)
+    os.environ.update({**COMPILER_ALONE, **os.environ})
     # Without a TPU a program that is kept can be written, but not read.
     jax.config.update("jax_enable_compilation_cache", False)
     from jax.experimental import topologies
