@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -12,8 +13,12 @@ from subprocess import DEVNULL, PIPE
 
 import pytest
 from conftest import ROOT, TINY, random_task, run_script
+from runs import planned
 
+import distributed_inference_with_activations as script
 from utils.cli import COMPILER_ALONE
+from utils.run import prices, tpu
+from utils.run.prices import costs
 from utils.run.tpu import SLICES, collectives_of
 
 MULTIPLE = "ALLOW_MULTIPLE_LIBTPU_LOAD"
@@ -98,6 +103,77 @@ def test_a_mesh_that_repeats_no_work(inputs):
     assert wide["prefill"]["collective_bytes"] < bucket["rows"] * bucket["length"] * 151936 / 8
     assert wide["decode"]["collective_bytes"] < bucket["rows"] / 8 * 151936
     assert "8x8" in result.stdout and "64x1" in result.stdout
+
+
+@needs_compiler
+def test_what_is_known_before_compiling_and_what_it_costs(inputs):
+    """Three tasks in one batch, of which one program fills the cache and one decodes."""
+    prices = ("--usd_per_chip_hour", 2, "--usd_per_gb_month", 0.5)
+    flags = ("--mesh_shape", 8, 1, "--max_tasks", 3, "--layers_to_extract", 0)
+    p, result = plan(inputs, "v5e-8", *flags, *prices)
+    seen = p["prompt_tokens"]
+    assert 0 < seen["min"] <= seen["p10"] <= seen["median"] <= seen["p90"] <= seen["max"]
+    assert seen["max"] <= p["buckets"][0]["length"] and seen["skipped"] == 0
+    assert result.stdout.startswith(f"prompt tokens min {seen['min']}, ")  # as soon as it is known
+    assert p["programs"] == 2 and p["compile_seconds"] > 0
+    (bucket,) = p["buckets"]
+    assert p["prefill_seconds"] == bucket["prefill_seconds"]
+    assert p["decode_seconds"] == pytest.approx(64 * bucket["decode_step_seconds"])
+    assert p["usd"] == pytest.approx((p["prefill_seconds"] + p["decode_seconds"]) / 3600 * 8 * 2)
+    assert p["storage"]["bytes_per_layer"] == p["num_tokens_total"] * 896 * 2
+    assert p["storage"]["bytes_total"] == p["activation_bytes_total"]
+    assert p["storage"]["usd_per_month"] == pytest.approx(p["activation_bytes_total"] / 2e9)
+    assert "TPU" not in result.stderr and "WARNING" not in result.stderr
+
+
+def test_costs_of_a_pass_and_of_a_month():
+    """A hundred terabytes, and an hour of 64 chips: two dollars a chip, two cents a gigabyte."""
+    stored = {"bytes_per_layer": 1, "bytes_total": 10**14}
+    estimated = {"slice": "v5e-64", "devices": 64, "estimated_hours": 1.0, "storage": stored}
+    found = costs(estimated, 2.0, 0.02)
+    assert found["usd"] == 128 and found["storage"]["usd_per_month"] == pytest.approx(2000)
+    assert found["passes_per_month_at_which_storing_pays"] == pytest.approx(2000 / 128)
+    assert costs(estimated, None, None)["usd"] == pytest.approx(64 * 1.2)
+    assert costs(estimated, None, None)["storage"]["usd_per_month"] == pytest.approx(2000)
+    unknown = costs({**estimated, "estimated_hours": None}, None, None)
+    assert unknown["usd"] is unknown["passes_per_month_at_which_storing_pays"] is None
+    nothing = costs({**estimated, "storage": {**stored, "bytes_total": 0}}, None, None)
+    assert nothing["passes_per_month_at_which_storing_pays"] is None
+    assert costs(estimated, 0.0, 0.0)["usd"] == 0  # of what is given
+
+
+def test_there_is_a_price_for_every_chip():
+    assert set(prices.CHIP_HOUR) == set(tpu.CHIPS)
+
+
+@pytest.mark.parametrize("price", ["-1", "nan", "inf", "two"])
+@pytest.mark.parametrize("flag", ["--usd_per_chip_hour", "--usd_per_gb_month"])
+def test_a_price_that_is_none(in_shell, flag, price):
+    given = ["--model_path", "m", "--dataset_path", "d", "--plan", "v5e-8", f"{flag}={price}"]
+    code, _, error = in_shell(script, given)
+    assert code == 2 and error.startswith(f"error: argument {flag}: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--usd_per_chip_hour", "--usd_per_gb_month"])
+def test_a_price_without_a_plan(in_shell, flag):
+    given = ["--model_path", "m", "--dataset_path", "d", flag, "1"]
+    assert in_shell(script, given)[::2] == (2, f"error: {flag} needs --plan SLICE\n")
+
+
+def test_prompts_that_do_not_fit_are_counted(tiny_model, tasks_file, tmp_path, capsys):
+    flags = ["--max_output_tokens", 0]
+    whole = planned(tiny_model, tasks_file, tmp_path, *flags)
+    lengths = sorted(sample.length.prompt for sample in whole.samples)
+    found = tpu.prompt_tokens(whole)
+    assert (found["min"], found["max"], found["skipped"]) == (lengths[0], lengths[-1], 0)
+    assert found["median"] == round(statistics.median(lengths))
+    shortest = min(len(whole.codec.encode(s.task, s.sample_idx, 1).ids) for s in whole.samples)
+    few = planned(tiny_model, tasks_file, tmp_path, *flags, "--max_model_len", shortest + 20)
+    lost = len(whole.samples) - len(few.samples)
+    assert lost > 0 and tpu.prompt_tokens(few)["skipped"] == lost
+    tpu.print_prompts(few)
+    said = capsys.readouterr().out
+    assert f"skipped       {lost}: {lost} does not fit in {shortest + 20} tokens" in said
 
 
 @needs_compiler
