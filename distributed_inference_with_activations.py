@@ -18,6 +18,7 @@ import argparse
 from utils import cli
 from utils.errors import UserError
 from utils.plan.request import DRY_RUN, Request, mesh_shapes
+from utils.run import prices
 
 
 def build_parser() -> cli.Parser:
@@ -82,12 +83,17 @@ def build_parser() -> cli.Parser:
         "--plan",
         metavar="SLICE",
         help="compile the run for a TPU slice (v4-8 .. v4-64, v5e-8 .. v5e-256, v5p-8 .., v6e-8 ..)"
-        ", print memory, FLOPs, time and storage, and stop; needs jax[tpu], but no TPU (default: "
-        "run)",
+        ", print prompt lengths, memory, FLOPs, time, storage and cost, and stop; needs jax[tpu], "
+        "but no TPU (default: run)",
     )
     slices.add_argument(
         "--plan_json", metavar="FILE", help="write the plan there too (default: nowhere)"
     )
+    for name, words in (
+        ("--usd_per_chip_hour", prices.CHIP_HOUR_HELP),
+        ("--usd_per_gb_month", prices.GB_MONTH_HELP),
+    ):
+        slices.add_argument(name, metavar="USD", type=cli.float_at_least(0), help=words)
     parser.set_defaults(distributed=True)
     return parser
 
@@ -98,9 +104,11 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     if args.plan is not None:
         from utils.run import tpu
 
-        return tpu.main(request, args.plan, shapes, args.plan_json)
-    if args.plan_json is not None:
-        raise UserError("--plan_json needs --plan SLICE")
+        costs = (args.usd_per_chip_hour, args.usd_per_gb_month)
+        return tpu.main(request, args.plan, shapes, args.plan_json, *costs)
+    for name in ("plan_json", "usd_per_chip_hour", "usd_per_gb_month"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} needs --plan SLICE")
     if len(shapes) > 1:
         words = " ".join(args.mesh_shape)
         raise UserError(f"--mesh_shape {words} is several shapes, which --plan alone compares")

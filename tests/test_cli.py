@@ -1,5 +1,7 @@
 """What every script shares: signals, streams that cannot be written, the last line."""
 
+import glob
+import importlib.util
 import io
 import json
 import os
@@ -42,6 +44,56 @@ def ended(body: str, **changed) -> subprocess.CompletedProcess:
         script(body), cwd=ROOT, **{"capture_output": True, "text": True, "timeout": 60} | changed
     )
     return made
+
+
+# ------------------------------------------------------------------------------------- devices
+
+
+def without_platforms() -> dict[str, str]:
+    """The surroundings of a user who has chosen no device, and asks libtpu for nothing."""
+    return {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and "TPU" not in k}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None or cli._has_tpu(),
+    reason="for a machine with libtpu and without a TPU",
+)
+def test_libtpu_says_nothing_where_there_is_no_tpu(tiny_model, tasks_file, tmp_path):
+    bare = [sys.executable, "-c", "import jax; jax.devices()"]
+    alone = subprocess.run(bare, env=without_platforms(), capture_output=True, text=True)
+    assert "TPU" in alone.stderr  # what is to be kept from the user
+    found = ended("import jax; print(jax.devices()[0].platform)", env=without_platforms())
+    assert found.stderr == "" and found.stdout.strip() in ("cpu", "gpu")
+    command = [
+        *(sys.executable, SIMPLE, "--model_path", tiny_model, "--dataset_path", tasks_file),
+        *("--output_path", tmp_path / "out.json", "--activations_dir", tmp_path / "a", "--dry_run"),
+        *("--max_output_tokens", "8"),
+    ]
+    dry = subprocess.run(command, env=without_platforms(), capture_output=True, text=True)
+    assert dry.returncode == 0 and "TPU" not in dry.stderr, dry.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "has_tpu"),
+    [
+        ({}, False),
+        ({"/dev/accel0": None}, True),
+        ({"/dev/vfio/0": None}, True),
+        ({"/dev/vfio/vfio": None}, False),  # is there on any machine that could pass a device on
+        ({"/sys/bus/pci/devices/0/vendor": "0x1ae0", "class": "0xff0000"}, True),
+        ({"/sys/bus/pci/devices/0/vendor": "0x1ae0", "class": "0x020000"}, False),  # Google's card
+        ({"/sys/bus/pci/devices/0/vendor": "0x10de", "class": "0x030200"}, False),  # Nvidia's
+    ],
+)
+def test_a_tpu_is_never_overlooked(files, has_tpu, tmp_path, monkeypatch):
+    """A machine with a TPU is left as it is: no variable for libtpu may be set there."""
+    for name, text in files.items():
+        path = tmp_path / (name[1:] if name[0] == "/" else f"sys/bus/pci/devices/0/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    below = glob.glob
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: below(f"{tmp_path}{pattern}"))
+    assert cli._has_tpu() is has_tpu
 
 
 # ------------------------------------------------------------------------------------ signals

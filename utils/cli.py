@@ -6,6 +6,7 @@ transformers and datasets after parsing.
 
 import argparse
 import contextlib
+import glob
 import logging
 import os
 import select
@@ -17,12 +18,21 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from utils.errors import UserError, one_line
 
 GRACE_SECONDS = 18.0  # from a signal to the end of the process, at most; 20 are promised
 BAR_SECONDS = 30  # between two lines of a progress bar in a log file
+# For libtpu, of which only the compiler is wanted: it asks nothing of this machine, neither a
+# metadata server, nor a TPU, nor the lock of another process that has loaded it.
+COMPILER_ALONE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
 NOISY = ("jax", "httpx", "httpx2", "datasets", "transformers", "absl", "filelock", "urllib3")
 
 
@@ -309,6 +319,19 @@ def _prepare_streams() -> None:
         os.environ.setdefault("TQDM_MAXINTERVAL", str(BAR_SECONDS))
 
 
+def _has_tpu() -> bool:
+    """Whether there is a TPU's device file, or a PCI device of Google's that is neither a disk nor
+    a network card, as JAX looks for one; both are there on a TPU VM, whatever else fails."""
+    if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+        return True
+    for vendor in map(Path, glob.glob("/sys/bus/pci/devices/*/vendor")):
+        with contextlib.suppress(OSError):
+            kind = (vendor.parent / "class").read_text()
+            if vendor.read_text().strip() == "0x1ae0" and not kind.startswith(("0x01", "0x02")):
+                return True
+    return False
+
+
 def run(
     main: Callable[[argparse.Namespace, Signals], int | None],
     parser: argparse.ArgumentParser,
@@ -326,6 +349,10 @@ def run(
     logging.basicConfig(handlers=[handler], level="DEBUG" if args.verbose else "INFO")
     # Without torch, which nothing here needs, transformers would say so at every start.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # JAX tries every kind of device, and libtpu, where it is installed without a TPU, would
+    # complain on stderr. A platform is neither chosen nor hidden by this.
+    if not _has_tpu():
+        os.environ.update({**COMPILER_ALONE, **os.environ})
     if not args.verbose:
         for noisy in NOISY:
             logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -2,14 +2,16 @@
 
 import contextlib
 
+import pytest
 from conftest import NoSignals
 from test_arc_inference import planned
 
 from utils.plan.plan import plan_run
-from utils.run.dry_run import plan_storage, planned_items, print_plan
+from utils.run.dry_run import bytes_per_layer, plan_storage, planned_items, print_plan
 from utils.run.loop import run
 from utils.run.opening import stored_already
 from utils.run.peers import Peers
+from utils.shards import load_shard
 from utils.shards.items import sample_key
 
 ALONE = ["--max_output_tokens", 0]
@@ -69,3 +71,16 @@ def test_generated_answers_are_planned_at_their_longest(tiny_model, tasks_file, 
     written = [(entry["num_samples"], entry["size_bytes"]) for entry in manifest["files"]]
     assert [count for count, _ in written] == [count for count, _ in shards]
     assert all(size <= most for (_, size), (_, most) in zip(written, shards, strict=True))
+
+
+@pytest.mark.parametrize("tokens", ["all", "last"])
+def test_bytes_of_a_layer_are_those_that_are_stored(tiny_model, tasks_file, tmp_path, tokens):
+    """At both its hook points, in float16, prompts and forced answers."""
+    flags = ["--teacher_forcing", "--token_positions", tokens, "--layers_to_extract", 0, 2]
+    flags += ["--hook_points", "resid_post", "mlp_out", "--max_output_tokens", 8]
+    plan = planned(tiny_model, tasks_file, tmp_path, *flags)
+    manifest = run(plan, NoSignals())
+    shards = [load_shard(plan.run_folder / entry["filename"]) for entry in manifest["files"]]
+    states = [item["activations"].items() for shard in shards for item in shard]
+    stored = [a.nbytes for item in states for name, a in item if name.endswith(".2")]
+    assert bytes_per_layer(plan) == sum(stored) > 0

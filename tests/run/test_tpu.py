@@ -4,14 +4,21 @@ import importlib.util
 import json
 import os
 import random
+import signal
+import statistics
 import subprocess
 import sys
+import time
 from subprocess import DEVNULL, PIPE
 
 import pytest
 from conftest import ROOT, TINY, random_task, run_script
+from runs import planned
 
-from utils.run import tpu
+import distributed_inference_with_activations as script
+from utils.cli import COMPILER_ALONE
+from utils.run import prices, tpu
+from utils.run.prices import costs
 from utils.run.tpu import SLICES, collectives_of
 
 MULTIPLE = "ALLOW_MULTIPLE_LIBTPU_LOAD"
@@ -99,6 +106,77 @@ def test_a_mesh_that_repeats_no_work(inputs):
 
 
 @needs_compiler
+def test_what_is_known_before_compiling_and_what_it_costs(inputs):
+    """Three tasks in one batch, of which one program fills the cache and one decodes."""
+    prices = ("--usd_per_chip_hour", 2, "--usd_per_gb_month", 0.5)
+    flags = ("--mesh_shape", 8, 1, "--max_tasks", 3, "--layers_to_extract", 0)
+    p, result = plan(inputs, "v5e-8", *flags, *prices)
+    seen = p["prompt_tokens"]
+    assert 0 < seen["min"] <= seen["p10"] <= seen["median"] <= seen["p90"] <= seen["max"]
+    assert seen["max"] <= p["buckets"][0]["length"] and seen["skipped"] == 0
+    assert result.stdout.startswith(f"prompt tokens min {seen['min']}, ")  # as soon as it is known
+    assert p["programs"] == 2 and p["compile_seconds"] > 0
+    (bucket,) = p["buckets"]
+    assert p["prefill_seconds"] == bucket["prefill_seconds"]
+    assert p["decode_seconds"] == pytest.approx(64 * bucket["decode_step_seconds"])
+    assert p["usd"] == pytest.approx((p["prefill_seconds"] + p["decode_seconds"]) / 3600 * 8 * 2)
+    assert p["storage"]["bytes_per_layer"] == p["num_tokens_total"] * 896 * 2
+    assert p["storage"]["bytes_total"] == p["activation_bytes_total"]
+    assert p["storage"]["usd_per_month"] == pytest.approx(p["activation_bytes_total"] / 2e9)
+    assert "TPU" not in result.stderr and "WARNING" not in result.stderr
+
+
+def test_costs_of_a_pass_and_of_a_month():
+    """A hundred terabytes, and an hour of 64 chips: two dollars a chip, two cents a gigabyte."""
+    stored = {"bytes_per_layer": 1, "bytes_total": 10**14}
+    estimated = {"slice": "v5e-64", "devices": 64, "estimated_hours": 1.0, "storage": stored}
+    found = costs(estimated, 2.0, 0.02)
+    assert found["usd"] == 128 and found["storage"]["usd_per_month"] == pytest.approx(2000)
+    assert found["passes_per_month_at_which_storing_pays"] == pytest.approx(2000 / 128)
+    assert costs(estimated, None, None)["usd"] == pytest.approx(64 * 1.2)
+    assert costs(estimated, None, None)["storage"]["usd_per_month"] == pytest.approx(2000)
+    unknown = costs({**estimated, "estimated_hours": None}, None, None)
+    assert unknown["usd"] is unknown["passes_per_month_at_which_storing_pays"] is None
+    nothing = costs({**estimated, "storage": {**stored, "bytes_total": 0}}, None, None)
+    assert nothing["passes_per_month_at_which_storing_pays"] is None
+    assert costs(estimated, 0.0, 0.0)["usd"] == 0  # of what is given
+
+
+def test_there_is_a_price_for_every_chip():
+    assert set(prices.CHIP_HOUR) == set(tpu.CHIPS)
+
+
+@pytest.mark.parametrize("price", ["-1", "nan", "inf", "two"])
+@pytest.mark.parametrize("flag", ["--usd_per_chip_hour", "--usd_per_gb_month"])
+def test_a_price_that_is_none(in_shell, flag, price):
+    given = ["--model_path", "m", "--dataset_path", "d", "--plan", "v5e-8", f"{flag}={price}"]
+    code, _, error = in_shell(script, given)
+    assert code == 2 and error.startswith(f"error: argument {flag}: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--usd_per_chip_hour", "--usd_per_gb_month"])
+def test_a_price_without_a_plan(in_shell, flag):
+    given = ["--model_path", "m", "--dataset_path", "d", flag, "1"]
+    assert in_shell(script, given)[::2] == (2, f"error: {flag} needs --plan SLICE\n")
+
+
+def test_prompts_that_do_not_fit_are_counted(tiny_model, tasks_file, tmp_path, capsys):
+    flags = ["--max_output_tokens", 0]
+    whole = planned(tiny_model, tasks_file, tmp_path, *flags)
+    lengths = sorted(sample.length.prompt for sample in whole.samples)
+    found = tpu.prompt_tokens(whole)
+    assert (found["min"], found["max"], found["skipped"]) == (lengths[0], lengths[-1], 0)
+    assert found["median"] == round(statistics.median(lengths))
+    shortest = min(len(whole.codec.encode(s.task, s.sample_idx, 1).ids) for s in whole.samples)
+    few = planned(tiny_model, tasks_file, tmp_path, *flags, "--max_model_len", shortest + 20)
+    lost = len(whole.samples) - len(few.samples)
+    assert lost > 0 and tpu.prompt_tokens(few)["skipped"] == lost
+    tpu.print_prompts(few)
+    said = capsys.readouterr().out
+    assert f"skipped       {lost}: {lost} does not fit in {shortest + 20} tokens" in said
+
+
+@needs_compiler
 def test_a_slice_of_chips_with_two_cores(inputs):
     """v4-64 has 32 devices, and says so when asked for 64."""
     p, _ = plan(inputs, "v4-64", "--mesh_shape", 8, 4)
@@ -122,7 +200,7 @@ print("held", flush=True)
 input()
 """
     ask = "from utils.run.tpu import slice_devices; print(len(slice_devices('v5e-4')))"
-    lone = {**os.environ, **tpu._COMPILER_ALONE}
+    lone = {**os.environ, **COMPILER_ALONE}
     lone.pop(MULTIPLE, None)
     with subprocess.Popen(
         [sys.executable, "-c", hold], env=lone, text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
@@ -133,6 +211,39 @@ input()
         )
         holder.communicate("\n")
     assert found.stdout == "4\n", found.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_plan_that_compiles(inputs, stop, code):
+    """Within 20 seconds, in the compiler's C++ code, and whatever handlers libtpu installs."""
+    compiling = """
+import sys
+import jax
+from utils import cli
+from distributed_inference_with_activations import build_parser, main
+
+def said(event, seconds, **facts):
+    if facts.get("fun_name") == "jit(prefill)" and event.endswith("to_mlir_module_duration"):
+        print("lowered", flush=True)  # what follows is the compiler's
+
+jax.monitoring.register_event_duration_secs_listener(said)
+cli.run(main, build_parser())
+"""
+    flags = ("--model_path", inputs, "--dataset_path", inputs / "tasks.json", "--max_tasks", "2")
+    with subprocess.Popen(
+        [sys.executable, "-c", compiling, *flags, "--extract_activations", "--plan", "v5e-8"],
+        **{"cwd": ROOT, "text": True, "stdout": PIPE, "stderr": PIPE},
+    ) as planning:
+        assert "lowered\n" in iter(planning.stdout.readline, "")
+        time.sleep(2)
+        planning.send_signal(stop)
+        start = time.monotonic()
+        _, error = planning.communicate()
+        assert time.monotonic() - start < 20
+    assert planning.returncode == code, error
+    assert error.splitlines()[-1] == f"stopped by {stop.name}; what was written is intact"
+    assert "stack trace" not in error
 
 
 @needs_compiler

@@ -4,6 +4,7 @@
 plans every sample and batch. It writes nothing, and of the device it knows the kind alone.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ from utils.prompt.codec import Codec, Encoded, load_codec
 from utils.shards.manifest import stem
 from utils.store.bucket import BucketFolder, Receipt
 from utils.store.local import check_writable
+from utils.store.region import far_bucket
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +193,8 @@ def plan_meshes(
         if request.upload_to_cloud:
             bucket = BucketFolder(request.cloud_bucket)
             listing = bucket.check_access()
+            if jax.process_index() == 0 and (warning := far_bucket(bucket)):
+                log.warning(warning)
     local = localized(request)
     config = ModelConfig.from_hf(local.model_path)
     capture = CaptureSpec()

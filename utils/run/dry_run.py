@@ -98,6 +98,20 @@ def plan_storage(plan: Plan) -> tuple[int, list[tuple[int, int]]]:
     return tokens, shards
 
 
+def bytes_per_layer(plan: Plan) -> int:
+    """Of the states of one captured layer over the whole run, at all its hook points, with every
+    answer at its longest; 0 where nothing is captured."""
+    request, names = plan.request, plan.capture.names
+    if not names:
+        return 0
+    states = planned_item(plan, plan.samples[0])["activations"].values()
+    a_row = sum(array.itemsize * array.shape[1] for array in states)
+    most = request.max_output_tokens if request.generates else 0
+    lengths = [sample.length for sample in plan.samples]
+    rows = sum(len(plan.capture.rows(n.prompt, n.answer or most)) for n in lengths)
+    return rows * a_row // len({name.rpartition(".")[2] for name in names})
+
+
 def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> None:
     """Raises UserError when even answers of one token would not fit on the disk.
 

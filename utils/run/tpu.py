@@ -8,11 +8,14 @@ bandwidth of the interconnect; for a generated answer, that of one step times th
 allowed.
 """
 
+import contextlib
 import logging
 import os
 import re
+import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -23,6 +26,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from utils.cli import COMPILER_ALONE
 from utils.errors import UserError
 from utils.model.engine import for_every_shape
 from utils.model.generate import Shape
@@ -32,7 +36,9 @@ from utils.plan.memory import device_bytes
 from utils.plan.plan import Plan, check_file, plan_meshes
 from utils.plan.request import Request
 from utils.run.compute import Computation
-from utils.run.dry_run import plan_storage
+from utils.run.dry_run import bytes_per_layer, plan_storage
+from utils.run.prices import costs
+from utils.run.summary import print_shortfalls
 from utils.store.local import write_json_atomic
 
 log = logging.getLogger(__name__)
@@ -66,14 +72,6 @@ SLICES = {
     for name, chip in CHIPS.items()
     for shape in chip.slices
 }
-# Of this machine nothing is asked: neither a metadata server, nor the TPU, if it has one, nor the
-# lock of a process that uses it, or that plans too.
-_COMPILER_ALONE = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-}
 _COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
@@ -83,8 +81,7 @@ def slice_devices(name: str) -> Sequence[jax.Device]:
     where libtpu is not installed."""
     if name not in SLICES:
         raise UserError(f"--plan {name} is not a slice: there are {', '.join(SLICES)}")
-    for variable, value in _COMPILER_ALONE.items():
-        os.environ.setdefault(variable, value)
+    os.environ.update({**COMPILER_ALONE, **os.environ})
     # Without a TPU a program that is kept can be written, but not read.
     jax.config.update("jax_enable_compilation_cache", False)
     from jax.experimental import topologies
@@ -102,18 +99,28 @@ def slice_devices(name: str) -> Sequence[jax.Device]:
 
 
 def main(
-    request: Request, name: str, shapes: Sequence[tuple[int, int] | None], plan_json: str | None
+    request: Request,
+    name: str,
+    shapes: Sequence[tuple[int, int] | None],
+    plan_json: str | None,
+    usd_per_chip_hour: float | None = None,
+    usd_per_gb_month: float | None = None,
 ) -> int:
-    """Prints the plan of each mesh shape, writes the best to `plan_json`; the exit code."""
+    """Prints the plan of each mesh shape, writes the best to `plan_json`; the exit code.
+
+    The prices are those of `costs`.
+    """
     jax.config.update("jax_platforms", "cpu")
     if plan_json is not None:
         check_file(Path(plan_json), "--plan_json")
     devices = slice_devices(name)
     plans = []
     for shape, plan in zip(shapes, plan_meshes(request, shapes, devices, False), strict=True):
+        if not plans:
+            print_prompts(plan)
         if len(shapes) > 1:
             log.info("mesh %s", "x".join(map(str, shape)))
-        plans.append(estimate(plan, name))
+        plans.append(costs(estimate(plan, name), usd_per_chip_hour, usd_per_gb_month))
     if len(plans) > 1:
         print_table(plans)
     best = max(plans, key=lambda p: (p["fits"], p["estimated_tokens_per_second"] or 0))
@@ -132,7 +139,10 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
     computation = Computation(plan, params=_abstract(plan))
     batches = Counter((batch.shape, len(batch.rows)) for batch in plan.batches)
     compiled = partial(_bucket, plan, computation, chip)
-    by_shape = for_every_shape(batches, compiled, f"compiling for {name}")
+    start = time.perf_counter()
+    with programs_compiled() as programs:
+        by_shape = for_every_shape(batches, compiled, f"compiling for {name}")
+    compile_seconds = time.perf_counter() - start
     buckets = [{**bucket, "batches": batches[key]} for key, bucket in by_shape.items()]
     tokens, shards = plan_storage(plan)
     limit = device_bytes(mesh.devices.flat[0])
@@ -143,6 +153,7 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
     prefill = fits and sum(bucket["batches"] * bucket["prefill_seconds"] for bucket in buckets)
     given = sum(sample.length.total for sample in plan.samples)  # prompts, and forced answers
     stored = request.activations_dir is not None
+    stored_bytes = sum(size for _, size in shards) if stored else 0
     return {
         "slice": name,
         "devices": mesh.size,
@@ -152,6 +163,8 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
         "hbm_bytes_per_device": need,
         "hbm_limit_bytes": limit,
         "fits": fits,
+        "programs": len(programs),
+        "compile_seconds": compile_seconds,
         "prefill": worst["prefill"],
         "decode": worst["decode"],
         "buckets": buckets,
@@ -159,12 +172,41 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
         "estimated_tokens_per_second": tokens / seconds if fits else None,
         "estimated_prefill_tokens_per_second": given / prefill if fits else None,
         "estimated_hours": seconds / 3600 if fits else None,
+        "prefill_seconds": prefill if fits else None,
+        "decode_seconds": seconds - prefill if fits else None,
+        "prompt_tokens": prompt_tokens(plan),
         "num_samples": len(plan.samples),
         "num_tokens_total": tokens,
-        "activation_bytes_total": sum(size for _, size in shards) if stored else 0,
+        "activation_bytes_total": stored_bytes,
         "shards": len(shards) if stored else 0,
+        "storage": {"bytes_per_layer": bytes_per_layer(plan), "bytes_total": stored_bytes},
         "advice": [] if fits else _advice(plan, worst, limit),
     }
+
+
+def prompt_tokens(plan: Plan) -> dict[str, int]:
+    """Quantiles of the samples' prompt lengths, and how many samples are skipped."""
+    lengths = [sample.length.prompt for sample in plan.samples]
+    names = ("min", "p10", "median", "p90", "max")
+    found = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1])
+    quantiles = {name: round(float(value)) for name, value in zip(names, found, strict=True)}
+    return {**quantiles, "skipped": len(plan.skipped)}
+
+
+@contextlib.contextmanager
+def programs_compiled() -> Iterator[list[str]]:
+    """The names of the programs that are compiled within the block, in any thread."""
+    names: list[str] = []
+
+    def note(event: str, seconds: float, **facts: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(facts.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def _abstract(plan: Plan) -> Any:
@@ -270,6 +312,16 @@ def _advice(plan: Plan, worst: dict[str, Any], limit: int) -> list[str]:
     return advice
 
 
+def print_prompts(plan: Plan) -> None:
+    """What is known before anything is compiled, which takes minutes."""
+    found = prompt_tokens(plan)
+    skipped = found.pop("skipped")
+    words = ", ".join(f"{name} {value}" for name, value in found.items())
+    print(f"prompt tokens {words}, of {len(plan.samples)} samples; {skipped} skipped")
+    print_shortfalls(plan)
+    sys.stdout.flush()
+
+
 def print_table(plans: Sequence[dict[str, Any]]) -> None:
     print(f"{'mesh':>8} {'GB':>7} {'fits':>5} {'prefill TFLOP':>14} {'tokens/s':>12} {'hours':>8}")
     for p in plans:
@@ -304,7 +356,20 @@ def print_one(p: dict[str, Any]) -> None:
         )
     print(f"tokens        {p['num_tokens_total']} at most, of {p['num_samples']} samples")
     print(f"activations   {p['activation_bytes_total']} bytes at most, in {p['shards']} shards")
+    storage, chip_hour = p["storage"], p["prices"]["usd_per_chip_hour"]
+    if storage["bytes_total"]:
+        print(
+            f"storage       {storage['bytes_per_layer']} bytes a layer at most: "
+            f"${storage['usd_per_month']:.2f} a month for all"
+        )
+    print(f"compiled      {p['programs']} programs in {p['compile_seconds']:.0f} s")
     if p["fits"]:
+        print(
+            f"cost          at least ${p['usd']:.2f} a pass, of {p['devices']} chips at "
+            f"${chip_hour:.2f} an hour"
+        )
+        if (passes := p["passes_per_month_at_which_storing_pays"]) is not None:
+            print(f"              storing pays from {passes:.1f} passes a month on")
         print(
             f"time          at least {p['estimated_hours'] * 60:.1f} min: at most "
             f"{p['estimated_tokens_per_second']:.0f} tokens/s, prefill alone "

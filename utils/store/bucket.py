@@ -240,6 +240,18 @@ class BucketFolder:
 
         return within(PREFLIGHT_SECONDS, self._probe, late)
 
+    def location(self) -> tuple[str, list[str]] | None:
+        """Where the bucket is, such as `US-CENTRAL1` or `EU`, and the regions that its owner chose
+        for a dual-region; None where the account may not ask, or nobody answers in 5 seconds."""
+        try:
+            bucket = _client().get_bucket(self.bucket_name, timeout=5, retry=None)
+        except Exception as error:
+            if not is_remote(error):
+                raise
+            log.debug("the location of gs://%s is unknown: %s", self.bucket_name, brief(error))
+            return None
+        return (bucket.location, bucket.data_locations or []) if bucket.location else None
+
     def _probe(self) -> dict[str, Receipt]:
         name, content = f".arc-probe-{secrets.token_hex(4)}", secrets.token_bytes(16)
         quick = {"timeout": 5, "retry": retry(PREFLIGHT_SECONDS - 4)}
