@@ -7,8 +7,10 @@ nothing. It needs no network and no file from outside the repository.
 
 import argparse
 import contextlib
+import json
 import os
 import platform
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -71,3 +73,25 @@ def processor() -> str:
     vectors = next((v for v in ("avx512f", "avx2", "avx") if v in flags), None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}{f' ({vectors})' if vectors else ''}, {cores} cores"
+
+
+def write_tasks(path: Path, count: int, tokens: int) -> Path:
+    """Tasks of four pairs of square grids, with solutions beside them, whose prompts have about so
+    many tokens: one a cell and one a row."""
+    rng = random.Random(0)
+    side = max(1, min(30, round((tokens / 7.5) ** 0.5 - 0.5)))
+    pairs = max(1, round((tokens / (side * (side + 1)) - 1) / 2))
+
+    def grid() -> list[list[int]]:
+        return [[rng.randint(0, 9) for _ in range(side)] for _ in range(side)]
+
+    tasks, solutions = {}, {}
+    for i in range(count):
+        train = [{"input": grid(), "output": grid()} for _ in range(pairs)]
+        tasks[f"task{i:03}"] = {"train": train, "test": [{"input": grid()}]}
+        solutions[f"task{i:03}"] = [grid()]
+    path.mkdir()
+    (path / "test_outputs_train.json").write_text(json.dumps(solutions))
+    file = path / "arc_format_train.json"
+    file.write_text(json.dumps(tasks))
+    return file

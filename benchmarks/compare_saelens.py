@@ -13,6 +13,7 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -60,28 +61,40 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
     from utils.model.generate import Outputs, Shape
     from utils.model.layout import Layout, single_device_mesh
     from utils.model.weights import Checkpoint
+    from utils.plan.batching import Length, cache_slots, chunk_tokens
     from utils.shards.writer import RunFolder
 
     config = ModelConfig.from_hf(args.model_path)
     layout = Layout.of(config, single_device_mesh())
     params = Checkpoint(args.model_path, config).load(layout, np.float32)
     name = f"resid_post.{args.layer}"
-    engine = Engine(Decoder(config, layout, CaptureSpec((name,)), args.layer + 1), params)
-    shape = Shape(args.context, args.context, 0)
+    decoder = Decoder(config, layout, CaptureSpec((name,)), args.layer + 1)
+    engine = Engine(decoder, params, Outputs(logits=False))
+    chunk = chunk_tokens([args.context], on_cpu=True)
+    shape = Shape(1, cache_slots(Length(args.context), chunk, 0), chunk)
     length = np.array([args.context], np.int32)
+
+    def states(row: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+        state, parts = engine.begin(shape, cache), []
+        for start in range(0, args.context, chunk):
+            begin = np.array([start], np.int32)
+            part, state = engine.prefill(state, row[None], [0], begin, length, length, shape)
+            parts.append(part.captures[name])
+        return np.concatenate(parts, axis=1)[0, : args.context], state[0]
 
     def run(number: int) -> None:
         path = scratch / f"ours{number}"
         with RunFolder(path, {}, {}, activation_dtype="float32") as folder:
             folder.begin()
+            cache = None
             for i, row in enumerate(rows):
-                result = engine.prefill(row[None], length, 0 * length, shape, Outputs(logits=False))
+                found, cache = states(row, cache)
                 item = {
                     "task_id": "row",
                     "sample_idx": i,
                     "input_ids": row,
                     "prompt_length": len(row),
-                    "activations": {name: np.asarray(result.captures[name])[0]},
+                    "activations": {name: found},
                     "output_logprobs": np.zeros(0, np.float32),
                     "cells": np.zeros((0, 7), np.int32),
                     "num_train_pairs": 0,

@@ -1,15 +1,17 @@
 """Tokens/s of extraction, side by side with what one would run instead, in one process.
 
-    python benchmarks/compare_transformers.py --model_path MODEL --dataset_path TASKS.json
+    python benchmarks/compare_transformers.py --tokenizer FOLDER
 
-Without --model_path a random checkpoint of Qwen2-0.5B's shape is written to a temporary folder;
-its tokenizer is copied from --tokenizer. Needs requirements-torch.txt. Both sides use all cores,
-float32, the same token ids, and keep the same arrays: for every token the residual stream after
-the first, the middle and the last layer, as float16; the log-probability of every answer token;
-the logits at the last prompt position. Neither writes them to a disk. Our side is the run as its
-users get it: batches are launched in one thread and fetched in another, while those before them are
-made into items. Every figure is the best of --repeats, compilation left out; beside it stands the
-share of the machine's matrix-product rate that its arithmetic amounts to.
+The model is a random checkpoint of Qwen2-0.5B's shape, or --model_path. The tasks are made: their
+prompts have about as many tokens as --lengths says. Needs requirements-torch.txt. Both sides use
+float32, the same token ids, and keep the same arrays: for every token the residual stream after the
+first, the middle and the last layer, as float16; the log-probability of every answer token; the
+logits at the last prompt position. Neither writes them to a disk. Our side is the run as its users
+get it: passes are launched in one thread and fetched in another, while those before them are made
+into items. torch is given the number of threads that is faster for it. Both run in turns, and every
+figure is the best of --repeats, compilation left out. Beside it stands the share of the machine's
+matrix-product rate that a prefill's arithmetic amounts to, or the share of its memory rate at which
+a decoding step reads the parameters.
 """
 
 import argparse
@@ -30,14 +32,20 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--model_path", help="a checkpoint (default: random, Qwen2-0.5B's shape)")
     parser.add_argument("--tokenizer", help="folder with the tokenizer for a random checkpoint")
     parser.add_argument(
-        "--dataset_path", required=bench.NEEDED, help="ARC tasks with solutions beside"
+        "--lengths",
+        nargs="+",
+        type=cli.int_at_least(64),
+        default=[500, 2000, 8000],
+        help="tokens of a prompt that is extracted",
     )
-    parser.add_argument("--tasks", type=cli.int_at_least(4), default=8, help="tasks measured")
     parser.add_argument(
-        "--max_model_len", type=cli.int_at_least(64), default=1500, help="tokens a sample"
+        "--tokens", type=cli.int_at_least(64), default=8000, help="tokens extracted of each length"
     )
     parser.add_argument(
-        "--new_tokens", type=cli.int_at_least(1), default=64, help="tokens generated a row"
+        "--prompt", type=cli.int_at_least(64), default=500, help="tokens of a prompt to continue"
+    )
+    parser.add_argument(
+        "--new_tokens", type=cli.int_at_least(1), default=128, help="tokens generated a row"
     )
     parser.add_argument("--repeats", type=cli.int_at_least(1), default=3, help="best of so many")
     return parser
@@ -67,17 +75,15 @@ def alternate(ours, theirs, repeats: int) -> tuple[float, float]:
     return min(pair[0] for pair in pairs), min(pair[1] for pair in pairs)
 
 
-def requests(args: argparse.Namespace, model_path: Path, **changes):
-    """The plan of our run over the tasks that are measured."""
+def requests(args: argparse.Namespace, model_path: Path, tasks: Path, **changes):
+    """The plan of our run over these tasks."""
     import simple_extraction_inference as script
     from utils.plan.plan import plan_run
     from utils.plan.request import Request
 
     flags = {
         "model_path": model_path,
-        "dataset_path": args.dataset_path,
-        "max_tasks": args.tasks,
-        "max_model_len": args.max_model_len,
+        "dataset_path": tasks,
         "dtype": "float32",
         "max_output_tokens": args.new_tokens,
         **changes,
@@ -90,16 +96,17 @@ def requests(args: argparse.Namespace, model_path: Path, **changes):
 
 def ours(plan):
     """A call that computes every batch of the run and makes its items, nothing stored."""
-    from utils.run.compute import Computation, to_item
+    from utils.run.compute import Computation
     from utils.run.pipeline import Pipeline
+    from utils.run.result import to_item
     from utils.shards.items import stored_item
 
     computation = Computation(plan)
     computation.compile(plan.batches)
 
     def run() -> None:
-        stages = computation.launch, computation.fetch
-        for results in Pipeline(plan.batches, *stages, lambda result: result.nbytes, lambda: None):
+        jobs, stages = computation.passes(plan.batches), (computation.launch, computation.fetch)
+        for results in Pipeline(jobs, *stages, lambda result: result.nbytes, lambda: None):
             for result in results:
                 stored_item(to_item(result, plan)[0], "float16")
 
@@ -210,20 +217,17 @@ def prefill_flops(plan, layers: int, with_head: bool) -> float:
     return total
 
 
-def report(name: str, tokens: int, mine: float, others: dict[str, float], share: float | None):
-    limit = f", {share:.0%} of the matrix-product rate" if share else ""
-    print(f"{name}: {tokens / mine:.0f} tokens/s{limit}", flush=True)
+def report(name: str, tokens: int, mine: float, others: dict[str, float], limit: str) -> None:
+    print(f"{name}: {tokens / mine:.1f} tokens/s, {limit}", flush=True)
     for other, seconds in others.items():
-        print(
-            f"    {other}: {tokens / seconds:.0f} tokens/s, ratio {seconds / mine:.2f}", flush=True
-        )
+        print(f"    {other}: {tokens / seconds:.1f} tokens/s, ratio {seconds / mine:.2f}")
 
 
 def main(args: argparse.Namespace, signals: cli.Signals) -> None:
-    tiny = {"tasks": 4, "max_model_len": 700, "new_tokens": 4, "repeats": 1}
+    tiny = {"lengths": [120, 400], "tokens": 800, "prompt": 100, "new_tokens": 4, "repeats": 1}
     with bench.scratch(args, **tiny) as scratch:
         model_path = Path(args.model_path or random_model(scratch / "model", args.tokenizer))
-        measure(args, model_path)
+        measure(args, model_path, scratch)
 
 
 def random_model(folder: Path, tokenizer: str | None) -> Path:
@@ -240,7 +244,28 @@ def random_model(folder: Path, tokenizer: str | None) -> Path:
     return folder
 
 
-def measure(args: argparse.Namespace, folder: Path) -> None:
+def threads(function, repeats: int) -> int:
+    """The number of torch's threads with which a function is fastest."""
+    import torch
+
+    times = {}
+    for count in (torch.get_num_threads(), 1):
+        torch.set_num_threads(count)
+        times[count] = best(function, repeats)
+    fastest = min(times, key=times.get)
+    torch.set_num_threads(fastest)
+    return fastest
+
+
+def memory_rate(repeats: int) -> float:
+    """Bytes/s at which all cores together read an array that no cache holds."""
+    import torch
+
+    values = torch.ones(1 << 27)
+    return values.nbytes / best(lambda: values.sum(), repeats)
+
+
+def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     import torch
     import transformers
 
@@ -249,54 +274,49 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     model.eval()
     if args.smoke:  # on a busy machine torch's threads wait for one another
         torch.set_num_threads(1)
-    rate = matmul_rate(1 if args.smoke else 20)
+    rate, memory = matmul_rate(1 if args.smoke else 20), memory_rate(1 if args.smoke else 5)
     print(bench.processor())
-    print(
-        f"matrix product, float32, {torch.get_num_threads()} threads: {rate / 1e9:.0f} GFLOP/s",
-        flush=True,
-    )
+    print(f"matrix product, float32: {rate / 1e9:.0f} GFLOP/s; reading: {memory / 1e9:.1f} GB/s")
 
-    forced = requests(args, folder, teacher_forcing=True)
-    tokens = sum(sample.length.total for sample in forced.samples)
-    flops = prefill_flops(forced, forced.config.num_layers, True)
-    mine, stock = alternate(ours(forced), torch_loop(model, forced, False), args.repeats)
-    tuned = best(torch_loop(model, forced, True), args.repeats)
-    report(
-        f"teacher-forced extraction, {len(forced.samples)} samples, {tokens} tokens",
-        tokens,
-        mine,
-        {"transformers loop": stock, "the same with logits_to_keep": tuned},
-        flops / mine / rate,
-    )
-
-    for batch_size in (1, 4):
-        run = requests(args, folder, batch_size=batch_size)
-        plain = requests(args, folder, batch_size=batch_size, no_extraction=True)
-        tokens = sum(sample.length.total + args.new_tokens for sample in run.samples)
-        theirs = torch_generate(model, run, batch_size, args.new_tokens)
-        mine, other = alternate(ours(run), theirs, args.repeats)
-        captured, without = alternate(ours(run), ours(plain), args.repeats)
+    for length in args.lengths:
+        count = max(2, round(args.tokens / length))
+        tasks = bench.write_tasks(scratch / f"extract{length}", count, length)
+        forced = requests(args, folder, tasks, teacher_forcing=True)
+        tokens = sum(sample.length.total for sample in forced.samples)
+        flops = prefill_flops(forced, forced.config.num_layers, True)
+        theirs = torch_loop(model, forced, False)
+        count = 1 if args.smoke else threads(theirs, 1)
+        mine, stock = alternate(ours(forced), theirs, args.repeats)
+        tuned = best(torch_loop(model, forced, True), args.repeats)
         report(
-            f"generation of {args.new_tokens} tokens with capture, batch {batch_size}",
+            f"teacher-forced extraction of {tokens // len(forced.samples)} tokens",
             tokens,
             mine,
-            {"transformers generate": other},
-            None,
+            {f"transformers loop, {count} threads": stock, "with logits_to_keep": tuned},
+            f"{flops / mine / rate:.0%} of the matrix-product rate",
+        )
+
+    tasks = bench.write_tasks(scratch / "generate", 4, args.prompt)
+    for batch_size in (1, 4):
+        run = requests(args, folder, tasks, batch_size=batch_size)
+        plain = requests(args, folder, tasks, batch_size=batch_size, no_extraction=True)
+        prompts = requests(args, folder, tasks, batch_size=batch_size, max_output_tokens=0)
+        new = len(run.samples) * args.new_tokens
+        theirs = torch_generate(model, run, batch_size, args.new_tokens)
+        count = 1 if args.smoke else threads(theirs, 1)
+        mine, other = alternate(ours(run), theirs, args.repeats)
+        captured, without = alternate(ours(run), ours(plain), args.repeats)
+        step = (mine - best(ours(prompts), args.repeats)) * batch_size / new
+        read = 4 * sum(parameter.numel() for parameter in model.parameters())
+        report(
+            f"generation of {args.new_tokens} tokens with capture, batch {batch_size}",
+            new,
+            mine,
+            {f"transformers generate, {count} threads": other},
+            f"a step of {step * 1e3:.0f} ms reads the parameters at {read / step / memory:.0%} of "
+            "the memory rate",
         )
         print(f"    cost of extraction: {captured / without - 1:+.1%}", flush=True)
-
-    middle = captured_layers(forced)[1]
-    alone = requests(args, folder, max_output_tokens=0, no_logits=True, layers_to_extract=middle)
-    tokens = sum(sample.length.total for sample in alone.samples)
-    flops = prefill_flops(alone, middle + 1, False)
-    mine = best(ours(alone), args.repeats)
-    report(
-        f"prompt-only extraction of layer {middle}, no logits",
-        tokens,
-        mine,
-        {},
-        flops / mine / rate,
-    )
 
 
 if __name__ == "__main__":

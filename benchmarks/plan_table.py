@@ -3,14 +3,13 @@
     pip install -r requirements-tpu.txt && python benchmarks/plan_table.py
 
 Compiles the run of each model's shape for each slice, ahead of time, with no TPU and no weights:
-three layers captured, prompts of about 2,000 tokens (one a character), answers of at most 400.
-Minutes a line.
+bfloat16, three layers captured, answers of at most 400 tokens, prompts of about --lengths tokens,
+one a character. Minutes a line.
 """
 
 import argparse
 import importlib.util
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -23,20 +22,6 @@ from utils.errors import UserError
 
 MODELS = {"Qwen2-0.5B": QWEN2_0_5B, "Qwen2.5-7B": QWEN2_5_7B, "Llama-3.1-8B": LLAMA_3_1_8B}
 SLICES = ["v4-8", "v4-64", "v5e-8", "v5e-64"]
-
-
-def write_tasks(path: Path, count: int, side: int) -> None:
-    """Tasks of six pairs of square grids: prompts of equal length, so one shape to compile."""
-    rng = random.Random(0)
-
-    def grid() -> list[list[int]]:
-        return [[rng.randint(0, 9) for _ in range(side)] for _ in range(side)]
-
-    tasks = {}
-    for i in range(count):
-        pairs = [{"input": grid(), "output": grid()} for _ in range(6)]
-        tasks[f"task{i:05}"] = {"train": pairs, "test": [{"input": grid()}]}
-    path.write_text(json.dumps(tasks))
 
 
 def write_outline(folder: Path, fields: dict) -> None:
@@ -56,6 +41,13 @@ def build_parser() -> cli.Parser:
         "--models", nargs="+", default=list(MODELS), choices=MODELS, help="whose shapes"
     )
     parser.add_argument("--slices", nargs="+", default=SLICES, help="of TPU chips")
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=cli.int_at_least(64),
+        default=[2000, 9000, 30000],
+        help="tokens of a prompt",
+    )
     parser.add_argument("--batch_size", type=cli.int_at_least(1), default=8, help="rows a device")
     parser.add_argument("--mesh_shape", nargs="+", default=["auto"], help="of the devices")
     return parser
@@ -71,48 +63,54 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
         print(message)
         return
     jax.config.update("jax_platforms", "cpu")
-    tiny = {"models": ["Qwen2-0.5B"], "slices": ["v5e-4"], "batch_size": 1}
+    tiny = {"models": ["Qwen2-0.5B"], "slices": ["v5e-4"], "batch_size": 1, "lengths": [200]}
     with bench.scratch(args, **tiny) as folder:
-        print("| model | slice | mesh, batch | GB | prefill tokens/s | by bytes | step ms |")
+        print(
+            "| model | slice | mesh, rows | prompt | GB | programs, s | prefill tokens/s a chip by "
+            "FLOPs | at the width of the matrix unit | by bytes | decode step, ms |"
+        )
         for name in args.models:
             fields = MODELS[name]
             if args.smoke:  # two layers compile in seconds
                 fields = {**fields, "num_hidden_layers": 2}
             write_outline(folder / name, fields)
             for slice_name in args.slices:
-                print(line(args, folder, name, slice_name), flush=True)
+                for length in args.lengths:
+                    print(line(args, folder, name, slice_name, length), flush=True)
 
 
-def line(args: argparse.Namespace, folder: Path, name: str, slice_name: str) -> str:
+def line(args: argparse.Namespace, folder: Path, name: str, slice_name: str, length: int) -> str:
     """Of the table: what the compiler says of a model on a slice."""
     from utils.plan.plan import plan_run
     from utils.plan.request import Request, mesh_shapes
     from utils.run import tpu
 
     devices = tpu.slice_devices(slice_name)
-    side = 3 if args.smoke else 12
-    write_tasks(folder / "tasks.json", args.batch_size * len(devices), side)
+    tasks = folder / f"{name}-{slice_name}-{length}"
     request = Request(
         model_path=str(folder / name),
-        dataset_path=str(folder / "tasks.json"),
+        dataset_path=str(bench.write_tasks(tasks, args.batch_size * len(devices), length)),
         distributed=True,
         batch_size=args.batch_size,
         mesh_shape=mesh_shapes(args.mesh_shape)[0],
         max_output_tokens=400,
     )
     p = tpu.estimate(plan_run(request, devices, writes=False), slice_name)
-    mesh = "x".join(map(str, p["mesh_shape"]))
+    mesh, prompt = "x".join(map(str, p["mesh_shape"])), p["prompt_tokens"]["median"]
+    begin = f"| {name} | {slice_name} | {mesh}"
     if not p["fits"]:
-        return f"| {name} | {slice_name} | {mesh} | does not fit | | | |"
-    (bucket,) = p["buckets"]
-    rate, step = p["estimated_prefill_tokens_per_second"], bucket["decode_step_seconds"]
-    memory = tpu.CHIPS[slice_name.partition("-")[0]].memory
-    seconds = bucket["prefill"]["bytes_accessed_per_device"] / memory
-    by_bytes = rate * min(1, bucket["prefill_seconds"] / seconds)
+        return f"{begin} | {prompt:,} | does not fit | | | | | |"
+    prompts = p["prompt_tokens"]["median"] * p["num_samples"]
+    totals = {
+        limit: sum(bucket["prefill_seconds_by"][limit] for bucket in p["buckets"])
+        for limit in ("flops", "width", "bytes")
+    }
+    rates = [f"{prompts / seconds / p['devices']:,.0f}" for seconds in totals.values()]
+    largest = p["buckets"][0]
     return (
-        f"| {name} | {slice_name} | {mesh}, {bucket['rows']} x {bucket['length']} | "
-        f"{p['hbm_bytes_per_device'] / 1e9:.1f} | {rate:,.0f} | {by_bytes:,.0f} | "
-        f"{step * 1e3:.2f} |"
+        f"{begin}, {largest['rows']} | {prompt:,} | {p['hbm_bytes_per_device'] / 1e9:.1f} | "
+        f"{p['programs']}, {p['compile_seconds']:.0f} | {' | '.join(rates)} | "
+        f"{largest['decode_step_seconds'] * 1e3:.2f} |"
     )
 
 

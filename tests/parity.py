@@ -1,5 +1,8 @@
 """Running our decoder on a checkpoint folder, and comparing with a reference."""
 
+from dataclasses import dataclass
+
+import jax
 import numpy as np
 
 from utils.model.capture import HOOK_POINTS, CaptureSpec
@@ -9,7 +12,7 @@ from utils.model.engine import Engine
 from utils.model.generate import Outputs, Sampling, Shape
 from utils.model.layout import Layout, single_device_mesh
 from utils.model.weights import Checkpoint
-from utils.plan.batching import pad_rows
+from utils.plan.batching import Batch, Length, pad_rows, prefill_passes
 
 TOLERANCE = 1e-4  # of a row's norm; for log-probabilities, absolute
 
@@ -22,39 +25,74 @@ def load_engine(folder, names=None, positions="all", dtype=np.float32, mesh=None
         spec = CaptureSpec(tuple(names), positions)
     layout = Layout.of(config, mesh or single_device_mesh())
     params = Checkpoint(folder, config).load(layout, dtype)
-    return Engine(Decoder(config, layout, spec), params)
+    return Engine(Decoder(config, layout, spec), params, Outputs(logits=True, forced=True))
 
 
-def prefill(engine, rows, length, answers=None, cache_room=0):
-    """Prefill of `rows` (lists of ids, None for a padding row), padded to `length`."""
-    answers = answers or [[]] * len(rows)
-    joined = [
+@dataclass
+class Prefilled:
+    """What the chunks of a prefill gave, joined: captures by name, [B, T, D]; logits, [B, V]; log
+    p of the forced answers' tokens, [B, A]; and the engine's state."""
+
+    captures: dict
+    logits: np.ndarray
+    logprobs: np.ndarray
+    state: tuple
+
+
+jax.tree_util.register_dataclass(
+    Prefilled, ["captures", "logits", "logprobs"], [], drop_fields=["state"]
+)
+
+
+def prefill(engine, rows, length, answers=None, chunk=32, slots=256, used=None) -> Prefilled:
+    """Prefill of `rows` (lists of ids, None for a padding row) of at most `length` tokens."""
+    answers, data = answers or [[]] * len(rows), engine.model.layout.data
+    ids = [
         None if row is None else np.array([*row, *answer])
         for row, answer in zip(rows, answers, strict=True)
     ]
-    lengths = np.array([1 if row is None else len(row) for row in rows], np.int32)
-    shape = Shape(length, length, max(map(len, answers)))
-    return engine.prefill(
-        pad_rows(joined, length),
-        lengths,
-        np.array([len(answer) for answer in answers], np.int32),
-        shape,
-        Outputs(logits=True, cache_room=cache_room),
-    )
+    prompts = np.array([1 if row is None else len(row) for row in rows], np.int32)
+    lengths = np.array([1 if row is None else len(row) for row in ids], np.int32)
+    padded, shape = pad_rows(ids, length), Shape(len(rows), slots, chunk)
+    batch = Batch(shape, tuple(-1 if row is None else b for b, row in enumerate(rows)))
+    state, captures = engine.begin(shape, used), {}
+    room = -(-length // chunk) * chunk
+    logprobs = np.zeros((len(rows), room), np.float32)
+    for passed in prefill_passes(batch, [Length(int(n)) for n in lengths], data):
+        places, starts = [row for row, _ in passed], np.array([k * chunk for _, k in passed])
+        part, state = engine.prefill(
+            state, padded, places, starts.astype(np.int32), prompts, lengths, shape
+        )
+        for b, start, number in zip(places, starts, range(data), strict=True):
+            for name, value in part.captures.items():
+                states = np.zeros((len(rows), room, value.shape[-1]), value.dtype)
+                kept = captures.setdefault(name, states)
+                kept[b, start : start + chunk] = value[number]
+            if part.logprobs is not None:
+                logprobs[b, start : start + chunk] = part.logprobs[number]
+            if start <= prompts[b] - 1 < start + chunk and part.logits is not None:
+                found = np.asarray(state[1])[b]
+                np.testing.assert_array_equal(np.asarray(part.logits)[number], found)
+    captures = {name: kept[:, :length] for name, kept in captures.items()}
+    forced = np.zeros((len(rows), max(map(len, answers))), np.float32)
+    for b, answer in enumerate(answers):
+        forced[b, : len(answer)] = logprobs[b, prompts[b] - 1 :][: len(answer)]
+    return Prefilled(captures, np.asarray(state[1]), forced, state)
 
 
-def generate(engine, rows, length, max_tokens, stops=(), temperature=0.0, keys=None, captures=True):
+def generate(engine, rows, length, max_tokens, stops=(), temperature=0.0, keys=None, **chunks):
     """Prefill and decode; (prefilled, decoded)."""
-    lengths = np.array([1 if row is None else len(row) for row in rows], np.int32)
-    first = prefill(engine, rows, length, cache_room=max_tokens)
+    prompts = np.array([1 if row is None else len(row) for row in rows], np.int32)
+    first = prefill(engine, rows, length, **chunks)
     if keys is None:
         keys = [0 if row is None else i + 1 for i, row in enumerate(rows)]
-    decoded = engine.decode(
-        first,
-        lengths,
-        np.array(keys, np.uint32),
-        Shape(length, length, 0),
-        Sampling(max_tokens, tuple(stops), temperature, captures, keep_cache=True),
+    sampling = Sampling(max_tokens, tuple(stops))
+    if engine.sampling not in (None, sampling):
+        engine = Engine(engine.model, engine.params, engine.outputs)
+    engine.sampling = sampling
+    shape = Shape(len(rows), chunks.get("slots", 256), chunks.get("chunk", 32))
+    decoded, first.state = engine.decode(
+        first.state, prompts, np.array(keys, np.uint32), temperature, shape
     )
     return first, decoded
 

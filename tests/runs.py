@@ -10,8 +10,9 @@ import simple_extraction_inference as script
 from utils.plan.plan import Plan, plan_run
 from utils.plan.request import Request
 from utils.prompt.codec import Encoded
-from utils.run.compute import Result, Usage
+from utils.run.compute import Pass, Usage
 from utils.run.loop import run
+from utils.run.result import Result
 
 
 class FakeComputation:
@@ -29,11 +30,14 @@ class FakeComputation:
     def compile(self, batches) -> None:
         pass
 
-    def launch(self, batch) -> list[Result]:
-        plan = self.plan
-        owned = [b for span in plan.layout.owned(len(batch.rows)).values() for b in span]
+    def passes(self, batches) -> list[Pass]:
+        return [Pass(batch, first=True, last=True) for batch in batches]
+
+    def launch(self, job) -> list[Result]:
+        plan, batch = self.plan, job.batch
+        owned = [b for held in plan.layout.owned(len(batch.rows)).values() for b in held]
         samples = [plan.samples[batch.rows[b]] for b in owned if batch.rows[b] >= 0]
-        self.usage.prefill += batch.shape.length * len(owned)
+        self.usage.prefill += batch.shape.chunk * len(owned)
         results = [self._result(sample, plan.encode(sample)) for sample in samples]
         self.usage.prefill_useful += sum(len(result.encoded.ids) for result in results)
         return results

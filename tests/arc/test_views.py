@@ -27,9 +27,9 @@ from utils.plan.request import Request
 from utils.prompt.codec import Codec, encode_answer, encode_prompt
 from utils.prompt.encodings import COLORS
 from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS, Answer
-from utils.run import compute
 from utils.run import loop as extract
 from utils.run.dry_run import plan_storage
+from utils.run.result import Result, to_item
 from utils.shards import __main__ as merge
 from utils.shards import iter_items
 from utils.shards.items import sample_key
@@ -308,8 +308,8 @@ def test_an_answer_that_is_right_in_its_view_is_right(tiny_model, tasks_file, tm
         shown = sample.view.show(task.test[sample.sample_idx].output)
         answer, _ = encode_answer(plan.codec.fmt, shown, plan.codec.tokenizer)
         logprobs = [np.zeros(len(answer), np.float32)]
-        result = compute.Result(sample, plan.encode(sample), [answer], logprobs, {}, None)
-        item, found = compute.to_item(result, plan)
+        result = Result(sample, plan.encode(sample), [answer], logprobs, {}, None)
+        item, found = to_item(result, plan)
         assert item["prediction"] == item["target"] == shown and item["correct"] is True
         assert (
             found["attempts"][0]["grid"] == found["target"] == task.test[sample.sample_idx].output

@@ -2,13 +2,21 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst_error
 
 from utils.model import attention
-from utils.model.attention import attend, attend_prompt, rope_frequencies
+from utils.model.attention import (
+    INVALID_POSITION,
+    Past,
+    attend,
+    attend_cached,
+    rope_frequencies,
+)
+from utils.model.capture import CaptureSpec
 from utils.model.layout import Layout, single_device_mesh
 from utils.model.rope import Rope
 
@@ -88,6 +96,33 @@ def test_live_reference(case, tmp_path):
     np.testing.assert_allclose(decoded.logprobs[0], expected, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("case", ["llama3", "qwen2_sliding_yarn"])
+def test_a_prompt_of_nine_thousand_tokens(case, tmp_path):
+    """In chunks of 1,024, with a full and with a sliding window, and an answer behind it."""
+    pytest.importorskip("torch", reason="torch is not installed: requirements-torch.txt")
+    import copy
+
+    import reference
+
+    config, length = copy.deepcopy(reference.CASES[case][0]), 9000
+    config.max_position_embeddings = 16384
+    if case == "qwen2_sliding_yarn":
+        config.sliding_window = 3000
+    model = reference.random_model(config, seed=5)
+    reference.save(model, tmp_path)
+    ids = np.random.default_rng(1).integers(3, config.vocab_size, length).tolist()
+    states, logits = reference.hidden_states(model, ids)
+    engine = load_engine(tmp_path)
+    # The first layers' states, and the last one's after all the attention.
+    names = [f"{point}.{i}" for i in (1, 2) for point in ("attn_out", "resid_post")]
+    engine.model = engine.model.clone(capture=CaptureSpec(tuple(names)))
+    result = prefill(engine, [ids[:-20]], length, [ids[-20:]], chunk=1024, slots=9216)
+    for name in names:
+        assert worst_error(result.captures[name][0], states[name]) < TOLERANCE, name
+    expected = log_softmax(logits)[np.arange(length - 21, length - 1), ids[-20:]]
+    np.testing.assert_allclose(result.logprobs[0], expected, atol=TOLERANCE)
+
+
 def test_bfloat16_follows_float32():
     """bfloat16 has 8 bits: states agree to a few per cent, and are captured in bfloat16."""
     ids = np.load(GOLDEN / "qwen2" / "reference.npz")["ids"].tolist()
@@ -127,19 +162,81 @@ def test_visible_keys():
 
 
 @pytest.mark.parametrize("window", [None, 1, 70, 1000])
-@pytest.mark.parametrize("T", [1, 63, 64, 65, 300])
-def test_tiles_change_nothing(T, window, monkeypatch):
-    """The tiled prompt attention is the plain one, at and around the borders of its tiles."""
+@pytest.mark.parametrize(
+    ("start", "T"), [(0, 63), (0, 64), (0, 300), (511, 65), (700, 300), (9, 1)]
+)
+def test_tiles_change_nothing(start, T, window):
+    """A chunk against rows of a cache in tiles is the plain attention, at and around the borders of
+    tiles of queries and of keys, whatever lies in other rows and in slots that nobody sees."""
     rng = np.random.default_rng(T)
+    S, end = 1536, start + T
     query = jnp.asarray(rng.standard_normal((2, T, 4, 8)), jnp.float32)
-    key, value = (jnp.asarray(rng.standard_normal((2, 2, T, 8)), jnp.float32) for _ in range(2))
-    positions = jnp.broadcast_to(jnp.arange(T), (2, T))
-    plain = attend(query, key, value, positions, positions, window)
-    tiled = attend_prompt(query, key, value, positions, window, Layout(single_device_mesh(), True))
-    np.testing.assert_allclose(tiled, plain, atol=2e-6)
-    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * T * 4 * 17)  # 17 queries a tile
-    large = attention._in_large_tiles(query, key, value, positions, positions, window)
-    np.testing.assert_allclose(large, plain, atol=2e-6)
+    key, value = rng.standard_normal((2, 2, 2, end, 8)).astype(np.float32)
+    at = np.broadcast_to(np.arange(end, dtype=np.int32), (2, end)).copy()
+    at[1, :3] = INVALID_POSITION  # the first slots of a row
+    query_at = np.broadcast_to(np.arange(start, end, dtype=np.int32), (2, T))
+    plain = attend(query, key, value, query_at, at, window)
+    cache = np.full((4, 2, S, 16), np.nan, np.float32)
+    cache[1:3, :, :end] = np.concatenate([key, value], axis=-1)
+    new = cache[1:3, :, start:end].copy()
+    cache[1:3, :, start:end] = cache[2, :, :3] = np.nan
+    key_at = np.full((2, S), INVALID_POSITION)
+    key_at[:, :end] = at
+    past = Past(jnp.asarray(cache), key_at, jnp.array([1]), jnp.array([start]))
+    layout = Layout(single_device_mesh(), True)
+    tiled, written = attend_cached(query, jnp.asarray(new), past, query_at, window, layout)
+    np.testing.assert_array_equal(written[1:3, :, start:end], new)
+    distance = query_at[..., None] - at[:, None]
+    sees = ((distance >= 0) & (distance < (window or S))).any(-1)
+    np.testing.assert_allclose(tiled[sees], plain[sees], atol=2e-6)
+    np.testing.assert_array_equal(tiled[~sees], 0)
+    assert sees.all() == (start > 0)
+
+
+@pytest.mark.parametrize("start", [0, 512, 777])
+def test_attention_of_a_gpu(start, monkeypatch):
+    """The two parts that cuDNN is asked for, computed by XLA in its place, make the whole."""
+    rng, T, S = np.random.default_rng(0), 300, 1536
+    query = jnp.asarray(rng.standard_normal((1, T, 14, 64)), jnp.float32)
+    cache = jnp.asarray(rng.standard_normal((2, 2, S, 128)), jnp.float32)
+    new = cache[1:, :, start : start + T]
+    at = np.arange(S, dtype=np.int32)[None]
+    asked = []
+
+    def by_xla(*arrays, implementation, **masks):
+        asked.append((implementation, set(masks)))
+        return original(*arrays, **masks)
+
+    original = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    found = attention._by_cudnn(query, new, cache, jnp.int32(1), jnp.array([start]))
+    key, value = cache[1:, ..., :64], cache[1:, ..., 64:]
+    expected = attend(query, key, value, at[:, start : start + T], at, None)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert asked == [
+        ("cudnn", {"return_residual", "key_value_seq_lengths"}),
+        ("cudnn", {"return_residual", "is_causal"}),
+    ]
+
+
+def test_cudnn_is_asked_for_in_a_program_for_a_gpu(monkeypatch):
+    """As far as it can be lowered without one: JAX asks for the library's version only."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    query = jax.ShapeDtypeStruct((1, 256, 14, 64), jnp.bfloat16)
+    new = jax.ShapeDtypeStruct((1, 2, 256, 128), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((4, 2, 2048, 128), jnp.bfloat16)
+    place = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    exported = jax.export.export(
+        jax.jit(attention._by_cudnn),
+        platforms=["cuda"],
+        disabled_checks=[
+            jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax"),
+            jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmaxBackward"),
+        ],
+    )(query, new, cache, *place)
+    assert exported.mlir_module().count("__cudnn$fmhaSoftmax") == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst
 from safetensors.numpy import load_file, save_file
 
 from utils.model import generate as generation
-from utils.model.generate import Outputs, Shape
+from utils.model.engine import Engine
+from utils.model.generate import Outputs, Sampling, Shape
 from utils.model.layout import make_mesh
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "qwen2"
@@ -78,12 +79,13 @@ def test_the_loop_ends_with_the_last_row(engine, batch):
     assert int(decoded.steps) == int(decoded.counts.max()) <= 3
 
 
-def test_without_capture_the_last_token_is_not_run(engine, batch):
-    _, decoded = generate(engine, PROMPTS, 80, 10, captures=False)
+def test_without_capture_the_last_token_is_not_run(batch):
+    engine = load_engine(CHECKPOINT, ())
+    _, decoded = generate(engine, PROMPTS, 80, 10)
     assert decoded.tokens.tolist() == batch[1].tokens.tolist()
     assert (int(decoded.steps), int(batch[1].steps)) == (9, 10)
     stop = batch[1].tokens.tolist()[0][0]
-    _, decoded = generate(engine, PROMPTS[:1], 80, 10, stops=[stop], captures=False)
+    _, decoded = generate(engine, PROMPTS[:1], 80, 10, stops=[stop])
     assert (int(decoded.steps), int(decoded.counts[0])) == (0, 1)
 
 
@@ -118,46 +120,78 @@ def test_sampling_follows_the_distribution(engine):
     np.testing.assert_allclose(decoded.logprobs[:, 0], model_logprobs, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("positions", ["prompt", "answer", "last"])
-def test_selected_positions(engine, batch, positions):
-    """A selection is rows of what `all` captures, chosen before anything leaves the device."""
-    names = ("resid_post.1",)
-    chosen = load_engine(CHECKPOINT, names, positions)
+@pytest.mark.parametrize(("positions", "parts"), [("prompt", "p"), ("answer", "d"), ("last", "p")])
+def test_nothing_is_captured_where_nothing_is_kept(batch, positions, parts):
+    chosen = load_engine(CHECKPOINT, ("resid_post.1",), positions)
+    chosen.outputs = Outputs(logits=True)
     first, decoded = generate(chosen, PROMPTS, 80, 10)
-    if positions == "answer":
-        assert first.captures == {}
-        found = decoded.captures["resid_post.1"]
-        assert worst_error(found, batch[1].captures["resid_post.1"]) < TOLERANCE
-        return
-    assert decoded.captures == {}
-    every = batch[0].captures["resid_post.1"]
-    for row, prompt in enumerate(PROMPTS):
-        P = len(prompt)
-        expected = every[row, :P] if positions == "prompt" else every[row, P - 1 : P]
-        found = first.captures["resid_post.1"][row, : len(expected)]
-        assert worst_error(found, expected) < TOLERANCE
-    assert first.captures["resid_post.1"].shape[1] == {"prompt": 80, "last": 1}[positions]
+    assert (set(first.captures), set(decoded.captures)) == (
+        ({"resid_post.1"}, set()) if parts == "p" else (set(), {"resid_post.1"})
+    )
+    found, every = (first, batch[0]) if parts == "p" else (decoded, batch[1])
+    states = found.captures["resid_post.1"]
+    for row, n in enumerate(map(len, PROMPTS) if parts == "p" else [10] * 4):
+        expected = every.captures["resid_post.1"][row, :n]
+        assert worst_error(states[row, :n], expected) < TOLERANCE
 
 
 def test_layers_after_the_last_captured_are_not_run(engine):
     """Fewer layers, the same states, a cheaper program."""
-    names = ("resid_post.0", "mlp_out.1")
+    names, ids = ("resid_post.0", "mlp_out.1"), PROMPTS[1]
     short = load_engine(CHECKPOINT, names)
     short.model = short.model.clone(num_layers_run=2)
-    ids = PROMPTS[1]
-    tokens, lengths = np.array([ids], np.int32), np.array([len(ids)], np.int32)
-    none = np.zeros(1, np.int32)
-    static = (Shape(len(ids), len(ids), 0), Outputs(logits=False))
-    found = short.prefill(tokens, lengths, none, *static)
+    short.outputs = Outputs(logits=False)
+    shape, length = Shape(1, 256, 32), np.array([len(ids)], np.int32)
+    begin = np.zeros(1, np.int32)
+    found, (cache, logits) = short.prefill(
+        short.begin(shape), np.array([ids]), [0], begin, length, length, shape
+    )
     full = prefill(engine, [ids], len(ids))
-    assert found.logits is None
+    assert logits is None and set(cache) == {"positions", "layers_0", "layers_1"}
     for name in names:
-        np.testing.assert_array_equal(found.captures[name], full.captures[name])
+        np.testing.assert_array_equal(found.captures[name][:, : len(ids)], full.captures[name])
 
     def flops(e):
-        return e.prefill_program(1, *static).cost_analysis()["flops"]
+        return e.prefill_program(shape).cost_analysis()["flops"]
 
     assert flops(short) < 0.75 * flops(engine)  # two layers of three
+
+
+def test_programs_do_not_grow_with_the_prompt(engine):
+    """As many operations for a cache of 1,024 slots as for one of 16,384."""
+    for chunk in (128, 512):
+        small, large = (Shape(2, slots, chunk) for slots in (1024, 16384))
+        programs = [engine.lower_prefill(shape).as_text().splitlines() for shape in (small, large)]
+        assert len(programs[0]) == len(programs[1])
+
+
+def test_chunks_change_nothing(engine, batch):
+    """Prompts and answers over chunks of other lengths, and in the cache of a former batch."""
+    for chunk in (16, 48, 128):
+        first, decoded = generate(engine, PROMPTS, 80, 10, chunk=chunk)
+        assert decoded.tokens.tolist() == batch[1].tokens.tolist()
+        for name, states in batch[0].captures.items():
+            for row, prompt in enumerate(PROMPTS):
+                P = len(prompt)
+                assert worst_error(first.captures[name][row, :P], states[row, :P]) < TOLERANCE
+    rows, answers = PROMPTS[::-1], [[3, 4], [], [5], []]
+    forced = prefill(engine, rows, 80, answers, used=first.state[0], chunk=128)
+    fresh = prefill(engine, rows, 80, answers, chunk=128)
+    for name, states in fresh.captures.items():
+        for row, prompt in enumerate(rows):
+            P = len(prompt)
+            np.testing.assert_array_equal(forced.captures[name][row, :P], states[row, :P])
+    np.testing.assert_array_equal(forced.logprobs, fresh.logprobs)
+
+
+def test_a_second_answer_to_the_same_prompts(engine, batch):
+    """The answer before it leaves nothing in the cache that the next one sees."""
+    first, decoded = generate(engine, PROMPTS, 80, 10, temperature=1.5)
+    prompts = np.array([len(prompt) for prompt in PROMPTS], np.int32)
+    keys = np.arange(1, 5, dtype=np.uint32)
+    again = Engine(engine.model, engine.params, engine.outputs, Sampling(10, ()))
+    decoded, _ = again.decode(first.state, prompts, keys, 0.0, Shape(4, 256, 32))
+    assert decoded.tokens.tolist() == batch[1].tokens.tolist()
 
 
 def test_the_highest_logit_of_each_row():

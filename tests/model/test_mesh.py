@@ -5,14 +5,13 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import write_random_checkpoint
 from conftest import ROOT, TINY
 from parity import TOLERANCE, generate, load_engine, prefill, worst_error
 
-from utils.model.layout import Layout, make_mesh, use_compilation_cache
+from utils.model.layout import make_mesh, use_compilation_cache
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 HEADS = {
@@ -82,30 +81,19 @@ def test_a_mesh_changes_nothing(checkpoint, prompts, alone, shape):
         np.testing.assert_allclose(again.logprobs[b, :n], forced.logprobs[b, :n], atol=TOLERANCE)
 
 
-def test_states_leave_a_mesh_with_each_row_on_one_device(checkpoint, prompts):
+def test_rows_leave_a_mesh_whole_and_each_is_fetched_once(checkpoint, prompts):
     engine = load_engine(checkpoint, mesh=make_mesh(2, 4))
-    first, decoded = generate(engine, prompts, 96, 5)
-    for value in (*first.captures.values(), *decoded.captures.values(), decoded.tokens):
-        blocks = {str(shard.index) for shard in value.addressable_shards}
-        assert len(blocks) == 8 and {shard.data.shape[0] for shard in value.addressable_shards} == {
-            1
-        }
-        assert all(shard.data.shape[1:] == value.shape[1:] for shard in value.addressable_shards)
-    half, _ = generate(engine, prompts[:4], 96, 5)  # too few rows for eight devices
-    for value in half.captures.values():
-        firsts = [shard for shard in value.addressable_shards if shard.replica_id == 0]
-        assert len(firsts) == 2 and {shard.data.shape[0] for shard in firsts} == {2}
-
-
-def test_a_cache_fills_block_by_block():
-    """`by_heads` false: each of two devices holds its part of the prompt, and half of the room."""
-    split = Layout(make_mesh(1, 2, jax.devices()[:2]), by_heads=False)
-    slots = split.into_slots(jnp.array([[1, 2, 3, 4]]), 8, axis=1, fill=9)
-    assert slots.tolist() == [[1, 2, 9, 9, 3, 4, 9, 9]]
-    assert [int(split.slot(step, 4, 8)) for step in range(4)] == [2, 6, 3, 7]
-    whole = Layout(split.mesh, by_heads=True)
-    assert whole.into_slots(jnp.array([[1, 2, 3, 4]]), 6, axis=1).tolist() == [[1, 2, 3, 4, 0, 0]]
-    assert [int(whole.slot(step, 4, 6)) for step in range(2)] == [4, 5]
+    layout = engine.model.layout
+    _, decoded = generate(engine, prompts, 96, 5)
+    owned = layout.owned(8)
+    assert sorted(row for rows in owned.values() for row in rows) == list(range(8))
+    assert {len(rows) for rows in owned.values()} == {1}  # all devices take part
+    for value in (*decoded.captures.values(), decoded.tokens, decoded.logprobs):
+        for shard in value.addressable_shards:
+            rows = range(*shard.index[0].indices(8))
+            assert shard.data.shape == (4, *value.shape[1:]) and set(owned[shard.device]) < set(
+                rows
+            )
 
 
 COMPILE_TIME = "jax_persistent_cache_min_compile_time_secs"

@@ -36,7 +36,7 @@ from utils.errors import UserError
 from utils.plan.batching import Batch
 from utils.plan.request import Request
 from utils.run import conclude, loop, opening
-from utils.run.compute import Usage
+from utils.run.compute import Pass, Usage
 from utils.run.peers import Peers
 from utils.shards import manifest as manifests
 from utils.shards import uploads
@@ -226,8 +226,11 @@ class FakeComputation:
     def compile(self, batches):
         pass
 
-    def launch(self, batch):
-        return batch
+    def passes(self, batches):
+        return [Pass(batch, first=True, last=True) for batch in batches]
+
+    def launch(self, job):
+        return job.batch
 
     def fetch(self, batch):
         peers = self.plan.peers

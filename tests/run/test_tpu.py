@@ -19,7 +19,8 @@ import distributed_inference_with_activations as script
 from utils.cli import COMPILER_ALONE
 from utils.run import prices, tpu
 from utils.run.prices import costs
-from utils.run.tpu import SLICES, collectives_of
+from utils.run.roofline import collectives_of
+from utils.run.tpu import SLICES
 
 MULTIPLE = "ALLOW_MULTIPLE_LIBTPU_LOAD"
 SCRIPT = "distributed_inference_with_activations.py"
@@ -88,8 +89,8 @@ def test_a_mesh_that_repeats_no_work(inputs):
         assert sum(b["batches"] * b["rows"] for b in p["buckets"]) >= 96
 
     def flops(p):  # per computed token
-        slots = sum(b["rows"] * b["length"] for b in p["buckets"])
-        return sum(b["prefill"]["flops_per_device"] for b in p["buckets"]) / slots
+        (bucket,), data = p["buckets"], p["mesh_shape"][0]
+        return bucket["prefill"]["flops_per_device"] * 64 / (data * bucket["chunk"])
 
     assert flops(wide) < 1.05 * flops(flat)
     # 8 x 8 holds an eighth of the model, but for the norms
@@ -100,7 +101,7 @@ def test_a_mesh_that_repeats_no_work(inputs):
     }  # fmt: skip
     # nothing as large as the logits of all positions is moved, nor those of the batch in decoding
     bucket = max(wide["buckets"], key=lambda b: b["hbm_bytes"])
-    assert wide["prefill"]["collective_bytes"] < bucket["rows"] * bucket["length"] * 151936 / 8
+    assert wide["prefill"]["collective_bytes"] < bucket["chunk"] * 151936
     assert wide["decode"]["collective_bytes"] < bucket["rows"] / 8 * 151936
     assert "8x8" in result.stdout and "64x1" in result.stdout
 

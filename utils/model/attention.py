@@ -1,10 +1,11 @@
-"""Rotary embedding and causal grouped-query attention, over prompts and over a cache."""
+"""Rotary embedding, and causal grouped-query attention over a cache, masked by position."""
 
 # B batch   T query tokens   S key tokens   R rows: the queries of one key/value head
 # N query heads   K key/value heads   H head width
 
-import itertools
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from utils.model.flash import INVALID_POSITION, flash
 from utils.model.layout import Layout
 from utils.model.rope import Rope
 
-INVALID_POSITION = np.int32(2**30)  # key slots that no query may see
-# Prompt attention goes tile by tile within spans of queries.
-QUERY_TILE = 64
-QUERY_SPANS = 4
-SCORE_BYTES = 2**28  # that an accelerator holds at once
+QUERY_TILE, KEY_TILE = 64, 512  # tokens of a tile of scores, which stays in a CPU's cache
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -77,121 +75,187 @@ def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
 def attend(
     query: Array, key: Array, value: Array, query_at: Array, key_at: Array, window: int | None
 ) -> Array:
-    """Causal grouped-query attention, softmax in float32; [B, T, N, H].
+    """Causal grouped-query attention in one piece, softmax in float32; [B, T, N, H].
 
     query: [B, T, N, H]; key, value: [B, K, S, H]; query_at, key_at: positions, int32 [B, T] and
     [B, S]. A query sees the keys at or before its position, with `window` only the last `window` of
-    them, itself included. Dividing by the softmax's sum comes after the weighted sum of values: one
-    pass over the scores less.
+    them, itself included. For training, which needs gradients, and what `attend_cached` is tested
+    against.
     """
     B, T, N, H = query.shape
     K = key.shape[1]
-    distance = query_at[:, :, None] - key_at[:, None, :]
-    visible = distance >= 0
-    if window is not None:
-        visible &= distance < window
-    # The G heads of a key/value head become rows of one matrix product.
-    rows = query.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, T * N // K, H)
-    scores = jnp.einsum("BKRH,BKSH->BKRS", rows, key, preferred_element_type=jnp.float32)
-    visible = jnp.repeat(visible, N // K, axis=1)[:, None]
-    scores = jnp.where(visible, scores * H**-0.5, -jnp.inf)
-    # A padding row may see no key at all: 0 instead of the -inf that would make it NaN.
-    highest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    y = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(value.dtype), value)
-    y = (y / total).astype(query.dtype)
-    return y.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
+    rows = query.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", rows, key, preferred_element_type=jnp.float32)
+    seen = _sees(query_at, key_at, window)[:, None, None]
+    scores = jnp.where(seen, scores * H**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, value).reshape(B, T, N, H)
 
 
-def attend_prompt(
-    query: Array, key: Array, value: Array, positions: Array, window: int | None, layout: Layout
-) -> Array:
-    """`attend` over a prompt that is split over the mesh; [B, T, N, H], split like query.
+@dataclass(frozen=True)
+class Past:
+    """What a pass finds in one layer of the tokens before its own, and where its own go.
 
-    positions: int32 [B, T], those of the queries in the order that `Layout.deal` gives.
+    cache: keys and values side by side, [R, K, S, 2 H], split as `Layout.slots` says. key_at: the
+    positions in the slots of the rows of this pass, its own tokens included, int32 [B, S];
+    INVALID_POSITION in a slot that nobody may see. row, slot: int32 [data], of each data group the
+    first row of the cache that the pass concerns, and the slot of its first token there.
     """
-    T = query.shape[1]
-    queries = P(*layout.heads(prompt=True))  # [B, T, N, H]
-    keys = P("data", "model") if layout.by_heads else P("data", None, "model")  # [B, K, T, H]
-    at = P("data") if layout.by_heads else P("data", "model")  # [B, T]
-    spans = _spans(T, layout, window)
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-    in_tiles = _in_small_tiles if on_cpu else _in_large_tiles
 
-    def local(query: Array, key: Array, value: Array, at: Array) -> Array:
-        if not layout.by_heads:
-            key, value = (_gathered(x, layout.stripes(T)) for x in (key, value))
-        outputs = []
-        for (start, stop), (first, last) in spans:
-            keys, values = key[:, :, first:last], value[:, :, first:last]
-            key_at = jnp.broadcast_to(jnp.arange(first, last), (len(key), last - first))
-            outputs.append(
-                in_tiles(query[:, start:stop], keys, values, at[:, start:stop], key_at, window)
-            )
-        return jnp.concatenate(outputs, axis=1)
-
-    specs = {"in_specs": (queries, keys, keys, at), "out_specs": queries}
-    mapped = jax.shard_map(local, mesh=layout.mesh, **specs, check_vma=False)
-    return mapped(query, key, value, positions)
+    cache: Array
+    key_at: Array
+    row: Array
+    slot: Array
 
 
-def _gathered(x: Array, stripes: int) -> Array:
-    """The tokens of all devices in the order of the prompt: [B, K, T / M, H] -> [B, K, T, H]."""
-    B, K, _, H = x.shape
-    x = jax.lax.all_gather(x, "model")  # [M, B, K, C U, H]
-    M = len(x)
-    x = x.reshape(M, B, K, stripes, -1, H).transpose(1, 2, 3, 0, 4, 5)
-    return x.reshape(B, K, -1, H)
+jax.tree_util.register_dataclass(Past)
 
 
-def _spans(T: int, layout: Layout, window: int | None) -> list[tuple[tuple[int, int], ...]]:
-    """((start, stop) of the queries that a device holds, (first, last) of the keys they can see).
+def attend_cached(
+    query: Array, new: Array, past: Past, query_at: Array, window: int | None, layout: Layout
+) -> tuple[Array, Array]:
+    """`attend` of a chunk of a prompt, or of one generated token a row: [B, T, N, H], split like
+    query; and the cache with the new keys and values in it.
 
-    More spans leave out more of the keys that lie in the future, and compile longer.
+    query: [B, T, N, H]; new: keys and values side by side, [B, K, T, 2 H]; query_at: positions,
+    int32 [B, T]. What it costs follows the positions that are in the cache, not its size.
     """
-    sharing = 1 if layout.by_heads else layout.model  # devices, in the queries of a span
-    span = T // layout.stripes(T)
-    if sharing == 1:
-        span = QUERY_TILE * math.ceil(T / QUERY_SPANS / QUERY_TILE)
-    spans = []
-    for start in range(0, T, span):
-        stop = min(start + span, T)
-        first = 0 if window is None else max(0, start - window + 1)
-        spans.append(((start // sharing, stop // sharing), (first, stop)))
-    return spans
+    prompt = query.shape[1] > 1
+    heads, slots = P(*layout.heads(prompt)), P(*layout.slots)
+    at = P("data") if layout.by_heads or not prompt else P("data", "model")  # [B, T]
+    platform = layout.mesh.devices.flat[0].platform
+    # cuDNN takes 16 bits, no window that moves with a chunk, and tokens in the order of the prompt.
+    by_cudnn = platform == "gpu" and prompt and query.dtype != jnp.float32
+    by_cudnn = by_cudnn and (window is None or window >= past.cache.shape[2])
+    by_cudnn = by_cudnn and (layout.by_heads or layout.model == 1)
+    # By tokens, every device has the whole cache. Each takes its tokens of a chunk over all of it;
+    # of a single token, over the device's share of it.
+    shared = "model" if not (layout.by_heads or prompt or layout.model == 1) else None
 
+    def local(query: Array, new: Array, past: Past, query_at: Array) -> tuple[Array, Array]:
+        row, zero = past.row[0], jnp.int32(0)
+        cache = jax.lax.dynamic_update_slice(past.cache, new, (row, zero, past.slot[0], zero))
+        if platform == "tpu" and prompt:
+            return flash(query, cache, row, query_at, past.key_at, window), cache
+        if by_cudnn:
+            return _by_cudnn(query, new, cache, row, past.slot), cache
+        return _in_tiles(query, cache, row, query_at, past.key_at, window, shared), cache
 
-def _in_large_tiles(
-    query: Array, key: Array, value: Array, query_at: Array, key_at: Array, window: int | None
-) -> Array:
-    """`attend` in as few tiles of queries as their scores fit in memory; not a loop, so that the
-    compiler's figures count them all."""
-    (B, T, N, _), S = query.shape, key.shape[2]
-    tiles = min(T, math.ceil(B * T * N * S * 4 / SCORE_BYTES))
-    bounds = [T * i // tiles for i in range(tiles + 1)]
-    parts = [
-        attend(query[:, i:j], key, value, query_at[:, i:j], key_at, window)
-        for i, j in itertools.pairwise(bounds)
-    ]
-    return jnp.concatenate(parts, axis=1)
-
-
-def _in_small_tiles(
-    query: Array, key: Array, value: Array, query_at: Array, key_at: Array, window: int | None
-) -> Array:
-    """`attend` in tiles of QUERY_TILE queries, so that scores stay in a CPU's cache."""
-    B, T, N, H = query.shape
-    size = min(T, QUERY_TILE)
-    tiles = math.ceil(T / size)
-    missing = tiles * size - T
-
-    def tiled(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(B, tiles, size, *x.shape[2:]).swapaxes(0, 1)
-
-    y = jax.lax.map(
-        lambda tile: attend(tile[0], key, value, tile[1], key_at, window),
-        (tiled(query), tiled(query_at)),
+    data = P("data")
+    past_specs = Past(slots, data, data, data)
+    mapped = jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(heads, slots, past_specs, at),
+        out_specs=(heads, slots),
+        check_vma=False,
     )
-    return y.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
+    return mapped(query, new, past, query_at)
+
+
+def _by_cudnn(query: Array, new: Array, cache: Array, row: Array, slot: Array) -> Array:
+    """A chunk of one row against the slots before `slot`, int32 [1], and against itself, each by
+    cuDNN's fused attention, joined by the logarithms of their sums (Dao et al. 2022).
+
+    query: [1, T, N, H]; new: [1, K, T, 2 H], which the cache holds already.
+    """
+    H = query.shape[-1]
+
+    def attended(kv: Array, **masks: Any) -> tuple[Array, Array]:
+        key, value = kv[..., :H].swapaxes(1, 2), kv[..., H:].swapaxes(1, 2)
+        return jax.nn.dot_product_attention(
+            query, key, value, return_residual=True, implementation="cudnn", **masks
+        )
+
+    rows = jax.lax.dynamic_slice_in_dim(cache, row, 1, axis=0)
+    # At least one key, since a softmax of none is not defined; the first chunk's weighs nothing.
+    before, sum_before = attended(rows, key_value_seq_lengths=jnp.maximum(slot, 1))
+    sum_before = jnp.where(slot > 0, sum_before, -jnp.inf)
+    chunk, sum_chunk = attended(new, is_causal=True)
+    share = jax.nn.sigmoid(sum_chunk - sum_before)[..., None]
+    return (chunk * share + jnp.where(share < 1, before, 0) * (1 - share)).astype(query.dtype)
+
+
+def _sees(query_at: Array, key_at: Array, window: int | None) -> Array:
+    """Which keys each query sees: [B, T], [B, S] -> bool [B, T, S]."""
+    distance = query_at[:, :, None] - key_at[:, None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _in_tiles(
+    query: Array,
+    cache: Array,
+    row: Array,
+    query_at: Array,
+    key_at: Array,
+    window: int | None,
+    shared: str | None,
+) -> Array:
+    """Tile by tile of queries and keys, in loops of one body (Dao et al. 2022, FlashAttention).
+
+    The rows of the cache are those from `row` on; its slots are a multiple of KEY_TILE, or fewer.
+    Tiles of keys that no query of a tile sees are left out. shared: the mesh axis whose devices
+    share the tiles of keys.
+    """
+    (B, T, N, H), (_, K, S, _) = query.shape, cache.shape
+    size, keys = min(T, QUERY_TILE), min(S, KEY_TILE)
+    tiles, blocks, R, zero = math.ceil(T / size), S // keys, size * N // K, jnp.int32(0)
+    if S % keys:
+        raise ValueError(f"a cache of {S} slots is no multiple of {keys}")
+    # Padding queries are at the last token's position.
+    query = jnp.pad(query, ((0, 0), (0, tiles * size - T), (0, 0), (0, 0)))
+    query_at = jnp.pad(query_at, ((0, 0), (0, tiles * size - T)), "edge")
+    # The G heads of a key/value head become rows of one matrix product.
+    rows = query.reshape(B, tiles, size, K, N // K, H).transpose(1, 0, 3, 2, 4, 5)
+    rows = rows.reshape(tiles, B, K, R, H)
+    at = query_at.reshape(B, tiles, size).swapaxes(0, 1)
+    lowest, highest = at.min((1, 2))[:, None], at.max((1, 2))[:, None]
+    of_block = key_at.reshape(B, blocks, keys)
+    seen = of_block.min((0, 2)) <= highest  # [tiles, blocks]
+    if window is not None:
+        real = jnp.where(of_block < INVALID_POSITION, of_block, -1)
+        seen &= real.max((0, 2)) > lowest - window
+    first = jnp.argmax(seen, axis=1).astype(jnp.int32)
+    stop = jnp.max(jnp.where(seen, jnp.arange(1, blocks + 1, dtype=jnp.int32), 0), axis=1)
+    own, step = (jax.lax.axis_index(shared), jax.lax.axis_size(shared)) if shared else (0, 1)
+
+    def tile(operands: tuple[Array, ...]) -> Array:
+        rows, at, first, stop = operands
+
+        def block(state: tuple[Array, ...]) -> tuple[Array, ...]:
+            j, highest, total, sum_of_values = state
+            here = jax.lax.dynamic_slice(cache, (row, zero, j * keys, zero), (B, K, keys, 2 * H))
+            here_at = jax.lax.dynamic_slice_in_dim(key_at, j * keys, keys, axis=1)
+            scores = jnp.einsum(
+                "BKRH,BKSH->BKRS", rows, here[..., :H], preferred_element_type=jnp.float32
+            )
+            sees = jnp.repeat(_sees(at, here_at, window), N // K, axis=1)[:, None]
+            scores = jnp.where(sees, scores * H**-0.5, -jnp.inf)
+            new = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+            weights, keep = jnp.exp(scores - new), jnp.exp(highest - new)
+            total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
+            # A slot that nobody sees may hold anything, and 0 times NaN would be NaN.
+            values = jnp.where((here_at < INVALID_POSITION)[:, None, :, None], here[..., H:], 0)
+            y = jnp.einsum(
+                "BKRS,BKSH->BKRH",
+                weights.astype(values.dtype),
+                values,
+                preferred_element_type=jnp.float32,
+            )
+            return j + step, new, total, sum_of_values * keep + y
+
+        low = jnp.full((B, K, R, 1), jnp.finfo(jnp.float32).min)
+        nothing = jnp.zeros((B, K, R, 1), jnp.float32), jnp.zeros((B, K, R, H), jnp.float32)
+        _, highest, total, sum_of_values = jax.lax.while_loop(
+            lambda state: state[0] < stop, block, (first + own, low, *nothing)
+        )
+        if shared:
+            new = jax.lax.pmax(highest, shared)
+            keep = jnp.exp(highest - new)
+            total, sum_of_values = jax.lax.psum((total * keep, sum_of_values * keep), shared)
+        # A row that sees no key gets 0 instead of NaN.
+        return (sum_of_values / jnp.where(total > 0, total, 1)).astype(query.dtype)
+
+    y = jax.lax.map(tile, (rows, at, first, stop))  # [tiles, B, K, R, H]
+    y = y.reshape(tiles, B, K, size, N // K, H).transpose(1, 0, 3, 2, 4, 5)
+    return y.reshape(B, tiles * size, N, H)[:, :T]

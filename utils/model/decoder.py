@@ -6,19 +6,18 @@ the `intermediates` collection, gated by the static capture spec, so that a run 
 the same code with less kept.
 """
 
-# B batch   T query tokens   S key tokens   D model width   F mlp width
+# B batch   T tokens   S slots of the cache   D model width   F mlp width
 # N query heads   K key/value heads   H head width   V vocabulary
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import dynamic_update_slice_in_dim
 
-from utils.model.attention import INVALID_POSITION, attend, attend_prompt, rotate, rotation
+from utils.model.attention import INVALID_POSITION, Past, attend, attend_cached, rotate, rotation
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
 from utils.model.layout import Layout
@@ -39,19 +38,6 @@ class RMSNorm(nn.Module):
         return x32.astype(x.dtype) * scale
 
 
-@dataclass(frozen=True)
-class Past:
-    """What a generated token finds in one layer of the tokens before it, in every row.
-
-    cache: key and value [B, K, S, H]. key_positions: int32 [B, S], this token's among them. slot:
-    int32 scalar, where this token's own key and value go.
-    """
-
-    cache: Cache
-    key_positions: Array
-    slot: Array
-
-
 class Attention(nn.Module):
     config: ModelConfig
     layer: int
@@ -60,16 +46,16 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, positions: Array, cos_sin: tuple[Array, Array], past: Past | None
-    ) -> tuple[Array, Cache]:
-        """x: [B, T, D] -> [B, T, D], and keys and values.
+    ) -> tuple[Array, Array | None]:
+        """x: [B, T, D] -> [B, T, D], and the cache with the T tokens written into it.
 
-        Without a past the T tokens are a prompt, whose keys and values are [B, K, T, H]; else T is
-        1, and they are the cache's with the token written into it.
+        Without a past, as in training, the tokens see one another alone.
         """
         c, layout = self.config, self.layout
         D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-        heads = layout.heads(prompt=past is None)
-        gather = layout.gathers_attention(prompt=past is None)
+        prompt = x.shape[1] > 1
+        heads = layout.heads(prompt)
+        gather = layout.gathers_attention(prompt)
 
         def project(name: str, count: int) -> Array:
             kernel = self.param(name, nn.initializers.lecun_normal(), (D, count, H))
@@ -84,19 +70,17 @@ class Attention(nn.Module):
             query = RMSNorm(c.rms_norm_eps, name="query_norm")(query)
             key = RMSNorm(c.rms_norm_eps, name="key_norm")(key)
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
 
-        window = c.sliding_windows[self.layer]
+        window, cache = c.sliding_windows[self.layer], None
         if past is None:
-            cache = {"key": key, "value": value}
-            y = attend_prompt(query, key, value, positions, window, layout)
+            key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+            y = attend(query, key, value, positions, positions, window)
         else:
-            cache = {
-                name: dynamic_update_slice_in_dim(past.cache[name], x, past.slot, axis=2)
-                for name, x in (("key", key), ("value", value))
-            }
-            y = attend(query, cache["key"], cache["value"], positions, past.key_positions, window)
-            y = layout.split(y, *heads)
+            new = jnp.concatenate([key, value], axis=-1)
+            if not layout.by_heads:  # the tokens of all devices, in the order of the prompt
+                new = layout.collect(layout.whole_rows(new))
+            y, cache = attend_cached(query, new.swapaxes(1, 2), past, positions, window, layout)
+        y = layout.split(y, *heads)
 
         kernel = self.param("out", nn.initializers.lecun_normal(), (N, H, D))
         y = jnp.einsum("BTNH,NHD->BTD", y, layout.kernel(kernel, gather))
@@ -138,12 +122,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, positions: Array, cos_sin: tuple[Array, Array], past: Past | None
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, Array | None]:
         """The residual stream [B, T, D] after this layer, and the rest as `Attention` gives it."""
         eps = self.config.rms_norm_eps
 
         def split(y: Array) -> Array:
-            return self.layout.split(y, *self.layout.stream(prompt=past is None))
+            return self.layout.split(y, *self.layout.stream(prompt=x.shape[1] > 1))
 
         self._capture("resid_pre", x)
         y, cache = Attention(self.config, self.layer, self.layout, name="attention")(
@@ -190,27 +174,49 @@ class Decoder(nn.Module):
                 self.head = self.param("head", init, (c.hidden_size, V))
 
     def __call__(
-        self, tokens: Array, positions: Array, cache: Cache | None = None, slot: Array | None = None
+        self,
+        tokens: Array,
+        positions: Array,
+        lengths: Array | None = None,
+        cache: Cache | None = None,
+        row: Array | None = None,
+        slot: Array | None = None,
     ) -> tuple[Array, Cache]:
-        """Residual stream after the last layer that is run, [B, T, D], and keys and values.
+        """Residual stream after the last layer that is run, [B, T, D], and the cache.
 
-        tokens, positions: int32 [B, T]. Without a cache the T tokens are a prompt, in the order of
-        `Layout.deal`: they see one another, and layer name -> key, value [B, K, T, H] comes back.
-        With a cache (`filled_cache`) there is one token a row, which is written at `slot` (int32
-        scalar) and sees the whole cache. Call through `apply(..., mutable=["intermediates"])` to
-        receive what the spec captures.
+        tokens, positions: int32 [B, T]. Of each data group they are written into its rows of the
+        cache (`cache_arrays`) from `row` on, into the slots from `slot` on, both int32 [data], and
+        see what those rows hold: a chunk of a prompt, whose tokens are in the order of
+        `Layout.deal`, or one generated token. What is written at slot 0 begins its row anew. Tokens
+        at or behind their row's `lengths`, int32 [B], are padding, which nobody sees. Without a
+        cache the tokens see one another alone. Call through `apply(...,
+        mutable=["intermediates"])` to receive what the spec captures.
         """
         x = self.layout.look_up(self.embedding, tokens)
         cos_sin = rotation(positions, self.config.rope, self.config.head_dim)
         new: Cache = {}
         if cache is not None:
-            new["positions"] = dynamic_update_slice_in_dim(
-                cache["positions"], positions, slot, axis=1
-            )
+            key_at = self._key_positions(cache, positions, lengths, row, slot)
+            new["positions"] = self.layout.write_rows(cache["positions"], key_at, row, "data")
         for layer in self.layers:
-            past = None if cache is None else Past(cache[layer.name], new["positions"], slot)
+            past = None if cache is None else Past(cache[layer.name], key_at, row, slot)
             x, new[layer.name] = layer(x, positions, cos_sin, past)
         return x, new
+
+    def _key_positions(
+        self, cache: Cache, positions: Array, lengths: Array, row: Array, slot: Array
+    ) -> Array:
+        """The positions in the slots of the rows of a pass, with those of its own tokens: int32
+        [B, S]."""
+        B, T = positions.shape
+        before = self.layout.read_rows(cache["positions"], row, B, "data")
+        slot = jnp.repeat(slot, B // self.layout.data)[:, None]
+        before = jnp.where(slot == 0, INVALID_POSITION, before)
+        number = jnp.arange(before.shape[1], dtype=jnp.int32) - slot  # of the pass's tokens
+        positions = self.layout.collect(positions)
+        real = jnp.where(positions < lengths[:, None], positions, INVALID_POSITION)
+        now = jnp.take_along_axis(real, jnp.clip(number, 0, T - 1), axis=1)
+        return jnp.where((number >= 0) & (number < T), now, before)
 
     def logits(self, x: Array) -> Array:
         """Final norm and unembedding: [B, D] -> float32 [B, V]; -inf where V is padded."""
@@ -231,26 +237,25 @@ class Decoder(nn.Module):
         return self.logits(self(tokens, positions)[0][:, 0])
 
 
-def filled_cache(
-    layout: Layout, prompt: Cache, positions: Array, lengths: Array, answer: int
-) -> Cache:
-    """The cache of a prompt with room for `answer` tokens behind it.
-
-    prompt: what the decoder returned. positions: int32 [B, T] in the order of `Layout.deal`;
-    lengths: int32 [B] of the prompts. Each layer's key and value are [B, K, S, H], `positions`
-    int32 [B, S]: a slot of padding, or one that is not written yet, is in nobody's past.
+def cache_arrays(
+    model: Decoder, rows: int, slots: int, dtype: Any
+) -> Iterator[tuple[str, tuple[int, ...], Any, tuple[Any, ...]]]:
+    """Name, shape, dtype and split of the arrays of a cache: of each layer that is run keys and
+    values side by side, [R, K, S, 2 H], and `positions`, [R, S], INVALID_POSITION in slots without
+    a token. What keys and values hold there makes no difference.
     """
-    size = layout.cache_size(positions.shape[1], answer)
-    over = ("model", None) if layout.by_heads else (None, "model")  # heads, slots
+    c = model.config
+    yield "positions", (rows, slots), jnp.int32, ("data",)
+    for i in range(c.num_layers if model.num_layers_run is None else model.num_layers_run):
+        shape = rows, c.num_kv_heads, slots, 2 * c.head_dim
+        yield f"layers_{i}", shape, dtype, model.layout.slots
 
-    def slots(x: Array) -> Array:
-        return layout.split(layout.into_slots(x, size, 2), "data", *over)
 
-    real = jnp.where(positions < lengths[:, None], positions, INVALID_POSITION)
-    at = layout.into_slots(real, size, 1, INVALID_POSITION)
+def split_cache(layout: Layout, cache: Cache) -> Cache:
+    """A cache, its arrays split over the mesh as they are from pass to pass."""
     return {
-        "positions": layout.split(at, "data", over[1]),
-        **{name: jax.tree.map(slots, layer) for name, layer in prompt.items()},
+        name: layout.split(value, *(("data",) if name == "positions" else layout.slots))
+        for name, value in cache.items()
     }
 
 

@@ -1,6 +1,7 @@
-"""The compiled programs of a model: `prefill` and `decode`, once for each shape."""
+"""The compiled programs of a model: one for the chunks of prefill and one for decoding, of each
+shape."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -8,11 +9,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from tqdm import tqdm
 
-from utils.model.capture import CaptureSpec
-from utils.model.decoder import Decoder
-from utils.model.generate import Decoded, Outputs, Prefilled, Sampling, Shape, decode, prefill
+from utils.model.decoder import Cache, Decoder, cache_arrays
+from utils.model.flash import INVALID_POSITION
+from utils.model.generate import Chunk, Decoded, Outputs, Sampling, Shape, decode, prefill
 
 COMPILERS = 4  # shapes that are compiled at once
 
@@ -22,98 +24,160 @@ def specs(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-_PREFILL = jax.jit(prefill, static_argnames=("model", "shape", "outputs"))
-_DECODE, _DECODE_INTO_CACHE = (
-    jax.jit(decode, static_argnames=("model", "prompt_slots", "sampling"), donate_argnames=donated)
-    for donated in ((), ("cache",))
-)
+_PREFILL = jax.jit(prefill, static_argnames=("model", "outputs"), donate_argnames=("cache",))
+_DECODE = jax.jit(decode, static_argnames=("model", "sampling"), donate_argnames=("cache",))
 
 
 @dataclass
 class Engine:
-    """The compiled programs of one model; each shape is compiled once.
+    """The compiled programs of one model, each compiled once.
 
-    params: arrays, or their specs where nothing is to be run.
+    params: arrays, or their specs where nothing is to be run. sampling: None where nothing is
+    generated. A batch begins with `begin`; each pass hands its state, cache and logits, to the
+    next, and takes the cache away from whoever holds it still.
     """
 
     model: Decoder
     params: Any
+    outputs: Outputs
+    sampling: Sampling | None = None
     _programs: dict[Any, Any] = field(default_factory=dict)
+
+    def begin(self, shape: Shape, used: Cache | None = None) -> tuple[Cache, Array | None]:
+        """The state before a batch's first pass; used: the cache of a former batch of its shape."""
+        cache, logits = self.state(shape)
+        if used is None:
+            used = {
+                name: jnp.full(
+                    spec.shape,
+                    INVALID_POSITION if name == "positions" else 0,
+                    spec.dtype,
+                    device=spec.sharding,
+                )
+                for name, spec in cache.items()
+            }
+        if logits is not None:
+            logits = jnp.zeros(logits.shape, logits.dtype, device=logits.sharding)
+        return used, logits
 
     def prefill(
         self,
-        tokens: np.ndarray,
+        state: tuple[Cache, Array | None],
+        ids: np.ndarray,
+        rows: Sequence[int],
+        start: np.ndarray,
         prompt_lengths: np.ndarray,
-        answer_lengths: np.ndarray,
+        lengths: np.ndarray,
         shape: Shape,
-        outputs: Outputs,
-    ) -> Prefilled:
-        """See `prefill`; tokens: int32 [B, shape.length]."""
-        program = self.prefill_program(len(tokens), shape, outputs)
-        put = self.model.layout.put
-        return program(self.params, put(tokens), put(prompt_lengths), put(answer_lengths))
+    ) -> tuple[Chunk, tuple[Cache, Array | None]]:
+        """See `prefill`. ids: int32 [B, T], of the batch; rows: the row of each data group, by its
+        place in the batch, whose chunk at `start`, int32 [P], is run. Lengths are those of all rows
+        of the batch, in every process."""
+        if max(start) + shape.chunk > shape.slots:
+            raise ValueError(f"a chunk at {max(start)} does not fit in {shape}")
+        tokens = np.zeros((len(rows), shape.chunk + 1), np.int32)
+        for target, row, begin in zip(tokens, rows, start, strict=True):
+            found = ids[row, begin : begin + shape.chunk + 1]
+            target[: len(found)] = found
+        local = np.array(rows, np.int32) % (shape.rows // self.model.layout.data)
+        prompts = prompt_lengths[rows]
+        ends = np.any((start < prompts) & (prompts <= start + shape.chunk))
+        inputs = tokens[:, :-1], tokens[:, 1:], local, start, prompts, lengths[rows]
+        cache, logits = state
+        chunk, logits, cache = self.prefill_program(shape)(
+            self.params, cache, logits, *map(self.model.layout.put, inputs), ends
+        )
+        return chunk, (cache, logits)
 
     def decode(
         self,
-        prefilled: Prefilled,
+        state: tuple[Cache, Array],
         prompt_lengths: np.ndarray,
         sample_keys: np.ndarray,
+        temperature: float,
         shape: Shape,
-        sampling: Sampling,
-    ) -> Decoded:
-        """See `decode`; prefilled: a prefill of that shape with logits, and a cache with room for
-        `sampling.max_tokens`."""
-        program = self.decode_program(len(prompt_lengths), shape, sampling)
-        lengths, keys = map(self.model.layout.put, (prompt_lengths, sample_keys))
-        return program(self.params, prefilled.cache, prefilled.logits, lengths, keys)[0]
+    ) -> tuple[Decoded, tuple[Cache, Array]]:
+        """See `decode`; prompt_lengths: of all rows, in every process."""
+        first_slot = prompt_lengths.max()
+        if first_slot + self.sampling.max_tokens > shape.slots:
+            raise ValueError(f"answers behind {first_slot} tokens do not fit in {shape}")
+        put = self.model.layout.put
+        cache, logits = state
+        decoded, cache = self.decode_program(shape)(
+            self.params,
+            cache,
+            logits,
+            put(prompt_lengths),
+            np.int32(first_slot),
+            put(sample_keys),
+            np.float32(temperature),
+        )
+        return decoded, (cache, logits)
 
-    def prefill_program(self, batch: int, shape: Shape, outputs: Outputs) -> Any:
-        """`prefill`, compiled for `batch` rows."""
-        key = (batch, shape, outputs)
-        if key not in self._programs:
-            tokens, lengths = self._input(batch, shape.length), self._input(batch)
-            lowered = _PREFILL.lower(
-                self.model, specs(self.params), tokens, lengths, lengths, shape, outputs
-            )
-            self._programs[key] = lowered.compile()
-        return self._programs[key]
+    def prefill_program(self, shape: Shape) -> Any:
+        """`prefill`, compiled for a shape."""
+        return self._compiled("prefill", shape, self.lower_prefill)
 
-    def decode_program(self, batch: int, shape: Shape, sampling: Sampling) -> Any:
-        """`decode`, compiled for `batch` rows after the prefill of a shape."""
-        key = (batch, shape, sampling)
-        if key not in self._programs:
-            outputs = Outputs(logits=True, cache_room=sampling.max_tokens)
-            prefilled = specs(self.prefill_program(batch, shape, outputs).out_info)
-            model = self.model
-            if not sampling.captures:
-                model = model.clone(capture=CaptureSpec())
-            jitted = _DECODE if sampling.keep_cache else _DECODE_INTO_CACHE
-            before = (specs(self.params), prefilled.cache, prefilled.logits)
-            lengths, keys = self._input(batch), self._input(batch, dtype=jnp.uint32)
-            lowered = jitted.lower(model, *before, lengths, keys, shape.length, sampling)
-            self._programs[key] = lowered.compile()
-        return self._programs[key]
+    def decode_program(self, shape: Shape) -> Any:
+        """`decode`, compiled for a shape."""
+        return self._compiled("decode", shape, self.lower_decode)
+
+    def _compiled(self, name: str, shape: Shape, lower: Callable[[Shape], Any]) -> Any:
+        if (name, shape) not in self._programs:
+            self._programs[name, shape] = lower(shape).compile()
+        return self._programs[name, shape]
+
+    def lower_prefill(self, shape: Shape) -> Any:
+        """`prefill` before it is compiled."""
+        rows = self.model.layout.data
+        tokens = self._input(rows, shape.chunk)
+        inputs = (tokens, tokens, *(self._input(rows) for _ in range(4)), self._scalar(jnp.bool_))
+        before = self.model, specs(self.params), *self.state(shape)
+        return _PREFILL.lower(*before, *inputs, outputs=self.outputs)
+
+    def lower_decode(self, shape: Shape) -> Any:
+        """`decode` before it is compiled."""
+        lengths, keys = self._input(shape.rows), self._input(shape.rows, dtype=jnp.uint32)
+        inputs = lengths, self._scalar(jnp.int32), keys, self._scalar(jnp.float32)
+        before = self.model, specs(self.params), *self.state(shape)
+        return _DECODE.lower(*before, *inputs, sampling=self.sampling)
+
+    def state(self, shape: Shape) -> tuple[dict[str, Any], Any]:
+        """Shapes, dtypes and shardings of a batch's cache and logits, the latter None where they
+        are not asked for."""
+        layout, dtype = self.model.layout, jax.tree.leaves(self.params)[0].dtype
+        cache = {
+            name: jax.ShapeDtypeStruct(size, kind, sharding=layout.sharding(*spec))
+            for name, size, kind, spec in cache_arrays(self.model, shape.rows, shape.slots, dtype)
+        }
+        if not self.outputs.logits:
+            return cache, None
+        size = shape.rows, layout.padded(self.model.config.vocab_size)
+        spec = layout.sharding("data", "model")
+        return cache, jax.ShapeDtypeStruct(size, jnp.float32, sharding=spec)
 
     def _input(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         """What `Layout.put` makes of a host array."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.model.layout.sharding("data"))
+
+    def _scalar(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), dtype, sharding=self.model.layout.sharding())
 
 
 Figures = TypeVar("Figures")
 
 
 def for_every_shape(
-    shapes: Iterable[tuple[Shape, int]], compile: Callable[[Shape, int], Figures], label: str
-) -> dict[tuple[Shape, int], Figures]:
-    """`compile(shape, rows)` of each that differs, COMPILERS at once and under a bar, by shape."""
+    shapes: Iterable[Shape], compile: Callable[[Shape], Figures], label: str
+) -> dict[Shape, Figures]:
+    """`compile` of each shape that differs, COMPILERS at once and under a bar, by shape."""
     distinct = list(dict.fromkeys(shapes))
     with (
         ThreadPoolExecutor(COMPILERS, "compile") as pool,
         tqdm(total=len(distinct), desc=label, unit=" shapes", disable=None) as bar,
     ):
         found = {}
-        pending = [pool.submit(compile, *shape) for shape in distinct]
-        for shape, future in zip(distinct, pending, strict=True):
-            found[shape] = future.result()
+        for shape, figures in zip(distinct, pool.map(compile, distinct), strict=True):
+            found[shape] = figures
             bar.update()
     return found

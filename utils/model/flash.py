@@ -18,8 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from utils.model.attention import INVALID_POSITION
-
+INVALID_POSITION = 2**30  # of key slots that no query may see
 LANES = 128  # of a vector register
 SUBLANES = 16  # rows of a register of bfloat16; those of float32, 8, divide it
 KEY_BLOCK = 512
@@ -31,6 +30,7 @@ ROW_BYTES = 3584
 def flash(
     query: Array,
     kv: Array,
+    row: Array | int,
     query_at: Array,
     key_at: Array,
     window: int | None = None,
@@ -39,13 +39,14 @@ def flash(
 ) -> Array:
     """Causal grouped-query attention, softmax in float32; [B, T, N, H] in query's dtype.
 
-    query: [B, T, N, H]; kv: [B, K, S, 2H], each key followed by its value, so that heads of width
-    64 fill the 128 lanes of a register instead of being padded to them; query_at, key_at:
-    positions, int32 [B, T] and [B, S], in any order, though neighbours should be near each other
-    for blocks to be skipped. Keys at INVALID_POSITION are seen by nobody. A query sees the keys at
-    or before its position, with `window` only the last `window` of them, itself included; one that
-    sees none gives 0. What a key or value holds that a query does not see, NaN included, does not
-    reach it; one that is not finite and is seen makes the query's row not finite.
+    query: [B, T, N, H]; kv: [., K, S, 2H], each key followed by its value, so that heads of width
+    64 fill the 128 lanes of a register instead of being padded to them, of whose rows those from
+    `row` on, int32 scalar, are meant; query_at, key_at: positions, int32 [B, T] and [B, S], in any
+    order, though neighbours should be near each other for blocks to be skipped. Keys at
+    INVALID_POSITION are seen by nobody. A query sees the keys at or before its position, with
+    `window` only the last `window` of them, itself included; one that sees none gives 0. What a key
+    or value holds that a query does not see, NaN included, does not reach it; one that is not
+    finite and is seen makes the query's row not finite.
 
     bfloat16 is multiplied as it is, float32 to full precision; float16, for which a TPU has no
     arithmetic, is converted to float32, the cache with it. With `interpret`, runs on a CPU.
@@ -53,9 +54,10 @@ def flash(
     (B, T, N, H), (K, S) = query.shape, kv.shape[1:3]
     if query.dtype == jnp.float16:
         wide = query.astype(jnp.float32), kv.astype(jnp.float32)
-        return flash(*wide, query_at, key_at, window, interpret=interpret).astype(query.dtype)
+        y = flash(*wide, row, query_at, key_at, window, interpret=interpret)
+        return y.astype(query.dtype)
     G = N // K
-    Q, C = _block_sizes(G, T, S, query.dtype.itemsize)
+    Q, C = block_sizes(G, T, S, query.dtype.itemsize)
     # The arrays themselves are not padded: beyond their ends a block holds anything.
     query_at = jnp.pad(query_at, ((0, 0), (0, -T % Q)), "edge")
     query_at = jnp.minimum(query_at, INVALID_POSITION - 1)
@@ -67,11 +69,11 @@ def flash(
     # end: to move the values to the first lane in each step would take longer.
     W = 2 * H if 2 * H <= LANES else H
 
-    def heads(b, k, i, j, queries, keys):
+    def heads(b, k, i, j, *_):
         return b, k, 0, i, 0
 
-    def cache(b, k, i, j, queries, keys):
-        return b, k, _key_block(queries, b, i, j), 0
+    def cache(b, k, i, j, row, queries, keys):
+        return row[0] + b, k, _key_block(queries, b, i, j), 0
 
     def rows(width):
         return pltpu.VMEM((G * Q, width), jnp.float32)
@@ -79,7 +81,7 @@ def flash(
     y = pl.pallas_call(
         functools.partial(_kernel, window=window),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B, K, pl.cdiv(T, Q), steps),
             in_specs=[
                 pl.BlockSpec((1, 1, G, Q, H), heads),
@@ -98,6 +100,7 @@ def flash(
         interpret=interpret,
         name="flash",
     )(
+        jnp.asarray(row, jnp.int32).reshape(1),
         queries,
         keys,
         query.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4),
@@ -118,7 +121,7 @@ def cost(
     """
     seen = min(window or S, S)  # by the last query
     scores = B * N * T * (seen * S - seen * (seen - 1) // 2) // S
-    Q, _ = _block_sizes(N // K, T, S, itemsize)
+    Q, _ = block_sizes(N // K, T, S, itemsize)
     fetched = scores * K // N // Q  # keys, which a block of queries fetches once for a group
     return pl.CostEstimate(
         flops=4 * scores * H,
@@ -127,7 +130,7 @@ def cost(
     )
 
 
-def _block_sizes(G: int, T: int, S: int, itemsize: int) -> tuple[int, int]:
+def block_sizes(G: int, T: int, S: int, itemsize: int) -> tuple[int, int]:
     """Queries and keys of a block; chunks and caches that are powers of two are filled."""
     most = 1 << (ROW_BYTES // itemsize // G).bit_length() - 1
     blocks = pl.cdiv(T, max(most, SUBLANES))
@@ -169,7 +172,19 @@ def _key_block(queries, b, i, j):
 
 
 def _kernel(
-    queries, keys, q_ref, kv_ref, q_at_ref, k_at_ref, y_ref, max_ref, total_ref, sum_ref, *, window
+    row,
+    queries,
+    keys,
+    q_ref,
+    kv_ref,
+    q_at_ref,
+    k_at_ref,
+    y_ref,
+    max_ref,
+    total_ref,
+    sum_ref,
+    *,
+    window,
 ):
     """Step j of query block i: q_ref [1, 1, G, Q, H] against kv_ref [1, 1, C, 2H].
 

@@ -1,11 +1,13 @@
-"""Jitted prefill and decode loop. What is captured is captured in these same passes.
+"""Prefill, chunk by chunk, and the decode loop. What is captured is captured in these same passes.
 
-Prompts are padded on the right: slot and position agree in prefill, so a plain causal mask serves
-every row. Generated tokens go to the slots behind the longest prompt, one slot a step for all
-rows, at the position that follows their own prompt; the cache remembers each slot's position.
+A batch has one cache. A pass of prefill takes a chunk of one row of every data group, whichever is
+next there, so that long and short prompts cost what they are long; a token's slot is its position.
+All rows are decoded together: generated tokens go to the slots behind the longest prompt, one slot
+a step, at the position that follows their own prompt; the cache remembers each slot's position.
 """
 
-# B batch   T prompt tokens, padded   A answer tokens at most   D model width   V vocabulary
+# B batch   P rows of a pass of prefill, one a data group   C tokens of a chunk
+# A answer tokens at most   D model width   V vocabulary
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,55 +18,49 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 
-from utils.model.capture import CaptureSpec
-from utils.model.decoder import Cache, Decoder, captured, filled_cache
+from utils.model.attention import INVALID_POSITION
+from utils.model.decoder import Cache, Decoder, captured, split_cache
 
 LOGIT_ROWS = 64  # answer positions a device whose vocabulary-wide logits exist at once
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One compiled shape, in tokens a row: all of it, the longest prompt, the longest answer."""
+    """What the programs of a batch are compiled for: its rows, the slots of its cache, and the
+    tokens of a row that a pass of prefill takes."""
 
-    length: int
-    prompt: int
-    answer: int
+    rows: int
+    slots: int
+    chunk: int
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a prefill gives beside captures: whether the logits at the last prompt token, and a
-    cache with room for `cache_room` tokens behind the prompts, or none where it is 0."""
+    """What prefill gives beside captures: the logits at the last prompt token; the
+    log-probabilities of answers that are forced."""
 
     logits: bool
-    cache_room: int = 0
+    forced: bool = False
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are made. temperature 0 is greedy; `stop_ids` end an answer and belong to it.
-
-    captures: whether the model's captures are kept of generated tokens too. keep_cache: whether the
-    prefill's cache is read again, for another answer to the same prompt; else it is given up to
-    the loop.
-    """
+    """How answers are made: of at most `max_tokens` tokens; `stop_ids` end one and belong to it."""
 
     max_tokens: int
     stop_ids: tuple[int, ...]
-    temperature: float = 0.0
-    captures: bool = True
-    keep_cache: bool = False
 
 
 @dataclass(frozen=True)
-class Prefilled:
-    """captures: name -> [B, rows, D]; logits: float32 [B, V] at the last prompt token, or None;
-    logprobs: float32 [B, A] of the forced answer's tokens, or None; cache: or None."""
+class Chunk:
+    """Of the rows of a pass of prefill, their tokens in the order of the prompt. captures: name ->
+    [P, C, D]; logits: float32 [P, V] at the last prompt token, 0 where it is in another chunk, or
+    None; logprobs: float32 [P, C], at each token that of the next, where that is of a forced
+    answer, or None."""
 
     captures: dict[str, Array]
-    logits: Array | None = None
-    logprobs: Array | None = None
-    cache: Cache | None = None
+    logits: Array | None
+    logprobs: Array | None
 
 
 @dataclass(frozen=True)
@@ -94,55 +90,76 @@ class DecodeState:
     result: Decoded
 
 
-for _tree in (Prefilled, Decoded, DecodeState):
+for _tree in (Chunk, Decoded, DecodeState):
     jax.tree_util.register_dataclass(_tree)
 
 
 def prefill(
     model: Decoder,
     params: Any,
+    cache: Cache,
+    logits: Array | None,
     tokens: Array,
+    next_tokens: Array,
+    row: Array,
+    start: Array,
     prompt_lengths: Array,
-    answer_lengths: Array,
-    shape: Shape,
+    lengths: Array,
+    any_ends: Array,
     outputs: Outputs,
-) -> Prefilled:
-    """One pass over the prompts and, where `shape.answer` > 0, the forced answers behind them.
+) -> tuple[Chunk, Array | None, Cache]:
+    """A chunk of one row of every data group, against what the cache holds of that row, its prompt
+    or the forced answer behind it; then the logits of the batch so far, and the cache.
 
-    tokens: int32 [B, T], right-padded; prompt_lengths, answer_lengths: int32 [B].
+    tokens: int32 [P, C], those of the positions from `start` on, int32 [P], of the rows `row` of
+    the data groups, int32 [P]; next_tokens: int32 [P, C], each token's successor. logits: float32
+    [B, V] at the last prompt token of the rows whose prompts have ended, None unless `outputs` asks
+    for them. prompt_lengths, lengths: int32 [P], without and with the forced answer. any_ends: bool
+    scalar, whether a prompt's last token is in its row's chunk.
     """
     layout = model.layout
-    B, T = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    dealt = layout.deal(positions)
-    (x, keys_values), variables = model.apply(
-        {"params": params}, layout.deal(tokens), dealt, mutable=["intermediates"]
+    C = tokens.shape[1]
+    positions = start[:, None] + jnp.arange(C, dtype=jnp.int32)
+    (x, cache), variables = model.apply(
+        {"params": params},
+        layout.deal(tokens),
+        layout.deal(positions),
+        lengths,
+        cache,
+        row,
+        start,
+        mutable=["intermediates"],
     )
 
     def whole(value: Array) -> Array:
-        """[B, T, D] with each row on one device, its tokens in order."""
-        return layout.collect(layout.split_rows(value))
+        """[P, C, D] with each row on one device, its tokens in order."""
+        return layout.collect(layout.whole_rows(value))
 
-    captures = {
-        name: _select(whole(value), model.capture, prompt_lengths, shape)
-        for name, value in captured(variables).items()
-        if model.capture.in_prefill or shape.answer
-    }
-    logits = logprobs = cache = None
-    if outputs.cache_room:
-        cache = filled_cache(layout, keys_values, dealt, prompt_lengths, outputs.cache_room)
-    last = (prompt_lengths - 1)[:, None]
-    if outputs.logits or shape.answer:
+    captures = {}
+    if model.capture.in_prefill or outputs.forced:
+        captures = {name: whole(value) for name, value in captured(variables).items()}
+    new = logprobs = None
+    if outputs.logits or outputs.forced:
         x = whole(x)
     if outputs.logits:
-        logits = layout.split_rows(_logits(model, params, _tokens_at(x, last)[:, 0]))
-    if shape.answer:
-        steps = jnp.arange(shape.answer)
-        targets = jnp.take_along_axis(tokens, jnp.minimum(last + 1 + steps, T - 1), axis=1)
-        before = _tokens_at(x, last + steps)
-        forced = _forced_logprobs(model, params, before, targets, answer_lengths.max())
-        logprobs = layout.split_rows(forced)
-    return Prefilled(captures, logits, logprobs, cache)
+        last = positions == prompt_lengths[:, None] - 1
+        here = last.any(axis=1)[:, None]
+
+        def at_last(logits: Array) -> tuple[Array, Array]:
+            found = _logits(model, params, jnp.sum(jnp.where(last[..., None], x, 0), axis=1))
+            before = layout.read_rows(logits, row, len(row), "data", "model")
+            found = jnp.where(here, found, before)
+            return jnp.where(here, found, 0), layout.write_rows(logits, found, row, "data", "model")
+
+        def nothing(logits: Array) -> tuple[Array, Array]:
+            return jnp.zeros((len(row), logits.shape[1]), logits.dtype), logits
+
+        new, logits = jax.lax.cond(any_ends, at_last, nothing, logits)
+        new, logits = layout.whole_rows(new), layout.split(logits, "data", "model")
+    if outputs.forced:
+        wanted = (positions >= prompt_lengths[:, None] - 1) & (positions < lengths[:, None] - 1)
+        logprobs = layout.whole_rows(_forced_logprobs(model, params, x, next_tokens, wanted))
+    return Chunk(captures, new, logprobs), logits, split_cache(layout, cache)
 
 
 def decode(
@@ -151,30 +168,33 @@ def decode(
     cache: Cache,
     logits: Array,
     prompt_lengths: Array,
+    first_slot: Array,
     sample_keys: Array,
-    prompt_slots: int,
+    temperature: Array,
     sampling: Sampling,
 ) -> tuple[Decoded, Cache]:
     """Generates until every row has ended.
 
-    cache, logits: a prefill's, of prompts in `prompt_slots` slots. prompt_lengths: int32 [B];
-    sample_keys: uint32 [B], 0 for padding rows. Each step feeds one token a row, so the last token
-    of an answer has been through the model too when its states are captured. What a row draws
-    depends on its own key and step alone. The cache is returned so that a donated one is updated
-    in place.
+    cache, logits: after a prefill of prompts that end before slot `first_slot`, int32 scalar; what
+    the cache holds behind it, of an answer to the same prompts, is forgotten. prompt_lengths: int32
+    [B]; sample_keys: uint32 [B], 0 for padding rows. temperature: float32 scalar, 0 is greedy. Each
+    step feeds one token a row, so the last token of an answer has been through the model too when
+    its states are captured. What a row draws depends on its own key and step alone.
     """
     layout = model.layout
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(sample_keys)
-    loop = _Loop(model, params, prompt_lengths, keys, prompt_slots, sampling)
-    state = loop.first(cache, layout.split(logits, "data", "model"), sample_keys != 0)
+    loop = _Loop(model, params, prompt_lengths, first_slot, keys, temperature, sampling)
+    slots = jnp.arange(cache["positions"].shape[1], dtype=jnp.int32)
+    kept = jnp.where(slots < first_slot, cache["positions"], INVALID_POSITION)
+    state = loop.first({**cache, "positions": kept}, logits, sample_keys != 0)
     state = jax.lax.while_loop(loop.unfinished, loop.step, state)
     result = replace(
         state.result,
-        tokens=layout.split_rows(state.result.tokens),
-        counts=layout.split_rows(state.result.counts),
-        logprobs=layout.split_rows(state.result.logprobs),
+        tokens=layout.whole_rows(state.result.tokens),
+        counts=layout.whole_rows(state.result.counts),
+        logprobs=layout.whole_rows(state.result.logprobs),
     )
-    return result, state.cache
+    return result, split_cache(layout, state.cache)
 
 
 @dataclass(frozen=True)
@@ -187,8 +207,9 @@ class _Loop:
     model: Decoder
     params: Any
     prompt_lengths: Array
+    first_slot: Array
     keys: Array
-    prompt_slots: int
+    temperature: Array
     sampling: Sampling
 
     @property
@@ -199,7 +220,7 @@ class _Loop:
     def first(self, cache: Cache, logits: Array, real: Array) -> DecodeState:
         """Each row's first token, from the logits of its prompt; real: bool [B], no padding row."""
         B, A = len(real), self.sampling.max_tokens
-        split_rows = self.model.layout.split_rows
+        whole_rows = self.model.layout.whole_rows
         states = (B, A, self.model.config.hidden_size)
         dtype = jax.tree.leaves(self.params)[0].dtype
         token, logprob = self.choose(logits, jnp.int32(0))
@@ -207,7 +228,7 @@ class _Loop:
             tokens=jnp.zeros((B, A), jnp.int32).at[:, 0].set(token),
             counts=real.astype(jnp.int32),
             logprobs=jnp.zeros((B, A), jnp.float32).at[:, 0].set(logprob),
-            captures={name: split_rows(jnp.zeros(states, dtype)) for name in self.names},
+            captures={name: whole_rows(jnp.zeros(states, dtype)) for name in self.names},
             steps=jnp.int32(0),
         )
         return DecodeState(token, self.to_run(real, token), cache, result)
@@ -219,21 +240,23 @@ class _Loop:
 
     def step(self, state: DecodeState) -> DecodeState:
         """The newest tokens through the model, and the next ones chosen."""
-        result, i, split_rows = state.result, state.result.steps, self.model.layout.split_rows
-        slots, A = state.cache["positions"].shape[1], self.sampling.max_tokens
+        result, i, whole_rows = state.result, state.result.steps, self.model.layout.whole_rows
+        A = self.sampling.max_tokens
         (x, cache), variables = self.model.apply(
             {"params": self.params},
             state.token[:, None],
             (self.prompt_lengths + i)[:, None],
+            jnp.full_like(self.prompt_lengths, INVALID_POSITION),
             state.cache,
-            self.model.layout.slot(i, self.prompt_slots, slots),
+            jnp.zeros(self.model.layout.data, jnp.int32),
+            jnp.full(self.model.layout.data, self.first_slot + i),
             mutable=["intermediates"],
         )
         token, logprob = self.choose(_logits(self.model, self.params, x[:, 0]), i + 1)
         goes_on = state.active & ~self.ends(state.token) & (i + 1 < A)
         new = captured(variables)
         captures = {
-            name: dynamic_update_slice_in_dim(states, split_rows(new[name]), i, axis=1)
+            name: dynamic_update_slice_in_dim(states, whole_rows(new[name]), i, axis=1)
             for name, states in result.captures.items()
         }
         j = jnp.minimum(i + 1, A - 1)
@@ -251,11 +274,13 @@ class _Loop:
     def choose(self, logits: Array, step: Array) -> tuple[Array, Array]:
         """Token number `step` of every row, int32 [B], and its log-probability at temperature 1,
         float32 [B]; logits: float32 [B, V]."""
-        scores = logits
-        if self.sampling.temperature:
+
+        def drawn(logits: Array) -> Array:
             keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(self.keys)
             draw = partial(jax.random.gumbel, shape=logits.shape[1:], dtype=jnp.float32)
-            scores = logits / self.sampling.temperature + jax.vmap(draw)(keys)
+            return logits / self.temperature + jax.vmap(draw)(keys)
+
+        scores = jax.lax.cond(self.temperature > 0, drawn, lambda logits: logits, logits)
         token = _argmax(scores).astype(jnp.int32)
         return token, _logprob(logits, token)
 
@@ -268,26 +293,30 @@ class _Loop:
         return going_on if self.names else going_on & ~self.ends(token)
 
 
-def _forced_logprobs(model: Decoder, params: Any, x: Array, targets: Array, count: Array) -> Array:
-    """log p of targets, int32 [B, A], after hidden states x, [B, A, D]; float32 [B, A].
+def _forced_logprobs(model: Decoder, params: Any, x: Array, targets: Array, wanted: Array) -> Array:
+    """log p of targets, int32 [B, C], after hidden states x, [B, C, D]; float32 [B, C], 0 where it
+    is not wanted, bool [B, C].
 
-    In chunks of positions, because the logits of all of them would outweigh everything else in
-    memory, and only as many as the longest answer, of `count` tokens, needs.
+    In parts, because the logits of all tokens would outweigh everything else in memory, and of
+    those only the ones that have a wanted token.
     """
-    B, A = targets.shape
-    size = max(1, min(A, LOGIT_ROWS * model.layout.mesh.size // B))
-    missing = -A % size
-    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, missing)))
+    B, C = targets.shape
+    size = max(1, min(C, LOGIT_ROWS * model.layout.mesh.size // B))
+    missing = [(0, 0), (0, -C % size)]
+    x = jnp.pad(x, [*missing, (0, 0)])
+    targets, wanted = jnp.pad(targets, missing), jnp.pad(wanted, missing)
 
-    def chunk(i: Array, logprobs: Array) -> Array:
+    def part(i: Array, logprobs: Array) -> Array:
         rows = dynamic_slice_in_dim(x, i * size, size, axis=1).reshape(B * size, -1)
-        wanted = dynamic_slice_in_dim(targets, i * size, size, axis=1).reshape(-1)
-        new = _logprob(_logits(model, params, rows), wanted).reshape(B, size)
+        tokens = dynamic_slice_in_dim(targets, i * size, size, axis=1).reshape(-1)
+        new = _logprob(_logits(model, params, rows), tokens).reshape(B, size)
         return dynamic_update_slice_in_dim(logprobs, new, i * size, axis=1)
 
-    chunks = (count + size - 1) // size
-    return jax.lax.fori_loop(0, chunks, chunk, jnp.zeros(targets.shape, jnp.float32))[:, :A]
+    parts = wanted.any(axis=0).reshape(-1, size).any(axis=1)
+    first = jnp.argmax(parts)
+    stop = jnp.max(jnp.where(parts, jnp.arange(1, len(parts) + 1), 0))
+    logprobs = jax.lax.fori_loop(first, stop, part, jnp.zeros(targets.shape, jnp.float32))
+    return jnp.where(wanted, logprobs, 0)[:, :C]
 
 
 def _logprob(logits: Array, token: Array) -> Array:
@@ -312,19 +341,3 @@ def _argmax(x: Array) -> Array:
 
 def _logits(model: Decoder, params: Any, x: Array) -> Array:
     return model.apply({"params": params}, x, method=Decoder.logits)
-
-
-def _tokens_at(x: Array, index: Array) -> Array:
-    """Other tokens of each row: x [B, T, D], index int [B, R] -> [B, R, D]; an index behind the end
-    gives the last token."""
-    return jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1)[..., None], axis=1)
-
-
-def _select(value: Array, capture: CaptureSpec, prompt_lengths: Array, shape: Shape) -> Array:
-    """The rows of a capture that are kept: [B, T, D] -> [B, R, D], R the most that any sample of
-    the shape keeps. Behind a sample's own rows are those of tokens that are not kept."""
-    start = capture.start(prompt_lengths)
-    count = min(len(capture.rows(shape.prompt, shape.answer)), value.shape[1])
-    if isinstance(start, int):
-        return value[:, start : start + count]
-    return _tokens_at(value, start[:, None] + jnp.arange(count))

@@ -7,12 +7,12 @@ repeated; each device holds the queries of its tokens, and only the keys and val
 grouped queries, are gathered. In both, the residual stream of a prompt is split by tokens
 (Korthikanti et al. 2022).
 
-With `sequence`, the tokens of a prompt are dealt out in stripes: the prompt is cut into spans, and
-each span is shared by all devices. Every device then has early and late tokens alike, and none
-computes more of the causal triangle than another.
+With `sequence`, the tokens of a chunk of a prompt are dealt out in stripes: the chunk is cut into
+spans, and each span is shared by all devices. Every device then has early and late tokens alike,
+and none computes more of the causal triangle than another.
 """
 
-# B batch   T prompt tokens   S key slots   M model axis   C stripes   U tokens of a stripe
+# B batch   T tokens of a chunk   S slots of a cache   M model axis
 
 import os
 from collections.abc import Sequence
@@ -57,13 +57,14 @@ class Layout:
 
     @property
     def alignment(self) -> int:
-        """Prompt slots and cache slots are multiples of it, in tokens."""
+        """The tokens of a chunk are a multiple of it."""
         return self.model * (1 if self.by_heads else MAX_STRIPES)
 
     @property
-    def cache_blocks(self) -> int:
-        """Parts that the slots of a cache are split into."""
-        return 1 if self.by_heads else self.model
+    def slots(self) -> tuple[Any, ...]:
+        """How keys and values in a cache, [B, K, S, 2 H], are split: by heads, or else whole on
+        every device of a data group, each of which needs those of all tokens."""
+        return ("data", "model") if self.by_heads else ("data",)
 
     def padded(self, size: int) -> int:
         """A width or vocabulary, with the zeros that make it divide the model axis."""
@@ -101,25 +102,19 @@ class Layout:
         """A parameter whole on every device, or as it is stored."""
         return self.split(x) if gather else x
 
-    def row_axes(self, batch: int) -> Any:
-        """The mesh axes that a batch's rows are split over when they leave the mesh whole: all of
-        them, or `data` alone for a batch that is too small, whose rows then have replicas."""
-        return AXES if batch % self.mesh.size == 0 else "data"
+    def whole_rows(self, x: Array) -> Array:
+        """x, [B, ...], with each row whole on every device of its data group, as it leaves the
+        mesh."""
+        return self.split(x, "data")
 
-    def split_rows(self, x: Array) -> Array:
-        """x, [B, ...], with each row whole on one device, as it leaves the mesh."""
-        return self.split(x, self.row_axes(len(x)))
-
-    def owned(self, batch: int, process: int | None = None) -> dict[jax.Device, range]:
+    def owned(self, rows: int, process: int | None = None) -> dict[jax.Device, list[int]]:
         """The devices of a process (default: this one) -> the rows of a batch that they bring to
-        its host, each row of the batch once in all processes."""
+        its host, each row of the batch once in all processes: those of a data group in turns."""
         process = jax.process_index() if process is None else process
-        apart = self.row_axes(batch) == AXES
-        devices = self.mesh.devices.flatten() if apart else self.mesh.devices[:, 0]
-        size = batch // len(devices)
+        size = rows // self.data
         return {
-            device: range(i * size, (i + 1) * size)
-            for i, device in enumerate(devices)
+            device: list(range(group * size + number, (group + 1) * size, self.model))
+            for (group, number), device in np.ndenumerate(self.mesh.devices)
             if device.process_index == process
         }
 
@@ -134,9 +129,28 @@ class Layout:
 
     def stripes(self, tokens: int) -> int:
         """Into how many spans the tokens of a prompt are cut."""
-        if self.by_heads or self.model == 1:
+        if self.by_heads or 1 in (self.model, tokens):
             return 1
         return next(c for c in (MAX_STRIPES, 2, 1) if tokens % (self.model * c) == 0)
+
+    def write_rows(self, stored: Array, new: Array, row: Array, *spec: Any) -> Array:
+        """Rows of `stored`, both split as `spec` says, exchanged for new ones: those of each data
+        group from its `row` on, int32 [data]."""
+
+        def local(stored: Array, new: Array, row: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(stored, new, row[0], axis=0)
+
+        specs = {"in_specs": (P(*spec), P(*spec), P("data")), "out_specs": P(*spec)}
+        return jax.shard_map(local, mesh=self.mesh, **specs, check_vma=False)(stored, new, row)
+
+    def read_rows(self, stored: Array, row: Array, count: int, *spec: Any) -> Array:
+        """`count` rows of `stored`: an equal share of each data group, from its `row` on."""
+
+        def local(stored: Array, row: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(stored, row[0], count // self.data, axis=0)
+
+        specs = {"in_specs": (P(*spec), P("data")), "out_specs": P(*spec)}
+        return jax.shard_map(local, mesh=self.mesh, **specs, check_vma=False)(stored, row)
 
     def deal(self, x: Array) -> Array:
         """[B, T, ...] in the order of the prompt -> the order in which devices hold it."""
@@ -169,34 +183,6 @@ class Layout:
             local, mesh=self.mesh, in_specs=(P("model"), P("data")), out_specs=out, check_vma=False
         )
         return mapped(table, tokens)
-
-    def cache_size(self, prompt: int, answer: int) -> int:
-        """Slots of a cache for so many tokens."""
-        return prompt + self.cache_blocks * -(-answer // self.cache_blocks)
-
-    def into_slots(self, x: Array, size: int, axis: int, fill: Any = 0) -> Array:
-        """A prompt's entries along `axis`, with room behind them for generated tokens.
-
-        The `size` slots are cut into `cache_blocks` blocks, one a device where the slots are split.
-        Each block begins with the part of the prompt that its device holds already, so that no
-        entry moves, and ends with its share of the room, which is `fill`. For two blocks, a prompt
-        of four tokens and eight slots: `a b c d` -> `a b . . c d . .`
-        """
-        blocks = self.cache_blocks
-        shape = x.shape
-        x = x.reshape(*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
-        room = [(0, 0)] * x.ndim
-        room[axis + 1] = (0, size // blocks - shape[axis] // blocks)
-        x = jnp.pad(x, room, constant_values=fill)
-        return x.reshape(*shape[:axis], size, *shape[axis + 1 :])
-
-    def slot(self, step: Array, prompt: int, size: int) -> Array:
-        """The slot of generated token `step`, int32 scalar, behind a prompt of `prompt` slots in
-        `size` slots in all. The blocks take tokens in turn, so that their room fills evenly: in the
-        example of `into_slots` tokens 0, 1, 2, 3 go to slots 2, 6, 3, 7."""
-        blocks = self.cache_blocks
-        begin_of_block = step % blocks * (size // blocks)
-        return begin_of_block + prompt // blocks + step // blocks
 
 
 def find_devices(everywhere: bool) -> Sequence[jax.Device]:

@@ -1,4 +1,4 @@
-"""Length buckets, padding and row identity: which samples share a forward pass, and in what shape.
+"""Which samples share a batch, and the shapes that their batches are compiled for.
 
 Knows lengths, not texts. A row is identified by the index of its sample, which travels with the
 batch; padding rows have index -1 and are never stored.
@@ -7,16 +7,17 @@ batch; padding rows have index -1 and are never stored.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from utils.model.generate import Shape
 
-MAX_SHAPES = 12
-MAX_PADDING = 0.10  # share of computed prompt tokens, unless MAX_SHAPES is reached first
-COMPILE_TOKENS = 500  # tokens that could be computed while one more shape is compiled
-ALIGNMENT = 16  # tokens; a shape's lengths are multiples of it
+MAX_CACHES = 3  # cache sizes of a run; each is two programs to compile
+SLOT_UNIT = 512  # a cache's slots are a multiple of it: the keys of a tile of attention
+# Tokens of a row that prefill takes at once, and how many could be computed in what a chunk costs
+# whatever its length: on an accelerator that is the time in which it reads the parameters.
+ACCELERATOR_CHUNKS, ACCELERATOR_OVERHEAD = (2048, 1024, 512, 256), 128
+CPU_CHUNKS, CPU_OVERHEAD = (512, 256, 128, 64), 16
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Batch:
-    """rows: sample indices, -1 for padding rows."""
+    """rows: sample indices, -1 for padding rows; those of a data group are neighbours."""
 
     shape: Shape
     rows: tuple[int, ...]
@@ -47,65 +48,117 @@ class Batch:
 class Limits:
     """What a batch can be.
 
-    rows: the most rows of a batch by the length of its shape, for the aligned length of every
-    sample; an int where it is the same for all. A batch has a multiple of `multiple` rows, and its
-    lengths are multiples of `alignment` tokens.
+    chunk: tokens of a chunk. room: slots behind the prompts for generated answers. rows: the most
+    rows of a batch by the slots of its cache, for those of every sample; an int where it is the
+    same for all. data: groups of devices that share the rows of a batch.
     """
 
+    chunk: int
     rows: Mapping[int, int] | int
-    multiple: int = 1
-    alignment: int = 1
+    room: int = 0
+    data: int = 1
 
-    def divide(self, groups: int | np.ndarray, length: int) -> tuple[Any, Any]:
-        """(batches, rows of each) that hold so many groups of `multiple` rows: as few batches as
-        the limits allow, with as few rows as then suffice."""
-        rows = self.rows if isinstance(self.rows, int) else self.rows[int(length)]
-        most = max(1, rows // self.multiple)
-        batches = -(-groups // most)
-        return batches, -(-groups // batches) * self.multiple
+    def most_rows(self, slots: int) -> int:
+        rows = self.rows if isinstance(self.rows, int) else self.rows[slots]
+        return max(1, rows // self.data) * self.data
+
+    def batches(self, samples: int, slots: int) -> int:
+        """As few as hold so many samples."""
+        return -(-samples // self.most_rows(slots))
 
 
-def aligned(tokens: int, alignment: int = 1) -> int:
-    """The length of a shape that holds so many tokens, where lengths are multiples of `alignment`
-    and of ALIGNMENT."""
-    unit = math.lcm(ALIGNMENT, alignment)
-    return -(-tokens // unit) * unit
+def chunk_tokens(totals: Sequence[int], on_cpu: bool, alignment: int = 1) -> int:
+    """The tokens of a chunk with which these samples, of so many tokens each, take the least time:
+    longer chunks compute more padding behind the last token, shorter ones are more passes."""
+    choices, overhead = (
+        (CPU_CHUNKS, CPU_OVERHEAD) if on_cpu else (ACCELERATOR_CHUNKS, ACCELERATOR_OVERHEAD)
+    )
+    choices = [-(-chunk // alignment) * alignment for chunk in choices]
+    tokens = np.array(totals)[:, None]
+    costs = (-(-tokens // choices) * (np.array(choices) + overhead)).sum(axis=0)
+    return choices[int(np.argmin(costs))]
+
+
+def cache_slots(length: Length, chunk: int, room: int) -> int:
+    """Of the smallest cache that a sample fits in: its chunks, or its prompt and the room for an
+    answer."""
+    chunks = -(-length.total // chunk) * chunk
+    return -(-max(chunks, length.prompt + room) // SLOT_UNIT) * SLOT_UNIT
 
 
 def plan_batches(lengths: Sequence[Length], limits: Limits) -> list[Batch]:
-    """Batches of samples of like length, longest first, in at most MAX_SHAPES shapes.
+    """Batches of at most MAX_CACHES sizes of cache, the largest first, so that a run that does not
+    fit in memory ends at its start.
 
-    Longest first, so that a run that does not fit in memory ends at its start. Within a shape,
-    samples whose answers are expected to be of like length go together, so that no row waits long
-    for another. The batches of a shape have the same number of rows; the fewest that hold it in as
-    few batches as the limits allow.
+    Samples whose answers are expected to be of like length go together, so that no row waits long
+    for another. A batch's rows are dealt out to the data groups so that each has as many chunks.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i].total, i))
-    groups = [order[i : i + limits.multiple] for i in range(0, len(order), limits.multiple)]
-    real = sum(length.total for length in lengths)
-    tops = _bucket_tops([lengths[group[0]].total for group in groups], real, limits)
-    by_top: dict[int, list[int]] = {}
-    for group in groups:
-        top = min(t for t in tops if t >= lengths[group[0]].total)
-        by_top.setdefault(top, []).extend(group)
     batches = []
-    for top, members in by_top.items():
-        shape = Shape(
-            top,
-            min(top, aligned(max(lengths[i].prompt for i in members), limits.alignment)),
-            aligned(max(lengths[i].answer for i in members), limits.alignment),
-        )
+    for slots, members in _by_cache(lengths, limits).items():
         members.sort(key=lambda i: (-lengths[i].expected, -lengths[i].total, i))
-        _, size = limits.divide(math.ceil(len(members) / limits.multiple), top)
-        for i in range(0, len(members), size):
-            rows = members[i : i + size]
-            batches.append(Batch(shape, tuple(rows + [-1] * (size - len(rows)))))
+        # As few batches as the limits allow, with as few rows as then suffice.
+        count = limits.batches(len(members), slots)
+        size = math.ceil(len(members) / count / limits.data)
+        shape = Shape(size * limits.data, slots, limits.chunk)
+        for i in range(0, len(members), shape.rows):
+            groups: list[list[int]] = [[] for _ in range(limits.data)]
+            for member in sorted(members[i : i + shape.rows], key=lambda i: -lengths[i].total):
+                open_groups = (group for group in groups if len(group) < size)
+                least = min(open_groups, key=lambda g: sum(_chunks(lengths[i], shape) for i in g))
+                least.append(member)
+            rows = [i for group in groups for i in group + [-1] * (size - len(group))]
+            batches.append(Batch(shape, tuple(rows)))
     return batches
 
 
-def padding_share(lengths: Sequence[Length], batches: Sequence[Batch]) -> float:
-    """Share of the tokens that prefill computes which belong to no sample."""
-    computed = sum(batch.shape.length * len(batch.rows) for batch in batches)
+def prefill_passes(
+    batch: Batch, lengths: Sequence[Length], data: int
+) -> list[list[tuple[int, int]]]:
+    """The passes of a batch's prefill: in each, of every data group a row, by its place in the
+    batch, and the number of its chunk. Each takes its rows one after the other; one that has ended
+    before the others repeats what it did last, which changes nothing."""
+    size = len(batch.rows) // data
+    groups = []
+    for first in range(0, len(batch.rows), size):
+        places = range(first, first + size)
+        todo = [(place, batch.rows[place]) for place in places if batch.rows[place] >= 0]
+        chunks = [(place, k) for place, i in todo for k in range(_chunks(lengths[i], batch.shape))]
+        groups.append(chunks or [(first, 0)])
+    passes = max(map(len, groups))
+    return [[group[min(n, len(group) - 1)] for group in groups] for n in range(passes)]
+
+
+def _chunks(length: Length, shape: Shape) -> int:
+    return -(-length.total // shape.chunk)
+
+
+def _by_cache(lengths: Sequence[Length], limits: Limits) -> dict[int, list[int]]:
+    """Slots of a cache -> samples, largest first: a cache for the longest sample, one of half and
+    one of a quarter of its size, each where it saves a batch because more rows fit."""
+    needs = [cache_slots(length, limits.chunk, limits.room) for length in lengths]
+    largest = max(needs, default=0)
+    groups: list[list[int]] = [[] for _ in range(MAX_CACHES)]
+    for i, need in enumerate(needs):
+        groups[min(int(math.log2(largest / need)), MAX_CACHES - 1)].append(i)
+    found: dict[int, list[int]] = {}
+    for group in filter(None, groups):
+        slots, larger = max(needs[i] for i in group), next(reversed(found), None)
+        if larger is not None:
+            together = limits.batches(len(found[larger]) + len(group), larger)
+            apart = limits.batches(len(found[larger]), larger) + limits.batches(len(group), slots)
+            if together <= apart:
+                found[larger] += group
+                continue
+        found[slots] = group
+    return found
+
+
+def padding_share(lengths: Sequence[Length], batches: Sequence[Batch], data: int) -> float:
+    """Share of the tokens that prefill computes which belong to no sample, or are computed again
+    while a data group waits for the others."""
+    computed = sum(
+        len(prefill_passes(batch, lengths, data)) * data * batch.shape.chunk for batch in batches
+    )
     real = sum(lengths[i].total for batch in batches for i in batch.rows if i >= 0)
     return 1 - real / computed if computed else 0.0
 
@@ -117,42 +170,3 @@ def pad_rows(rows: Sequence[np.ndarray | None], length: int) -> np.ndarray:
         if row is not None:
             target[: len(row)] = row
     return padded
-
-
-def _bucket_tops(totals: Sequence[int], real: int, limits: Limits) -> list[int]:
-    """Shape lengths that minimise padding plus compilation, over all ways to cut the lengths.
-
-    totals: the longest of each group of `limits.multiple` rows; real: tokens of all samples. Exact,
-    by dynamic programming over the distinct lengths: best[k][j] is the least padding with which k
-    buckets cover the j shortest lengths, the last of them ending at the j-th.
-    """
-    sizes, counts = np.unique([aligned(t, limits.alignment) for t in totals], return_counts=True)
-    n = len(sizes)
-    if n == 0:
-        return []
-    groups = np.concatenate([[0], np.cumsum(counts)])
-    tokens = np.concatenate([[0], np.cumsum(counts * sizes)]) * limits.multiple
-    best = np.full(n + 1, np.inf)
-    best[0] = 0
-    choices: list[np.ndarray] = []
-    costs = []
-    for _ in range(min(MAX_SHAPES, n)):
-        new = np.full(n + 1, np.inf)
-        cut = np.zeros(n + 1, int)
-        for j in range(1, n + 1):
-            batches, rows = limits.divide(groups[j] - groups[:j], sizes[j - 1])
-            padding = best[:j] + sizes[j - 1] * batches * rows - (tokens[j] - tokens[:j])
-            cut[j] = int(np.argmin(padding))
-            new[j] = padding[cut[j]]
-        best = new
-        choices.append(cut)
-        costs.append(best[n])
-    computed = tokens[-1] + np.array(costs)
-    within = 1 - real / computed <= MAX_PADDING
-    penalised = np.array(costs) + COMPILE_TOKENS * np.arange(1, len(costs) + 1)
-    k = int(np.argmin(np.where(within, penalised, np.inf))) if within.any() else len(costs) - 1
-    tops, j = [], n
-    for cut in reversed(choices[: k + 1]):
-        tops.append(int(sizes[j - 1]))
-        j = cut[j]
-    return sorted(tops)

@@ -5,9 +5,8 @@ plans every sample and batch. It writes nothing, and of the device it knows the 
 """
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from utils.model.layout import (
     shapes_of,
 )
 from utils.model.weights import Checkpoint
-from utils.plan.batching import Batch, Length, Limits, aligned, plan_batches
+from utils.plan.batching import Batch, Limits, cache_slots, chunk_tokens, plan_batches
 from utils.plan.inputs import localized
-from utils.plan.memory import Workload, device_bytes, first_that_fits, rows_that_fit
+from utils.plan.memory import Workload, device_bytes, rows_that_fit
 from utils.plan.request import Request
 from utils.plan.samples import Sample, plan_samples, read_tasks, skip_reasons, tasks_hash
 from utils.prompt.codec import Codec, Encoded, load_codec
@@ -100,7 +99,7 @@ class Plan:
                 i if i >= 0 and self.samples[i].key not in done else -1 for i in batch.rows
             )
             if max(rows) >= 0:
-                todo.append(Batch(batch.shape, rows))
+                todo.append(replace(batch, rows=rows))
         return todo
 
     def settings(self, weights_hash: str) -> dict[str, Any]:
@@ -221,18 +220,15 @@ def plan_meshes(
             + ": lower --max_output_tokens, or raise --max_model_len where it is set"
         )
     dtype = request.dtype or default_dtype(devices)
-    lengths = [sample.length for sample in samples]
-    answer = request.max_output_tokens if request.generates else 0
-    forced = max(length.answer for length in lengths)
-    work = Workload(config, capture, answer, np.dtype(dtype).itemsize, forced)
     # The memory of one of these devices, if possible of one that this process can ask.
     here = [device for device in devices if device.process_index == jax.process_index()]
     limit = device_bytes((here or devices)[0])
-    longest = max(length.total for length in lengths)
     for shape in shapes:
         tried = [shape] if shape else shapes_of(len(devices))
         layouts = (Layout.of(config, make_mesh(*mesh, devices)) for mesh in tried)
-        layout = next(layouts) if shape else first_that_fits(work, layouts, longest, limit)
+        work, layout, fitting, too_long = _fitting(
+            request, config, capture, np.dtype(dtype), samples, layouts, limit
+        )
         yield Plan(
             request=request,
             config=config,
@@ -245,9 +241,9 @@ def plan_meshes(
             max_model_len=max_model_len,
             tasks=tuple(tasks),
             whole_hash=whole_hash,
-            samples=tuple(samples),
-            skipped=tuple(skipped),
-            batches=_batches(request, work, lengths, layout, limit),
+            samples=tuple(fitting),
+            skipped=(*skipped, *too_long),
+            batches=_batches(request, work, fitting, layout, limit),
             bucket=bucket,
             listing=listing,
         )
@@ -269,29 +265,72 @@ def _max_model_len(request: Request, config: ModelConfig) -> int:
     return max_model_len
 
 
-def _batches(
-    request: Request, work: Workload, lengths: Sequence[Length], layout: Layout, limit: int | None
-) -> tuple[Batch, ...]:
-    """The batches that fit in `limit` bytes a device. Raises UserError where the longest sample
-    does not."""
-    count = layout.mesh.size
-    most = min(request.batch_size * count, math.ceil(len(lengths) / layout.data) * layout.data)
-    sizes = sorted({aligned(length.total, layout.alignment) for length in lengths})
-    rows = fitting = rows_that_fit(work, layout, limit, most, sizes)
-    if request.max_batch_tokens is not None:
-        budget = request.max_batch_tokens * count
-        rows = {n: min(r, budget // n // layout.data * layout.data) for n, r in rows.items()}
-    if not rows[sizes[-1]]:
-        why = f"--max_batch_tokens {request.max_batch_tokens}"
-        if not fitting[sizes[-1]]:
-            why = f"{limit / 1e9:.1f} GB a device"
-        longest = max(length.total for length in lengths)
+def _fitting(
+    request: Request,
+    config: ModelConfig,
+    capture: CaptureSpec,
+    dtype: np.dtype,
+    samples: Sequence[Sample],
+    layouts: Iterable[Layout],
+    limit: int | None,
+) -> tuple[Workload, Layout, list[Sample], list[dict[str, Any]]]:
+    """The first layout on which every sample fits in `limit` bytes a device, or that on which most
+    do; what is computed there, the samples that fit, and the others, as skipped with the reason.
+    Raises UserError where none fits anywhere."""
+    totals, best, needed = [sample.length.total for sample in samples], None, []
+    for layout in layouts:
+        on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+        chunk = chunk_tokens(totals, on_cpu, layout.alignment)
+        room = request.max_output_tokens if request.generates else 0
+        work = Workload(config, capture, chunk, room, dtype.itemsize)
+        slots = [cache_slots(sample.length, chunk, room) for sample in samples]
+        fits = rows_that_fit(work, layout, limit, layout.data, set(slots))
+        fitting = [sample for sample, n in zip(samples, slots, strict=True) if fits[n]]
+        if best is None or len(fitting) > len(best[2]):
+            too_long = [
+                sample.skipped(
+                    f"does not fit in {limit / 1e9:.1f} GB a device: {sample.length.total} tokens "
+                    f"on a mesh of {layout.data} x {layout.model}"
+                )
+                for sample, n in zip(samples, slots, strict=True)
+                if not fits[n]
+            ]
+            best = work, layout, fitting, too_long
+        if len(fitting) == len(samples):
+            return best
+        least = work.batch_bytes(layout, layout.data, min(slots))
+        needed.append(work.parameter_bytes(layout) + least)
+    if not best[2]:
         raise UserError(
-            f"the longest sample, {longest} tokens, does not fit in {why} on a mesh of "
-            f"{layout.data} x {layout.model}: raise the second number of --mesh_shape, lower "
-            "--max_model_len or the layers, or raise --max_batch_tokens where it is set"
+            f"not even the shortest sample, {min(totals)} tokens, fits on {best[1].mesh.size} "
+            f"devices of {limit / 1e9:.1f} GB: about {min(needed) / 1e9:.1f} GB each are needed; "
+            "raise the second number of --mesh_shape, lower --max_output_tokens "
+            "or the layers, or take more devices"
         )
-    return tuple(plan_batches(lengths, Limits(rows, layout.data, layout.alignment)))
+    return best
+
+
+def _batches(
+    request: Request, work: Workload, samples: Sequence[Sample], layout: Layout, limit: int | None
+) -> tuple[Batch, ...]:
+    """The batches that fit in `limit` bytes a device, and in --max_batch_tokens. Raises UserError
+    where the longest sample does not fit in the latter."""
+    devices, lengths = layout.mesh.size, [sample.length for sample in samples]
+    longest: dict[int, int] = {}  # slots of a cache -> tokens of the longest sample that needs them
+    for length in lengths:
+        slots = cache_slots(length, work.chunk, work.room)
+        longest[slots] = max(longest.get(slots, 0), length.total)
+    most = min(request.batch_size * devices, -(-len(lengths) // layout.data) * layout.data)
+    rows = rows_that_fit(work, layout, limit, most, longest)
+    if (budget := request.max_batch_tokens) is not None:
+        rows = {slots: min(n, budget * devices // longest[slots]) for slots, n in rows.items()}
+        if rows[max(rows)] < layout.data:
+            raise UserError(
+                f"the longest sample, {max(longest.values())} tokens, does not fit in "
+                f"--max_batch_tokens {budget} on a mesh of {layout.data} x {layout.model}: raise "
+                "it or the second number of --mesh_shape, or lower --max_model_len"
+            )
+    return tuple(plan_batches(lengths, Limits(work.chunk, rows, work.room, layout.data)))
 
 
 def check_file(path: Path, flag: str) -> None:

@@ -44,6 +44,12 @@ class Sample:
         key = self.original.task_id, self.sample_idx
         return (*key, self.view.number) if self.view else key
 
+    def skipped(self, reason: str) -> dict[str, Any]:
+        """The manifest's entry of a sample that is not run."""
+        view = {"view": self.view.number} if self.view else {}
+        entry = {"task_id": self.original.task_id, "sample_idx": self.sample_idx}
+        return {**entry, **view, "reason": reason}
+
     @property
     def task(self) -> arc.Task:
         """As the model is shown it; made anew, so that a dataset is in memory once."""

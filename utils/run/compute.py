@@ -1,77 +1,61 @@
-"""Batches through the engine, and what comes back as items: the model's side of the run loop.
+"""Batches through the engine, pass by pass, and their results: the model's side of the run loop.
 
 Knows no folders; `loop` stores what this makes.
 """
 
-# B batch   T prompt tokens, padded   A answer tokens   P prompt tokens   D model width
-# R rows of a capture   V vocabulary
+# B rows of a batch   T tokens of a row, padded   V vocabulary
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from utils.arc import scores
-from utils.arc.views import original_cells
 from utils.model.decoder import Decoder
 from utils.model.engine import Engine, for_every_shape
-from utils.model.generate import Decoded, Outputs, Prefilled, Sampling, Shape
+from utils.model.generate import Chunk, Decoded, Outputs, Sampling, Shape
 from utils.model.layout import use_compilation_cache
-from utils.plan.batching import Batch, pad_rows
+from utils.plan.batching import Batch, Length, pad_rows, prefill_passes
 from utils.plan.plan import Plan
 from utils.plan.samples import Sample
 from utils.prompt.codec import Encoded
-from utils.prompt.formats import Answer
+from utils.run.result import Result
+
+ANSWER = 1 << 30  # where the parts of a row that are not of its prompt begin
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What the model made of one sample; made by `Computation.fetch`.
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a batch through the model: chunks of prefill, or an answer.
 
-    answers: int32 ids of each generated answer, in the order of the predictions; none where the
-    answer was forced, which `encoded` holds, or where there is none. logprobs: float32 [A] of each
-    answer, the forced one included. captures: name -> [R, D], of the tokens of `CaptureSpec.rows`,
-    from which `to_item` takes those of `CaptureSpec.kept`. logits: [1, V] at the last prompt token,
-    or None.
+    chunks: of every data group a row, by its place in the batch, and the number of its chunk.
+    prediction: else the number of the answer. first, last: whether the batch begins or ends.
     """
 
-    sample: Sample
-    encoded: Encoded
-    answers: list[np.ndarray]
-    logprobs: list[np.ndarray]
-    captures: dict[str, np.ndarray]
-    logits: np.ndarray | None
-
-    @property
-    def num_tokens(self) -> int:
-        """That went through the model."""
-        return len(self.encoded.ids) + sum(len(answer) for answer in self.answers)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the arrays that wait to be stored."""
-        arrays = [*self.captures.values(), *([] if self.logits is None else [self.logits])]
-        return sum(array.nbytes for array in arrays)
+    batch: Batch
+    chunks: Sequence[tuple[int, int]] = ()
+    prediction: int | None = None
+    first: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Launched:
-    """A batch on its way through the devices, and what of it is to be fetched.
+    """A pass on its way through the devices, and what of it is to be fetched.
 
-    samples: place in the batch -> what stands there, of the places of this process. owned: device
-    -> the places whose results it holds. prefilled: without the cache, and without logits that are
-    not stored.
+    job: the pass. rows: place in the batch -> what stands there, of the places that this process
+    brings to the host. owned: device -> the places whose results it holds. part: what the pass
+    gives, without what nobody keeps.
     """
 
-    samples: dict[int, tuple[Sample, Encoded]]
-    owned: dict[jax.Device, range]
-    prefilled: Prefilled
-    decoded: list[Decoded]
+    job: Pass
+    rows: dict[int, tuple[Sample, Encoded]]
+    owned: dict[jax.Device, list[int]]
+    part: Chunk | Decoded
 
 
 @dataclass
@@ -85,8 +69,9 @@ class Usage:
 
 
 class Computation:
-    """Batches through the engine: `launch` hands one to the devices, `fetch` brings what is kept of
-    it to the host; for one thread each. Every process launches the same batches in the same order.
+    """Passes through the engine: `launch` hands one to the devices, `fetch` brings what is kept of
+    it to the host; each for one thread, in the order of `passes`. Every process launches the same
+    passes in the same order.
 
     params: default, those of the checkpoint; their specs, where nothing is to be run.
     """
@@ -101,30 +86,30 @@ class Computation:
         if params is None:
             use_compilation_cache()
             params = plan.checkpoint.load(self.layout, np.dtype(plan.dtype))
-        self.engine = Engine(Decoder(plan.config, self.layout, plan.capture, layers), params)
-        self.outputs = Outputs(with_logits, request.max_output_tokens if generates else 0)
-        several = len(request.temperatures) > 1
-        # Of several predictions only the first is captured.
-        self.samplings = [
-            Sampling(request.max_output_tokens, plan.codec.stop_ids, temperature, k == 0, several)
-            for k, temperature in enumerate(request.temperatures if generates else ())
-        ]
+        self.engine = Engine(
+            Decoder(plan.config, self.layout, plan.capture, layers),
+            params,
+            Outputs(with_logits, request.teacher_forcing),
+            Sampling(request.max_output_tokens, plan.codec.stop_ids) if generates else None,
+        )
+        self.temperatures = request.temperatures if generates else []
+        self.keeps_logits = not request.no_logits and request.activations_dir is not None
         self.usage = Usage()
         self.compile_seconds = 0.0
+        self._batch: _Batch | None = None  # the one whose passes are being launched
+        self._unfinished: dict[int, _Unfinished] = {}  # by place, the rows that are being fetched
 
     def compile(self, batches: Sequence[Batch]) -> None:
-        """Every shape that the batches need, before the first is launched."""
+        """Every program that the batches need, before the first is launched."""
         start = time.perf_counter()
-        shapes = ((batch.shape, len(batch.rows)) for batch in batches)
-        for_every_shape(shapes, self.programs, "compiling")
+        for_every_shape((batch.shape for batch in batches), self.programs, "compiling")
         self.compile_seconds = time.perf_counter() - start
 
-    def programs(self, shape: Shape, rows: int) -> list[Any]:
-        """The compiled prefill of a shape, and the decoding of each prediction."""
+    def programs(self, shape: Shape) -> list[Any]:
+        """The compiled prefill of a shape, and its decoding where answers are generated."""
         with self._precision():
-            prefill = self.engine.prefill_program(rows, shape, self.outputs)
-            decodes = [self.engine.decode_program(rows, shape, s) for s in self.samplings]
-        return [prefill, *decodes]
+            prefill = self.engine.prefill_program(shape)
+            return [prefill, *([self.engine.decode_program(shape)] if self.temperatures else [])]
 
     def _precision(self) -> AbstractContextManager[Any]:
         """For what is compiled within, in this thread: a float32 run multiplies float32, which
@@ -133,133 +118,219 @@ class Computation:
             return jax.default_matmul_precision("highest")
         return nullcontext()
 
-    def launch(self, batch: Batch) -> Launched:
+    def passes(self, batches: Iterable[Batch]) -> list[Pass]:
+        """What is launched for these batches, in this order."""
+        lengths, passes = [sample.length for sample in self.plan.samples], []
+        for batch in batches:
+            own = [
+                Pass(batch, tuple(chunks))
+                for chunks in prefill_passes(batch, lengths, self.layout.data)
+            ]
+            own += [Pass(batch, prediction=k) for k in range(len(self.temperatures))]
+            own[0] = replace(own[0], first=True)
+            own[-1] = replace(own[-1], last=True)
+            passes += own
+        return passes
+
+    def launch(self, job: Pass) -> Launched:
         """Returns without waiting for the devices. The samples are tokenised here again, see
         `plan_samples`."""
-        plan, request = self.plan, self.plan.request
-        needed = self.layout.needed(len(batch.rows))
+        plan, shape = self.plan, job.batch.shape
+        if job.first:
+            used, self._batch = self._batch, None
+            cache = used.state[0] if used and used.shape == shape else None
+            del used  # before a cache of another size is made
+            self._batch = _Batch.of(plan, job.batch, self.engine.begin(shape, cache))
+        batch = self._batch
+        with self._precision():
+            if job.prediction is None:
+                part, batch.state = self._prefill(job, batch)
+            else:
+                keys = [
+                    _sample_key(plan.request.seed, s, job.prediction) if s else 0
+                    for s in batch.samples
+                ]
+                part, batch.state = self.engine.decode(
+                    batch.state,
+                    batch.prompts,
+                    np.array(keys, np.uint32),
+                    self.temperatures[job.prediction],
+                    shape,
+                )
+                if job.prediction:  # of several predictions only the first is captured
+                    part = replace(part, captures={})
+        return Launched(job, batch.rows, batch.owned, part)
+
+    def _prefill(self, job: Pass, batch: "_Batch") -> tuple[Chunk, Any]:
+        chunk = batch.shape.chunk
+        places = [place for place, _ in job.chunks]
+        start = np.array([number * chunk for _, number in job.chunks], np.int32)
+        part, state = self.engine.prefill(
+            batch.state, batch.ids, places, start, batch.prompts, batch.totals, batch.shape
+        )
+        kept = [
+            _within(self.plan.capture.rows(*lengths_of(batch.rows[place][1])), begin, chunk)
+            for place, begin in zip(places, start, strict=True)
+            if place in batch.rows
+        ]
+        if not any(map(len, kept)):
+            part = replace(part, captures={})
+        ends = (batch.prompts[places] > start) & (batch.prompts[places] <= start + chunk)
+        if not (self.keeps_logits and ends.any()):
+            part = replace(part, logits=None)
+        return part, state
+
+    def fetch(self, launched: Launched) -> list[Result]:
+        """Waits for the pass; the results of its batch, where it ends with it."""
+        job, rows = launched.job, launched.rows
+        if job.first:
+            self._unfinished = {b: _Unfinished() for b in rows}
+            self.usage.prefill_useful += sum(len(encoded.ids) for _, encoded in rows.values())
+        if job.prediction is None:
+            self._fetch_chunk(launched)
+        else:
+            self._fetch_answers(launched)
+        if not job.last:
+            return []
+        unfinished, self._unfinished = self._unfinished, {}
+        return [unfinished[b].result(*row, self.plan.capture.names) for b, row in rows.items()]
+
+    def _fetch_chunk(self, launched: Launched) -> None:
+        part, rows, chunk = launched.part, launched.rows, launched.job.batch.shape.chunk
+        size = len(launched.job.batch.rows) // self.layout.data
+        of_row = {place: number * chunk for place, number in launched.job.chunks}
+        held = {place for places in launched.owned.values() for place in places}
+        self.usage.prefill += chunk * len(held & of_row.keys())
+
+        def host(x: jax.Array | None) -> dict[int, np.ndarray]:
+            """Place in the batch -> what the pass gave of that row, of those kept here."""
+            found = {}
+            for shard in [] if x is None else x.addressable_shards:
+                places = set(launched.owned.get(shard.device, ())) & of_row.keys() & rows.keys()
+                for place in places:
+                    if place // size == (shard.index[0].start or 0):
+                        found[place] = np.asarray(shard.data)[0]
+            return found
+
+        for name, value in part.captures.items():
+            for place, states in host(value).items():
+                span = self.plan.capture.rows(*lengths_of(rows[place][1]))
+                kept = _within(span, of_row[place], chunk)
+                self._unfinished[place].add(name, of_row[place], states[kept.start : kept.stop])
+        for place, logprobs in host(part.logprobs).items():
+            prompt, forced = lengths_of(rows[place][1])
+            # The first of the answer's tokens follows the prompt's last.
+            kept = _within(range(prompt - 1, prompt - 1 + forced), of_row[place], chunk)
+            self._unfinished[place].add("", of_row[place], logprobs[kept.start : kept.stop])
+        for place, logits in host(part.logits).items():
+            if of_row[place] < rows[place][1].prompt_length <= of_row[place] + chunk:
+                last = logits[None, : self.plan.config.vocab_size].copy()
+                self._unfinished[place].logits = last
+
+    def _fetch_answers(self, launched: Launched) -> None:
+        """Of the buffers of decoding only the steps that were run are copied."""
+        part, rows = launched.part, launched.rows
+        # Rounded up, so that slicing compiles for few sizes.
+        steps = int(part.steps.addressable_data(0))
+        stop = min(-(-steps // 128) * 128, part.tokens.shape[1])
+
+        def host(x: jax.Array) -> dict[int, np.ndarray]:
+            """Place in the batch -> that row, of the rows that this process keeps."""
+            found = {}
+            for shard in x.addressable_shards:
+                places = [b for b in launched.owned.get(shard.device, ()) if b in rows]
+                block = np.asarray(shard.data[:, :stop] if x.ndim == 3 else shard.data)
+                first = shard.index[0].start or 0
+                found.update({b: block[b - first] for b in places})
+            return found
+
+        counts, tokens, logprobs = map(host, (part.counts, part.tokens, part.logprobs))
+        self.usage.decode += steps * sum(map(len, launched.owned.values()))
+        for b in rows:
+            n, row = int(counts[b]), self._unfinished[b]
+            self.usage.decode_useful += min(n, steps)
+            row.answers.append(tokens[b][:n])
+            row.logprobs.append(logprobs[b][:n])
+        for name, value in part.captures.items():
+            for b, states in host(value).items():
+                self._unfinished[b].add(name, ANSWER, states[: int(counts[b])])
+
+
+@dataclass
+class _Batch:
+    """A batch while its passes are launched.
+
+    ids: int32 [B, T] of the rows that the devices of this process compute with; prompts, totals:
+    int32 [B], tokens of every row without and with a forced answer. samples: of the same rows, None
+    for padding. rows, owned: see `Launched`. state: the engine's, after the last pass.
+    """
+
+    shape: Shape
+    ids: np.ndarray
+    prompts: np.ndarray
+    totals: np.ndarray
+    samples: list[Sample | None]
+    rows: dict[int, tuple[Sample, Encoded]]
+    owned: dict[jax.Device, list[int]]
+    state: Any
+
+    @classmethod
+    def of(cls, plan: Plan, batch: Batch, state: Any) -> "_Batch":
+        needed, tokens = plan.layout.needed(len(batch.rows)), batch.shape.slots
+        lengths = [plan.samples[i].length if i >= 0 else Length(1) for i in batch.rows]
         samples = [
             plan.samples[i] if i >= 0 and b in needed else None for b, i in enumerate(batch.rows)
         ]
         encoded = [sample and plan.encode(sample) for sample in samples]
-        ids = pad_rows([row and row.ids for row in encoded], batch.shape.length)
-        prompts = np.array([row.prompt_length if row else 1 for row in encoded], np.int32)
-        answers = [len(row.ids) - row.prompt_length if row else 0 for row in encoded]
-        with self._precision():
-            prefilled = self.engine.prefill(
-                ids, prompts, np.array(answers, np.int32), batch.shape, self.outputs
-            )
-            decoded = []
-            for k, sampling in enumerate(self.samplings):  # each from the one prefill
-                keys = [_sample_key(request.seed, s, k) if s else 0 for s in samples]
-                keys = np.array(keys, np.uint32)
-                decoded.append(self.engine.decode(prefilled, prompts, keys, batch.shape, sampling))
-        owned = self.layout.owned(len(batch.rows))
-        mine = {b: (samples[b], encoded[b]) for span in owned.values() for b in span if samples[b]}
-        self.usage.prefill += batch.shape.length * sum(map(len, owned.values()))
-        self.usage.prefill_useful += sum(len(row.ids) for _, row in mine.values())
-        keeps_logits = not request.no_logits and request.activations_dir is not None
-        logits = prefilled.logits if keeps_logits else None
-        return Launched(mine, owned, replace(prefilled, logits=logits, cache=None), decoded)
+        owned = plan.layout.owned(len(batch.rows))
+        return cls(
+            batch.shape,
+            pad_rows([row and row.ids for row in encoded], tokens),
+            np.array([length.prompt for length in lengths], np.int32),
+            np.array([length.total for length in lengths], np.int32),
+            samples,
+            {b: (samples[b], encoded[b]) for held in owned.values() for b in held if samples[b]},
+            owned,
+            state,
+        )
 
-    def fetch(self, launched: Launched) -> list[Result]:
-        """Waits for the batch; of the decode buffers only the steps that were run are copied."""
 
-        def host(x: jax.Array | None, stop: int | None = None) -> dict[int, np.ndarray]:
-            """Place in the batch -> that row, of the rows that this process keeps."""
-            found = {}
-            for shard in [] if x is None else x.addressable_shards:
-                if (span := launched.owned.get(shard.device)) is not None:
-                    block = np.asarray(shard.data if stop is None else shard.data[:, :stop])
-                    found.update(zip(span, block, strict=True))
-            return found
+@dataclass
+class _Unfinished:
+    """What was fetched of a row so far.
 
-        plan, prefilled = self.plan, launched.prefilled
-        prompt_captures = {name: host(value) for name, value in prefilled.captures.items()}
-        logits, forced_logprobs = host(prefilled.logits), host(prefilled.logprobs)
-        generated = []
-        for result in launched.decoded:
-            # Rounded up, so that slicing compiles for few sizes.
-            steps = int(result.steps.addressable_data(0))
-            stop = min(-(-steps // 128) * 128, result.tokens.shape[1])
-            captures = {name: host(value, stop) for name, value in result.captures.items()}
-            counts = host(result.counts)
-            generated.append((counts, host(result.tokens), host(result.logprobs), captures))
-            self.usage.decode += steps * sum(map(len, launched.owned.values()))
-            self.usage.decode_useful += sum(min(int(counts[b]), steps) for b in launched.samples)
-        results = []
-        for b, (sample, encoded) in launched.samples.items():
-            forced = len(encoded.ids) - encoded.prompt_length
-            kept = len(plan.capture.rows(encoded.prompt_length, forced))
-            parts = {name: [value[b][:kept]] for name, value in prompt_captures.items()}
-            answers, logprobs = [], [forced_logprobs[b][:forced]] if forced else []
-            for counts, ids, answer_logprobs, captures in generated:
-                n = int(counts[b])
-                answers.append(ids[b][:n])
-                logprobs.append(answer_logprobs[b][:n])
-                for name, value in captures.items():
-                    parts.setdefault(name, []).append(value[b][:n])
-            # Copies, so that a stored row does not keep the whole batch in memory.
-            states = {name: np.concatenate(parts[name]) for name in plan.capture.names}
-            last = logits[b][None, : plan.config.vocab_size].copy() if b in logits else None
-            results.append(Result(sample, encoded, answers, logprobs, states, last))
-        return results
+    parts: capture name, "" for the forced answer's log-probabilities -> the position at which a
+    pass began -> what it gave; a chunk that is repeated gives the same again.
+    """
+
+    parts: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
+    answers: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    logits: np.ndarray | None = None
+
+    def add(self, name: str, start: int, part: np.ndarray) -> None:
+        """A copy, so that what is kept of a pass does not keep all of it in memory."""
+        self.parts.setdefault(name, {})[start] = part.copy()
+
+    def result(self, sample: Sample, encoded: Encoded, names: Sequence[str]) -> Result:
+        whole = {name: np.concatenate(list(parts.values())) for name, parts in self.parts.items()}
+        forced = [whole[""]] if lengths_of(encoded)[1] else []
+        captures = {name: whole[name] for name in names}
+        return Result(sample, encoded, self.answers, forced or self.logprobs, captures, self.logits)
+
+
+def lengths_of(encoded: Encoded) -> tuple[int, int]:
+    """Tokens of the prompt, and of the answer that is forced behind it."""
+    return encoded.prompt_length, len(encoded.ids) - encoded.prompt_length
+
+
+def _within(span: range, start: int, chunk: int) -> range:
+    """The part of a span of positions that lies in a chunk, counted from the chunk's beginning."""
+    inside = range(max(span.start, start), min(span.stop, start + chunk))
+    return range(inside.start - start, inside.start - start + len(inside))
 
 
 def _sample_key(seed: int, sample: Sample, prediction: int) -> int:
     """What a sample draws does not depend on its place in the dataset or batch; never 0."""
     text = ":".join(map(str, (seed, *sample.key, prediction)))
     return zlib.crc32(text.encode()) or 1
-
-
-def to_item(
-    result: Result, plan: Plan, said: Sequence[Answer] | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The item of a shard, its grids as the view shows them, and the answer of the journal, its
-    grids as the task has them.
-
-    said: what each generated answer says (default: what its ids do).
-    """
-    request, sample, encoded = plan.request, result.sample, result.encoded
-    view, P = sample.view, encoded.prompt_length
-    if said is None:
-        said = [plan.codec.read(ids, P) for ids in result.answers]
-    attempts = []
-    for answer, logprobs in zip(said, result.logprobs if said else [], strict=True):
-        logprob = float(logprobs.sum(dtype=np.float64))
-        grid = view.invert(answer.grid) if view and answer.grid else answer.grid
-        attempts.append({"grid": grid, "text": answer.text, "logprob": logprob})
-    prediction = said[0].grid if said else None
-    correct = prediction == sample.target if said and sample.target is not None else None
-    ids = np.concatenate([encoded.ids, *result.answers[:1]])
-    cells = np.concatenate([encoded.cells, *(answer.cells for answer in said[:1])])
-    span = plan.capture.rows(P, len(ids) - P)
-    kept = plan.capture.kept(P, len(ids) - P, cells[:, 5:], sample.key)
-    states = result.captures
-    if len(kept) < len(span):
-        states = {name: rows[kept - span.start] for name, rows in states.items()}
-    item = {
-        "task_id": sample.original.task_id,
-        "sample_idx": sample.sample_idx,
-        "input_ids": ids,
-        "prompt_length": P,
-        "activations": states,
-        "output_logprobs": result.logprobs[0] if result.logprobs else np.zeros(0, np.float32),
-        "cells": cells,
-        "num_train_pairs": sample.num_train_pairs,
-        "prediction": prediction,
-        "target": sample.target,
-        "correct": correct,
-        "teacher_forced": request.teacher_forcing,
-    }
-    if result.logits is not None and request.activations_dir is not None:
-        item["output_logits"] = result.logits
-    if not plan.capture.keeps_all:
-        item["positions"] = kept
-    task_id, sample_idx, *number = sample.key
-    if view:
-        dropped = len(sample.original.train) - sample.num_train_pairs
-        item["view"] = view.to_dict()
-        item["cells_original"] = original_cells(item["cells"], view, dropped)
-    target = sample.original.test[sample_idx].output
-    return item, scores.answer(task_id, sample_idx, attempts, target, *number)

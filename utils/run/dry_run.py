@@ -17,7 +17,7 @@ from utils.plan.batching import padding_share
 from utils.plan.plan import Plan
 from utils.plan.samples import Sample
 from utils.prompt.formats import Answer
-from utils.run.compute import Result, to_item
+from utils.run.result import Result, to_item
 from utils.run.summary import print_shortfalls, views_of
 from utils.shards.filling import planned_shards
 from utils.shards.items import logits_dtype
@@ -154,10 +154,11 @@ def print_plan(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
     print(f"prompt tokens {sum(length.prompt for length in lengths)}")
     if request.distributed:
         print(f"mesh          {layout.data} x {layout.model} (data x model)")
-    padding = padding_share(lengths, plan.batches)
+    padding = padding_share(lengths, plan.batches, layout.data)
     print(f"batches       {len(plan.batches)}, {padding:.1%} padding")
-    sizes = sorted({(batch.shape.length, len(batch.rows)) for batch in plan.batches})
-    print(f"shapes        {', '.join(f'{rows} x {length}' for length, rows in sizes)} tokens")
+    shapes = sorted({batch.shape for batch in plan.batches}, key=lambda shape: shape.slots)
+    caches = ", ".join(f"{shape.rows} x {shape.slots}" for shape in shapes)
+    print(f"caches        {caches} tokens, filled in chunks of {plan.workload.chunk}")
     tokens, shards = plan_storage(plan)
     print(f"total tokens  {at_most}{tokens}")
     if request.activations_dir is not None:

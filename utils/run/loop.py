@@ -19,12 +19,13 @@ from utils.cli import Signals
 from utils.errors import UserError
 from utils.plan.batching import Batch
 from utils.plan.plan import Plan
-from utils.run.compute import Computation, Usage, to_item
+from utils.run.compute import Computation, Usage
 from utils.run.conclude import conclude, last_files, send_the_rest
 from utils.run.dry_run import DiskOutlook, check_disk
 from utils.run.opening import opened
 from utils.run.peers import Ending, LeftBehind, Peers
 from utils.run.pipeline import Pipeline
+from utils.run.result import to_item
 from utils.shards.manifest import Manifest
 from utils.shards.uploads import Uploads
 from utils.shards.writer import RunFolder
@@ -153,8 +154,9 @@ def _compute(
     every = plan.request.save_every_n_batches
     share = sum(len(batch.rows) - batch.rows.count(-1) for batch in todo)
     share /= ending.peers.count
+    passes, batches = computation.passes(todo), 0
     pipeline = Pipeline(
-        todo, computation.launch, computation.fetch, lambda result: result.nbytes, check
+        passes, computation.launch, computation.fetch, lambda result: result.nbytes, check
     )
     outlook, had, tokens = DiskOutlook(folder.path), folder.num_stored, 0
     begin = time.perf_counter()
@@ -165,7 +167,7 @@ def _compute(
         desc="inference",
         disable=ending.peers.index > 0,
     ) as bar:
-        for number, results in enumerate(pipeline, 1):
+        for job, results in zip(passes, pipeline, strict=True):
             tokens += sum(result.num_tokens for result in results)
             seconds = time.perf_counter() - begin
             folder.update_timing(seconds, computation.compile_seconds, tokens)
@@ -173,7 +175,8 @@ def _compute(
                 check()
                 folder.add(*to_item(result, plan))
                 uploads.wait_for_room(check)
-            if every and number % every == 0:
+            batches += job.last
+            if every and job.last and batches % every == 0:
                 folder.seal()
             bar.update(len(results))
             bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")

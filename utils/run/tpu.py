@@ -2,21 +2,19 @@
 
 The programs are those that the run would launch, for the batches that it would launch, compiled by
 libtpu; memory, FLOPs and collectives are the compiler's. Time is a roofline, an upper bound of what
-the slice can reach: for each program the longest of FLOPs over the peak rate, of arguments and
-results, read or written once, over memory bandwidth, and of what collectives move over the
-bandwidth of the interconnect; for a generated answer, that of one step times the longest answer
+the slice can reach: for each pass the longest of FLOPs over the peak rate, attention counted at the
+width of the matrix unit, of bytes accessed over memory bandwidth, and of what collectives move over
+the bandwidth of the interconnect; for a generated answer, that of one step times the longest answer
 allowed.
 """
 
 import contextlib
 import logging
 import os
-import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -31,49 +29,25 @@ from utils.errors import UserError
 from utils.model.engine import for_every_shape
 from utils.model.generate import Shape
 from utils.model.weights import abstract_params, placement
-from utils.plan.batching import padding_share
+from utils.plan.batching import Batch, padding_share, prefill_passes
 from utils.plan.memory import device_bytes
 from utils.plan.plan import Plan, check_file, plan_meshes
 from utils.plan.request import Request
 from utils.run.compute import Computation
 from utils.run.dry_run import bytes_per_layer, plan_storage
 from utils.run.prices import costs
+from utils.run.roofline import CHIPS, Chip, decode_step_seconds, figures_of, prefill_seconds
 from utils.run.summary import print_shortfalls
 from utils.store.local import write_json_atomic
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Peak rates of one chip, from Google's system architecture pages: bfloat16 FLOP/s, bytes/s of
-    memory, bytes/s of the interconnect over all links.
-
-    cores: of a chip, as the names of its slices count them. slices: their shapes, in chips.
-    """
-
-    flops: float
-    memory: float
-    interconnect: float
-    cores: int
-    slices: tuple[str, ...]
-
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-CHIPS = {
-    "v4": Chip(275e12, 1228e9, 300e9, 2, _CUBES),
-    "v5e": Chip(197e12, 819e9, 200e9, 1, _FLAT),
-    "v5p": Chip(459e12, 2765e9, 600e9, 2, _CUBES),
-    "v6e": Chip(918e12, 1638e9, 448e9, 1, _FLAT),
-}
 SLICES = {
     f"{name}-{chip.cores * prod(map(int, shape.split('x')))}": f"{name}:{shape}"
     for name, chip in CHIPS.items()
     for shape in chip.slices
 }
-_COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
 def slice_devices(name: str) -> Sequence[jax.Device]:
@@ -137,20 +111,23 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
     chip = CHIPS[name.partition("-")[0]]
     mesh = layout.mesh
     computation = Computation(plan, params=_abstract(plan))
-    batches = Counter((batch.shape, len(batch.rows)) for batch in plan.batches)
-    compiled = partial(_bucket, plan, computation, chip)
+    by_shape: dict[Shape, list[Batch]] = {}
+    for batch in plan.batches:
+        by_shape.setdefault(batch.shape, []).append(batch)
     start = time.perf_counter()
     with programs_compiled() as programs:
-        by_shape = for_every_shape(batches, compiled, f"compiling for {name}")
+        figures = for_every_shape(
+            by_shape, partial(_compiled, computation), f"compiling for {name}"
+        )
     compile_seconds = time.perf_counter() - start
-    buckets = [{**bucket, "batches": batches[key]} for key, bucket in by_shape.items()]
+    buckets = [_bucket(plan, by_shape[shape], found, chip) for shape, found in figures.items()]
     tokens, shards = plan_storage(plan)
     limit = device_bytes(mesh.devices.flat[0])
     worst = max(buckets, key=lambda b: b["hbm_bytes"] if b["hbm_bytes"] else float("inf"))
     need = worst["hbm_bytes"]
     fits = need is not None and need <= limit
-    seconds = sum(bucket["batches"] * bucket["seconds"] for bucket in buckets)
-    prefill = fits and sum(bucket["batches"] * bucket["prefill_seconds"] for bucket in buckets)
+    seconds = sum(bucket["seconds"] for bucket in buckets)
+    prefill = fits and sum(bucket["prefill_seconds"] for bucket in buckets)
     given = sum(sample.length.total for sample in plan.samples)  # prompts, and forced answers
     stored = request.activations_dir is not None
     stored_bytes = sum(size for _, size in shards) if stored else 0
@@ -168,7 +145,9 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
         "prefill": worst["prefill"],
         "decode": worst["decode"],
         "buckets": buckets,
-        "padding": padding_share([s.length for s in plan.samples], plan.batches),
+        "padding": padding_share(
+            [sample.length for sample in plan.samples], plan.batches, layout.data
+        ),
         "estimated_tokens_per_second": tokens / seconds if fits else None,
         "estimated_prefill_tokens_per_second": given / prefill if fits else None,
         "estimated_hours": seconds / 3600 if fits else None,
@@ -219,80 +198,51 @@ def _abstract(plan: Plan) -> Any:
     return unflatten_dict(leaves, sep="/")
 
 
-def _bucket(
-    plan: Plan, computation: Computation, chip: Chip, shape: Shape, rows: int
-) -> dict[str, Any]:
-    """One compiled shape: its programs' figures, and the seconds that a batch takes at least."""
-    found: dict[str, Any] = {"rows": rows, "length": shape.length, "answer": shape.answer}
+def _compiled(computation: Computation, shape: Shape) -> list[dict[str, Any]] | str:
+    """The figures of a shape's programs, or why they do not fit."""
     try:
-        programs = computation.programs(shape, rows)
+        return [figures_of(program) for program in computation.programs(shape)]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise
+        return str(error).splitlines()[0][:300]
+
+
+def _bucket(
+    plan: Plan, batches: Sequence[Batch], figures: list[dict[str, Any]] | str, chip: Chip
+) -> dict[str, Any]:
+    """The batches of one shape: its programs' figures, and the seconds that they take at least."""
+    shape, data = batches[0].shape, plan.layout.data
+    lengths = [sample.length for sample in plan.samples]
+    found: dict[str, Any] = {
+        **asdict(shape),
+        "length": max(lengths[i].total for batch in batches for i in batch.rows if i >= 0),
+        "batches": len(batches),
+        "passes": sum(len(prefill_passes(batch, lengths, data)) for batch in batches),
+    }
+    if isinstance(figures, str):
         nothing = {"hbm_bytes": None, "prefill": None, "decode": None, "seconds": 0.0}
-        return {**found, **nothing, "error": str(error).splitlines()[0][:300]}
-    prefill, *decodes = [_figures(program) for program in programs]
-    # While a batch computes, what the last one captured is still on its way to the host.
-    waiting = plan.workload.capture_bytes(plan.layout, rows, shape.length)
-    # The parameters are there once, whichever program runs; a prefill's cache outlives it.
-    memory = max(figures["hbm_bytes"] for figures in (prefill, *decodes)) + waiting
-    first, step = _seconds(prefill, chip), [_seconds(figures, chip) for figures in decodes]
+        return {**found, **nothing, "error": figures}
+    prefill, *decodes = figures
+    # While a pass computes, what the last one captured is still on its way to the host.
+    waiting = plan.workload.capture_bytes(plan.layout, shape.rows)
+    limits = prefill_seconds(plan, batches, prefill, chip)
+    seconds, step = limits.pop("seconds"), None
+    decoding = 0.0
+    if decodes:
+        step = decode_step_seconds(plan, batches, decodes[0], chip)
+        decoding = len(batches) * len(plan.request.temperatures) * plan.request.max_output_tokens
     return {
         **found,
-        "hbm_bytes": memory,
+        # The parameters are there once, whichever program runs, and so is the cache.
+        "hbm_bytes": max(each["hbm_bytes"] for each in figures) + waiting,
         "prefill": prefill,
         "decode": decodes[0] if decodes else None,
-        "prefill_seconds": first,
-        "decode_step_seconds": step[0] if step else None,
-        "seconds": first + sum(step) * plan.request.max_output_tokens,
+        "prefill_seconds": seconds,
+        "prefill_seconds_by": limits,
+        "decode_step_seconds": step,
+        "seconds": seconds + decoding * (step or 0),
     }
-
-
-def _figures(program: Any) -> dict[str, Any]:
-    """What the compiler says of a program, per device; of a loop, one pass."""
-    cost, memory = program.cost_analysis(), program.memory_analysis()
-    collectives, moved = collectives_of(program.as_text())
-    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
-    temporary, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
-    return {
-        "flops_per_device": cost.get("flops", 0.0),
-        "bytes_accessed_per_device": cost.get("bytes accessed", 0.0),
-        "argument_bytes": arguments,
-        "output_bytes": results,
-        "temporary_bytes": temporary,
-        "hbm_bytes": arguments + results - memory.alias_size_in_bytes + temporary + code,
-        "collectives": collectives,
-        "collective_bytes": moved,
-    }
-
-
-def collectives_of(hlo: str) -> tuple[dict[str, int], int]:
-    """Operation -> count of a program's collectives, and the bytes of their results.
-
-    The TPU compiler repeats an overlapped one in several computations; its channel tells.
-    """
-    seen: dict[str, tuple[str, int]] = {}
-    for number, line in enumerate(hlo.splitlines()):
-        found = re.search(rf"= (.*?) ({_COLLECTIVES})(?:-start)?\(", line)
-        if found is None:
-            continue
-        channel = re.search(r"channel_id=(\d+)", line)
-        sizes = [
-            _ITEM_BYTES.get(kind, 4) * int(np.prod([int(n) for n in shape.split(",") if n]))
-            for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", found[1])
-        ]
-        seen[channel[1] if channel else f"line {number}"] = (found[2], sum(sizes))
-    counts = Counter(operation for operation, _ in seen.values())
-    return dict(sorted(counts.items())), sum(size for _, size in seen.values())
-
-
-def _seconds(figures: dict[str, Any], chip: Chip) -> float:
-    """The roofline of one program."""
-    return max(
-        figures["flops_per_device"] / chip.flops,
-        (figures["argument_bytes"] + figures["output_bytes"]) / chip.memory,
-        figures["collective_bytes"] / chip.interconnect,
-    )
 
 
 def _advice(plan: Plan, worst: dict[str, Any], limit: int) -> list[str]:

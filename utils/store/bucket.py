@@ -47,9 +47,8 @@ def parse_uri(uri: str | Path, flag: str = "") -> tuple[str, str]:
 
     flag: named in the UserError that is raised for anything else.
     """
-    text = str(uri)
-    if isinstance(uri, Path) and is_uri(uri):
-        text = SCHEME + text.removeprefix("gs:/")
+    shortened = isinstance(uri, Path) and is_uri(uri)
+    text = SCHEME + str(uri).removeprefix("gs:/") if shortened else str(uri)
     where = f"{flag} {text}".strip()
     if not text.startswith(SCHEME):
         written = "that" if ":" in text else f"gs://{text.lstrip('/')}"
@@ -246,10 +245,9 @@ class BucketFolder:
         try:
             bucket = _client().get_bucket(self.bucket_name, timeout=5, retry=None)
         except Exception as error:
-            if not is_remote(error):
-                raise
-            log.debug("the location of gs://%s is unknown: %s", self.bucket_name, brief(error))
-            return None
+            if is_remote(error):
+                return None
+            raise
         return (bucket.location, bucket.data_locations or []) if bucket.location else None
 
     def _probe(self) -> dict[str, Receipt]:
