@@ -280,9 +280,9 @@ def write_checkpoint(folder: Path, fields: dict[str, Any], params: dict[str, Any
     from utils.model.weights import hf_name, row_at
 
     tensors = {
-        hf_name(path): np.ascontiguousarray(
-            row_at(path).stored(np.asarray(leaf).astype(jnp.bfloat16))
-        )
+        hf_name(path): np.asarray(leaf)
+        .astype(jnp.bfloat16)
+        .reshape(row_at(path).stored_shape(leaf.shape))
         for path, leaf in flatten_dict(params, sep="/").items()
     }
     try:

@@ -96,6 +96,24 @@ def test_a_tpu_is_never_overlooked(files, has_tpu, tmp_path, monkeypatch):
     assert cli._has_tpu() is has_tpu
 
 
+@pytest.mark.parametrize(
+    ("processor", "before", "after"),
+    [
+        ("fpu avx2 avx512f avx512dq", "", "--xla_cpu_prefer_vector_width=512"),
+        ("fpu avx2 avx512f avx512dq", "--a=1", "--a=1 --xla_cpu_prefer_vector_width=512"),
+        ("fpu avx2 avx512f avx512dq", "--xla_cpu_prefer_vector_width=256", None),
+        ("fpu avx2 fma", "--a=1", None),
+        (None, "--a=1", None),
+    ],
+)
+def test_wide_vectors(tmp_path, monkeypatch, processor, before, after):
+    if processor:
+        (tmp_path / "cpuinfo").write_text(f"model name : P\nflags : {processor} \n")
+    monkeypatch.setenv("XLA_FLAGS", before)
+    cli._use_wide_vectors(str(tmp_path / "cpuinfo"))
+    assert os.environ["XLA_FLAGS"] == (before if after is None else after)
+
+
 # ------------------------------------------------------------------------------------ signals
 
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}

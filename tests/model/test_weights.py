@@ -71,12 +71,12 @@ def test_values_arrive_in_place(folder):
     params = load(folder)
     stored = tensors["model.layers.1.self_attn.q_proj.weight"].astype(np.float32)
     query = np.asarray(params["layers_1"]["attention"]["query"])
-    H = query.shape[2]
+    H = query.shape[1]
     for n, h in [(0, 0), (0, H - 1), (3, 2)]:
-        np.testing.assert_array_equal(query[:, n, h], stored[n * H + h])
+        np.testing.assert_array_equal(query[n, h], stored[n * H + h])
     out = np.asarray(params["layers_1"]["attention"]["out"])
     stored = tensors["model.layers.1.self_attn.o_proj.weight"].astype(np.float32)
-    np.testing.assert_array_equal(out[2, 3], stored[:, 2 * H + 3])
+    np.testing.assert_array_equal(out[:, 2, 3], stored[:, 2 * H + 3])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
@@ -106,7 +106,7 @@ def test_parts_of_a_tensor_are_read_as_the_sharding_asks(folder, shape):
         padded = np.pad(a, [(0, m - n) for n, m in zip(a.shape, b.shape, strict=True)])
         np.testing.assert_array_equal(padded, b)
     kernel = parts["layers_0"]["mlp"]["up"]
-    assert kernel.addressable_shards[0].data.shape == (32, 64 // shape[1])
+    assert kernel.addressable_shards[0].data.shape == (64 // shape[1], 32)
     held = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(parts)]
     assert sum(held) < 1.2 * sum(leaf.size for leaf in jax.tree.leaves(whole)) / shape[1]
 

@@ -123,9 +123,8 @@ def attend_cached(
     prompt = query.shape[1] > 1
     heads, slots = P(*layout.heads(prompt)), P(*layout.slots)
     at = P("data") if layout.by_heads or not prompt else P("data", "model")  # [B, T]
-    platform = layout.mesh.devices.flat[0].platform
     # cuDNN takes 16 bits, no window that moves with a chunk, and tokens in the order of the prompt.
-    by_cudnn = platform == "gpu" and prompt and query.dtype != jnp.float32
+    by_cudnn = layout.platform == "gpu" and prompt and query.dtype != jnp.float32
     by_cudnn = by_cudnn and (window is None or window >= past.cache.shape[2])
     by_cudnn = by_cudnn and (layout.by_heads or layout.model == 1)
     # By tokens, every device has the whole cache. Each takes its tokens of a chunk over all of it;
@@ -135,7 +134,7 @@ def attend_cached(
     def local(query: Array, new: Array, past: Past, query_at: Array) -> tuple[Array, Array]:
         row, zero = past.row[0], jnp.int32(0)
         cache = jax.lax.dynamic_update_slice(past.cache, new, (row, zero, past.slot[0], zero))
-        if platform == "tpu" and prompt:
+        if layout.platform == "tpu" and prompt:
             return flash(query, cache, row, query_at, past.key_at, window), cache
         if by_cudnn:
             return _by_cudnn(query, new, cache, row, past.slot), cache

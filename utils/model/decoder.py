@@ -9,6 +9,7 @@ the same code with less kept.
 # B batch   T tokens   S slots of the cache   D model width   F mlp width
 # N query heads   K key/value heads   H head width   V vocabulary
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,29 @@ from utils.model.config import ModelConfig
 from utils.model.layout import Layout
 
 Cache = dict[str, Any]
+FEW_TOKENS = 16  # of a step of decoding
+
+
+def _kernel_init(inputs: int) -> Any:
+    """LeCun et al. 1998, for a kernel whose last `inputs` axes are inputs."""
+    axes = tuple(range(-inputs, 0))
+    return lambda key, shape: nn.initializers.lecun_normal(
+        in_axis=axes, out_axis=tuple(range(len(shape) - inputs))
+    )(key, shape)
+
+
+def linear(x: Array, kernel: Array, inputs: int, layout: Layout, dtype: Any = None) -> Array:
+    """Sums over the last `inputs` axes of both: [B, T, ...], [..., D] -> [B, T, ...]; dtype: of the
+    sums (default: that of x)."""
+    axes = tuple(range(-inputs, 0))
+    lead, out = x.shape[:-inputs], kernel.shape[:-inputs]
+    if layout.platform != "cpu" or math.prod(lead) > FEW_TOKENS:
+        return jnp.tensordot(x, kernel, (axes, axes), preferred_element_type=dtype)
+    # XLA on a CPU reads a kernel at the rate of the memory only where it comes first; with the
+    # other order, to which it would turn back without the barriers, at half of that.
+    rows = jax.lax.optimization_barrier(x.reshape(math.prod(lead), -1).T)
+    y = jnp.dot(kernel.reshape(math.prod(out), -1), rows, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(y).T.reshape(*lead, *out)
 
 
 class RMSNorm(nn.Module):
@@ -58,9 +82,8 @@ class Attention(nn.Module):
         gather = layout.gathers_attention(prompt)
 
         def project(name: str, count: int) -> Array:
-            kernel = self.param(name, nn.initializers.lecun_normal(), (D, count, H))
-            y = jnp.einsum("BTD,DNH->BTNH", x, layout.kernel(kernel, gather))
-            y = layout.split(y, *heads)
+            kernel = self.param(name, _kernel_init(1), (count, H, D))
+            y = layout.split(linear(x, layout.kernel(kernel, gather), 1, layout), *heads)
             if c.qkv_bias:
                 y = y + self.param(f"{name}_bias", nn.initializers.zeros, (count, H))
             return y
@@ -82,8 +105,8 @@ class Attention(nn.Module):
             y, cache = attend_cached(query, new.swapaxes(1, 2), past, positions, window, layout)
         y = layout.split(y, *heads)
 
-        kernel = self.param("out", nn.initializers.lecun_normal(), (N, H, D))
-        y = jnp.einsum("BTNH,NHD->BTD", y, layout.kernel(kernel, gather))
+        kernel = self.param("out", _kernel_init(2), (D, N, H))
+        y = linear(y, layout.kernel(kernel, gather), 2, layout)
         if c.out_bias:
             y = y + self.param("out_bias", nn.initializers.zeros, (D,))
         return y, cache
@@ -102,15 +125,15 @@ class Mlp(nn.Module):
         gather = layout.gathers_mlp(B, T, F)
 
         def project(name: str, y: Array, shape: tuple[int, int]) -> Array:
-            kernel = self.param(name, nn.initializers.lecun_normal(), shape)
-            y = jnp.einsum("BTD,DF->BTF", y, layout.kernel(kernel, gather))
+            kernel = self.param(name, _kernel_init(1), shape)
+            y = linear(y, layout.kernel(kernel, gather), 1, layout)
             if self.config.mlp_bias:
-                y = y + self.param(f"{name}_bias", nn.initializers.zeros, shape[1:])
+                y = y + self.param(f"{name}_bias", nn.initializers.zeros, shape[:1])
             return y
 
-        gated = jax.nn.silu(project("gate", x, (D, F))) * project("up", x, (D, F))
+        gated = jax.nn.silu(project("gate", x, (F, D))) * project("up", x, (F, D))
         by = ("data", "model") if gather else ("data", None, "model")  # tokens, or width
-        return project("down", layout.split(gated, *by), (F, D))
+        return project("down", layout.split(gated, *by), (D, F))
 
 
 class Block(nn.Module):
@@ -171,7 +194,7 @@ class Decoder(nn.Module):
         if n == c.num_layers:
             self.final_norm = RMSNorm(c.rms_norm_eps)
             if not c.tie_word_embeddings:
-                self.head = self.param("head", init, (c.hidden_size, V))
+                self.head = self.param("head", init, (V, c.hidden_size))
 
     def __call__(
         self,
@@ -221,12 +244,9 @@ class Decoder(nn.Module):
     def logits(self, x: Array) -> Array:
         """Final norm and unembedding: [B, D] -> float32 [B, V]; -inf where V is padded."""
         x = self.layout.split(self.final_norm(x), "data")
-        if self.config.tie_word_embeddings:
-            axes, kernel = "BD,VD->BV", self.embedding
-        else:
-            axes, kernel = "BD,DV->BV", self.head
+        kernel = self.embedding if self.config.tie_word_embeddings else self.head
         # Not rounded to the model's dtype: bfloat16 makes the highest of them equal too often.
-        logits = jnp.einsum(axes, x, kernel, preferred_element_type=jnp.float32)
+        logits = linear(x, kernel, 1, self.layout, jnp.float32)
         logits = self.layout.split(logits, "data", "model")
         if logits.shape[-1] == self.config.vocab_size:
             return logits

@@ -56,6 +56,11 @@ class Layout:
         return self.mesh.shape["model"]
 
     @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`, which need not be here."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def alignment(self) -> int:
         """The tokens of a chunk are a multiple of it."""
         return self.model * (1 if self.by_heads else MAX_STRIPES)

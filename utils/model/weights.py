@@ -32,9 +32,9 @@ from utils.model.layout import Layout
 class Weight:
     """A row of the table: one parameter, or that of every layer, whose number goes to `{}`.
 
-    hf: the checkpoint's name; path: the Flax path. axes: the checkpoint's axes -> the parameter's,
-    where `(N H)` is one axis on disk that is two in the parameter. only_if: attribute of the
-    `ModelConfig` of models that have it; None is all of them.
+    hf: the checkpoint's name; path: the Flax path. axes: of both, outputs before inputs; `(N H)` is
+    one axis on disk that is two in the parameter. only_if: attribute of the `ModelConfig` of models
+    that have it; None is all of them.
     """
 
     hf: str
@@ -45,52 +45,43 @@ class Weight:
     @property
     def stored_axes(self) -> list[list[str]]:
         """The checkpoint's axes; `(N H) D` is [["N", "H"], ["D"]]."""
-        left = self.axes.split(" -> ")[0]
-        return [(group or axis).split() for group, axis in re.findall(r"\((.*?)\)|(\S+)", left)]
+        found = re.findall(r"\((.*?)\)|(\S+)", self.axes)
+        return [(group or axis).split() for group, axis in found]
 
     @property
     def param_axes(self) -> list[str]:
-        return self.axes.split(" -> ")[1].split()
-
-    @property
-    def order(self) -> list[int]:
-        """The parameter's axes in the order of the checkpoint's."""
-        return [self.param_axes.index(axis) for group in self.stored_axes for axis in group]
+        return [axis for group in self.stored_axes for axis in group]
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The checkpoint's shape of a parameter of this shape."""
         sizes = dict(zip(self.param_axes, shape, strict=True))
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.stored_axes)
 
-    def stored(self, leaf: np.ndarray) -> np.ndarray:
-        """A parameter as a checkpoint holds it."""
-        return leaf.transpose(self.order).reshape(self.stored_shape(leaf.shape))
-
 
 _OF_A_LAYER = (
-    Weight("input_layernorm.weight", "attention_norm/scale", "D -> D"),
-    Weight("post_attention_layernorm.weight", "mlp_norm/scale", "D -> D"),
-    Weight("self_attn.q_proj.weight", "attention/query", "(N H) D -> D N H"),
-    Weight("self_attn.k_proj.weight", "attention/key", "(K H) D -> D K H"),
-    Weight("self_attn.v_proj.weight", "attention/value", "(K H) D -> D K H"),
-    Weight("self_attn.o_proj.weight", "attention/out", "D (N H) -> N H D"),
-    Weight("self_attn.q_proj.bias", "attention/query_bias", "(N H) -> N H", "qkv_bias"),
-    Weight("self_attn.k_proj.bias", "attention/key_bias", "(K H) -> K H", "qkv_bias"),
-    Weight("self_attn.v_proj.bias", "attention/value_bias", "(K H) -> K H", "qkv_bias"),
-    Weight("self_attn.o_proj.bias", "attention/out_bias", "D -> D", "out_bias"),
-    Weight("self_attn.q_norm.weight", "attention/query_norm/scale", "H -> H", "qk_norm"),
-    Weight("self_attn.k_norm.weight", "attention/key_norm/scale", "H -> H", "qk_norm"),
-    Weight("mlp.gate_proj.weight", "mlp/gate", "F D -> D F"),
-    Weight("mlp.up_proj.weight", "mlp/up", "F D -> D F"),
-    Weight("mlp.down_proj.weight", "mlp/down", "D F -> F D"),
-    Weight("mlp.gate_proj.bias", "mlp/gate_bias", "F -> F", "mlp_bias"),
-    Weight("mlp.up_proj.bias", "mlp/up_bias", "F -> F", "mlp_bias"),
-    Weight("mlp.down_proj.bias", "mlp/down_bias", "D -> D", "mlp_bias"),
+    Weight("input_layernorm.weight", "attention_norm/scale", "D"),
+    Weight("post_attention_layernorm.weight", "mlp_norm/scale", "D"),
+    Weight("self_attn.q_proj.weight", "attention/query", "(N H) D"),
+    Weight("self_attn.k_proj.weight", "attention/key", "(K H) D"),
+    Weight("self_attn.v_proj.weight", "attention/value", "(K H) D"),
+    Weight("self_attn.o_proj.weight", "attention/out", "D (N H)"),
+    Weight("self_attn.q_proj.bias", "attention/query_bias", "(N H)", "qkv_bias"),
+    Weight("self_attn.k_proj.bias", "attention/key_bias", "(K H)", "qkv_bias"),
+    Weight("self_attn.v_proj.bias", "attention/value_bias", "(K H)", "qkv_bias"),
+    Weight("self_attn.o_proj.bias", "attention/out_bias", "D", "out_bias"),
+    Weight("self_attn.q_norm.weight", "attention/query_norm/scale", "H", "qk_norm"),
+    Weight("self_attn.k_norm.weight", "attention/key_norm/scale", "H", "qk_norm"),
+    Weight("mlp.gate_proj.weight", "mlp/gate", "F D"),
+    Weight("mlp.up_proj.weight", "mlp/up", "F D"),
+    Weight("mlp.down_proj.weight", "mlp/down", "D F"),
+    Weight("mlp.gate_proj.bias", "mlp/gate_bias", "F", "mlp_bias"),
+    Weight("mlp.up_proj.bias", "mlp/up_bias", "F", "mlp_bias"),
+    Weight("mlp.down_proj.bias", "mlp/down_bias", "D", "mlp_bias"),
 )
 TABLE = (
-    Weight("model.embed_tokens.weight", "embedding", "V D -> V D"),
-    Weight("lm_head.weight", "head", "V D -> D V", "has_head"),
-    Weight("model.norm.weight", "final_norm/scale", "D -> D"),
+    Weight("model.embed_tokens.weight", "embedding", "V D"),
+    Weight("lm_head.weight", "head", "V D", "has_head"),
+    Weight("model.norm.weight", "final_norm/scale", "D"),
     *(
         replace(row, hf=f"model.layers.{{}}.{row.hf}", path=f"layers_{{}}/{row.path}")
         for row in _OF_A_LAYER
@@ -299,8 +290,7 @@ class Checkpoint:
             slices.append(slice(start * size, stop * size))
         tensor = self._read(hf_name(path), tuple(slices))
         sizes = [stop - start for start, stop in block.values()]
-        tensor = tensor.reshape([sizes[axis] for axis in row.order])
-        tensor = tensor.transpose(np.argsort(row.order))
+        tensor = tensor.reshape(sizes)
         room = [(0, j - i - n) for (i, j), n in zip(wanted, tensor.shape, strict=True)]
         return np.pad(tensor, room) if any(after for _, after in room) else tensor
 
