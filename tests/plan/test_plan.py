@@ -2,14 +2,16 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 from dataclasses import FrozenInstanceError, replace
 
 import jax
 import pytest
-from conftest import words
+from conftest import random_task, words
 from test_arc_inference import planned
+from tiny import write_model
 
 import simple_extraction_inference as script
 from utils.errors import UserError
@@ -188,3 +190,41 @@ def test_the_disk_is_asked_for_what_is_missing(tiny_model, tasks_file, tmp_path,
     monkeypatch.setattr("utils.run.dry_run.free_bytes", lambda folder: need / 2 - 1)
     with pytest.raises(UserError, match="needs at least"):
         check_disk(plan, set(), share=0.5)
+
+
+# ---------------------------------------------------------------------------- what fits
+
+
+@pytest.fixture
+def short_and_long(tmp_path):
+    """A plan of a prompt of some hundred tokens and one of 2,000, made anew at each call."""
+    grid = [[1] * 25] * 25
+    tasks = {
+        "short": random_task(random.Random(0), 1)[0],
+        "long": {"train": [{"input": grid, "output": grid}], "test": [{"input": grid}]},
+    }
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps(tasks))
+    model = write_model(tmp_path / "model", max_position_embeddings=4096)
+    flags = ("--prompt_format", "compact", *PROMPT_ALONE[:-2])
+    return lambda: planned(model, path, tmp_path, *flags)
+
+
+def test_a_sample_that_does_not_fit_is_skipped(short_and_long, monkeypatch):
+    """With its reason, before anything is compiled, and the others are run."""
+    plan = short_and_long()
+    work, layout, (batch, *_) = plan.workload, plan.layout, plan.batches
+    assert len(plan.samples) == 2 and batch.shape.slots > 1024
+    need = work.parameter_bytes(layout) + work.batch_bytes(layout, 1, 1024)
+    monkeypatch.setattr(plan_module, "device_bytes", lambda device: int(need / 0.9) + 1)
+    plan = short_and_long()
+    assert [sample.key for sample in plan.samples] == [("short", 0)]
+    (skipped,) = plan.skipped
+    assert (skipped["task_id"], skipped["sample_idx"]) == ("long", 0)
+    assert skipped["reason"].startswith("does not fit in 0.0 GB a device: ")
+
+
+def test_nothing_fits(short_and_long, monkeypatch):
+    monkeypatch.setattr(plan_module, "device_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match=r"not even the shortest sample, \d+ tokens, fits on 1 dev"):
+        short_and_long()
