@@ -178,8 +178,9 @@ def _compute(
             batches += job.last
             if every and job.last and batches % every == 0:
                 folder.seal()
+            # Not drawn by each pass, but as often as the bar is: a line every half minute in a log.
+            bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s", refresh=False)
             bar.update(len(results))
-            bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
             outlook.look(folder.num_stored - had, share)
     waited, seconds = pipeline.disk_wait, time.perf_counter() - begin
     if waited > 0.1 * seconds:
