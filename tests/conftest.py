@@ -106,10 +106,21 @@ def reference(models, tasks, tmp_path_factory):
     return in_process(models["14-2"], tasks, tmp_path_factory.mktemp("one"), mesh_shape=[4, 2])
 
 
+@pytest.fixture(scope="session")
+def pretended(models, tasks, tmp_path_factory):
+    """What a run makes of the same that only pretends."""
+    from processes import in_process
+    from runs import pretending
+
+    with pretending():
+        folder = tmp_path_factory.mktemp("pretended")
+        return in_process(models["14-2"], tasks, folder, mesh_shape=[4, 2])
+
+
 @pytest.fixture
 def fake_model(monkeypatch):
-    """Runs of this process are computed by `runs.FakeComputation`, and so in milliseconds."""
-    from runs import FakeComputation
+    """Runs of this process are computed by `pretend.FakeComputation`, and so in milliseconds."""
+    from pretend import FakeComputation
 
     # By monkeypatch, so that what a test patches on top of it is undone first.
     monkeypatch.setattr("utils.run.loop.Computation", FakeComputation)

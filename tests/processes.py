@@ -30,6 +30,8 @@ FLAGS = {
 }
 
 
+PEER_TIMEOUT, PRETENDED_PEER_TIMEOUT = 10, 6  # seconds
+
 HEADS = {
     "14-2": {
         "hidden_size": 56,
@@ -105,8 +107,12 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(model, tasks, folder, count=1, devices=2, separate=False, each=None, **changed):
-    """Starts a run of `count` processes; each: process -> its own changes of the flags."""
+def start(
+    model, tasks, folder, count=1, devices=2, separate=False, each=None, pretend=None, **changed
+):
+    """Starts a run of `count` processes; each: process -> its own changes of the flags. pretend:
+    no model computes, and a pass takes so many seconds."""
+    program = "distributed_inference_with_activations.py" if pretend is None else "tests/pretend.py"
     folder.mkdir(exist_ok=True)
     port = free_port()
     processes, logs = [], []
@@ -123,15 +129,17 @@ def start(model, tasks, folder, count=1, devices=2, separate=False, each=None, *
                 "coordinator_address": f"127.0.0.1:{port}",
                 "num_processes": count,
                 "process_id": i,
-                "peer_timeout": 10,
+                "peer_timeout": PEER_TIMEOUT if pretend is None else PRETENDED_PEER_TIMEOUT,
             }
         flags |= {**changed, **(each or {}).get(i, {})}
         logs.append(folder / f"log{i}.txt")
         processes.append(
             subprocess.Popen(
-                [sys.executable, ROOT / "distributed_inference_with_activations.py", *words(flags)],
+                [sys.executable, ROOT / program, *words(flags)],
                 env={
                     **os.environ,
+                    "PYTHONPATH": str(ROOT),
+                    "PRETEND_SECONDS": str(pretend),
                     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                 },
                 stdout=open(logs[-1], "wb"),  # noqa: SIM115

@@ -11,6 +11,7 @@ from conftest import NoSignals, words
 from processes import (
     FLAGS,
     LONG,
+    PRETENDED_PEER_TIMEOUT,
     assert_same,
     in_process,
     result_of,
@@ -64,19 +65,20 @@ def test_processes_store_each_sample_once(
 
 
 @pytest.mark.parametrize(
-    ("which", "sent"),
+    ("which", "sent", "pretend"),
     [
-        (0, signal.SIGKILL),
-        (1, signal.SIGKILL),
-        (0, signal.SIGTERM),
-        (1, signal.SIGTERM),
+        (0, signal.SIGKILL, 1),
+        (1, signal.SIGKILL, None),  # the devices of process 0 wait for those of process 1
+        (0, signal.SIGTERM, 1),
+        (1, signal.SIGTERM, 1),
     ],
     ids=["0 killed", "1 killed", "0 told to stop", "1 told to stop"],
 )
-def test_the_end_of_one_is_the_end_of_all(models, tasks, tmp_path, sent, which):
+def test_the_end_of_one_is_the_end_of_all(models, tasks, tmp_path, which, sent, pretend):
     """And another number of processes, on another mesh, does the rest: each sample once."""
     folder = tmp_path / "run"
-    run = start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[1, 2], **LONG)
+    flags = {"mesh_shape": [1, 2], "pretend": pretend, **LONG}
+    run = start(models["14-2"], tasks, folder, 2, 1, **flags)
     run.wait_for(folder, "acts/*_batch_000002.pkl")
     run.processes[which].send_signal(sent)
     begin = time.monotonic()
@@ -90,11 +92,12 @@ def test_the_end_of_one_is_the_end_of_all(models, tasks, tmp_path, sent, which):
     else:
         run.finish([-9, 1])
         assert run.last_line(1).startswith("error: ") and "process 0, is gone" in run.last_line(1)
-    assert time.monotonic() - begin < 30  # --peer_timeout is 10
+    assert time.monotonic() - begin < 30  # --peer_timeout is 10 at most
     stored = read_manifest(folder / "acts")["files"]
     before = [tuple(sample) for entry in stored for sample in entry["samples"]]
     assert 2 <= len(before) < 29
-    start(models["14-2"], tasks, folder, 1, 2, mesh_shape=[2, 1], resume=True, **LONG).finish()
+    flags |= {"mesh_shape": [2, 1], "pretend": pretend and 0, "resume": True}
+    start(models["14-2"], tasks, folder, 1, 2, **flags).finish()
     after, submission = result_of(folder)
     assert len(after) == 29 and len(submission) == 25
     kept = {entry["filename"]: entry["crc32c"] for entry in read_manifest(folder / "acts")["files"]}
@@ -105,14 +108,14 @@ def test_the_end_of_one_is_the_end_of_all(models, tasks, tmp_path, sent, which):
 def test_a_frozen_process_that_wakes_writes_nothing(models, tasks, tmp_path, which):
     """The others have given it up, and may have been started again in the same folder."""
     folder = tmp_path / "run"
-    run = start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[2, 1], **LONG)
+    run = start(models["14-2"], tasks, folder, 2, 1, pretend=1, mesh_shape=[2, 1], **LONG)
     run.wait_for(folder, "acts/*_batch_000002.pkl")
     frozen, other = run.processes[which], run.processes[1 - which]
     frozen.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     assert other.wait(60) == 1, run.text(1 - which)
     assert run.last_line(1 - which).startswith("error: ")
-    time.sleep(max(0, begin + 12 - time.monotonic()))  # --peer_timeout is 10
+    time.sleep(max(0, begin + PRETENDED_PEER_TIMEOUT + 2 - time.monotonic()))
     before = {p: p.read_bytes() for p in folder.glob("acts/*")}
     frozen.send_signal(signal.SIGCONT)
     run.finish(1, timeout=30)
@@ -122,13 +125,13 @@ def test_a_frozen_process_that_wakes_writes_nothing(models, tasks, tmp_path, whi
 
 def test_separate_folders_are_resumed(models, tasks, tmp_path):
     folder = tmp_path / "run"
-    run = start(models["14-2"], tasks, folder, 2, 1, True, mesh_shape=[2, 1], **LONG)
+    flags = {"mesh_shape": [2, 1], "pretend": 1, **LONG}
+    run = start(models["14-2"], tasks, folder, 2, 1, True, **flags)
     run.wait_for(folder, "acts1/*_batch_000002.pkl")
     run.processes[1].send_signal(signal.SIGINT)
     run.finish(130)
-    start(
-        models["14-2"], tasks, folder, 2, 1, True, mesh_shape=[1, 2], resume=True, **LONG
-    ).finish()
+    flags |= {"mesh_shape": [1, 2], "pretend": 0, "resume": True}
+    start(models["14-2"], tasks, folder, 2, 1, True, **flags).finish()
     manifest = json.loads((folder / "acts0" / "metadata.json").read_text())
     listed = [tuple(sample) for entry in manifest["files"] for sample in entry["samples"]]
     assert len(listed) == len(set(listed)) == 29
@@ -136,7 +139,7 @@ def test_separate_folders_are_resumed(models, tasks, tmp_path):
     assert {entry["filename"] for entry in own[0]} < {entry["filename"] for entry in own[1]}
 
 
-def test_shards_of_the_tasks_are_joined(models, tasks, tmp_path, reference, capsys):
+def test_shards_of_the_tasks_are_joined(models, tasks, tmp_path, pretended, fake_model):
     """Disjoint, complete, stable; the folders and the submissions become one."""
     from utils.shards import __main__ as merge
 
@@ -160,10 +163,10 @@ def test_shards_of_the_tasks_are_joined(models, tasks, tmp_path, reference, caps
     (tmp_path / "all").mkdir()
     joint = {"into": tmp_path / "all" / "acts", "output_filepath": tmp_path / "all/submission.json"}
     assert join(*activations, verify=True, **joint) == 0
-    assert_same(result_of(tmp_path / "all"), reference)
+    assert_same(result_of(tmp_path / "all"), pretended)
     assert read_manifest(tmp_path / "all" / "acts")["dataset"]["tasks"] == 25
     join(*(f / "submission.json" for f in folders), output_filepath=tmp_path / "again.json")
-    assert json.loads((tmp_path / "again.json").read_text()) == reference[1]
+    assert json.loads((tmp_path / "again.json").read_text()) == pretended[1]
     with pytest.raises(UserError, match="is there already"):
         join(*activations, into=tmp_path / "all" / "acts")
     with pytest.raises(UserError, match="holds tasks that another holds too"):
@@ -188,8 +191,8 @@ def test_a_task_stays_in_its_shard():
 def test_folders_that_changed_hands(models, tasks, tmp_path):
     """What two processes left in folders of their own: swapped, with a copy, whole again."""
     folder = tmp_path / "run"
-    flags = {"mesh_shape": [2, 1], **LONG}
-    run = start(models["14-2"], tasks, folder, 2, 1, True, **flags)
+    flags = {"mesh_shape": [2, 1], "pretend": 0, **LONG}
+    run = start(models["14-2"], tasks, folder, 2, 1, True, **flags | {"pretend": 1})
     run.wait_for(folder, "acts*/*_batch_000002.pkl")
     run.processes[0].send_signal(signal.SIGTERM)
     run.finish(143)
@@ -202,8 +205,8 @@ def test_folders_that_changed_hands(models, tasks, tmp_path):
 
     alone = tmp_path / "alone"
     shutil.copytree(folder / "acts0", alone / "acts0")
-    one = {"activations_dir": alone / "acts0", "mesh_shape": [1, 1], **LONG}
-    start(models["14-2"], tasks, alone, 1, 1, resume=True, **one).finish()
+    one = {"activations_dir": alone / "acts0", "mesh_shape": [1, 1]}
+    start(models["14-2"], tasks, alone, 1, 1, resume=True, **flags | one).finish()
     shutil.copytree(folder / "acts1", alone / "acts1")  # the host comes back with its disk
     (alone / "submission.json").unlink()
     run = start(models["14-2"], tasks, alone, 2, 1, True, resume=True, **flags)
@@ -223,12 +226,14 @@ def test_folders_that_changed_hands(models, tasks, tmp_path):
 def test_the_manifest_speaks_of_the_last_start(models, tasks, tmp_path):
     """One process began, two went on."""
     folder = tmp_path / "run"
-    run = start(models["14-2"], tasks, folder, 1, 2, mesh_shape=[2, 1], **LONG)
+    flags = {"mesh_shape": [2, 1], "pretend": 1, **LONG}
+    run = start(models["14-2"], tasks, folder, 1, 2, **flags)
     run.wait_for(folder, "acts/*_batch_000002.pkl")
     run.processes[0].send_signal(signal.SIGTERM)
     run.finish(143)
     earlier = read_manifest(folder / "acts")["seconds"]
-    start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[1, 2], resume=True, **LONG).finish()
+    flags |= {"mesh_shape": [1, 2], "pretend": 0, "resume": True}
+    start(models["14-2"], tasks, folder, 2, 1, **flags).finish()
     manifest = read_manifest(folder / "acts")
     assert (manifest["processes"], manifest["mesh_shape"]) == (2, [1, 2])
     assert manifest["arguments"]["resume"] and len(manifest["devices"]) == 2
@@ -236,21 +241,22 @@ def test_the_manifest_speaks_of_the_last_start(models, tasks, tmp_path):
     assert manifest["seconds"] > earlier
 
 
-def test_views_over_two_processes(models, tasks, tmp_path):
+def test_views_over_two_processes(models, tasks, tmp_path, fake_model):
     """Each view of each test input once, one of the processes killed on the way."""
     flags = {"augmentations": 3, **LONG}
     expected = in_process(models["14-2"], tasks, tmp_path / "one", mesh_shape=[8, 1], **flags)
     folder = tmp_path / "run"
-    run = start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[2, 1], **flags)
+    flags |= {"mesh_shape": [2, 1], "pretend": 0}
+    run = start(models["14-2"], tasks, folder, 2, 1, **flags | {"pretend": 1})
     run.wait_for(folder, "acts/*_batch_000002.pkl")
     run.processes[1].kill()
     run.finish([1, -9])
-    start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[2, 1], resume=True, **flags).finish()
+    start(models["14-2"], tasks, folder, 2, 1, resume=True, **flags).finish()
     assert_same(result_of(folder), expected)
     assert read_manifest(folder / "acts")["total_samples"] == 3 * 29 == len(expected[0])
 
 
-def test_parts_of_different_tasks_are_not_joined(models, tasks, tmp_path):
+def test_parts_of_different_tasks_are_not_joined(models, tasks, tmp_path, fake_model):
     from utils.shards import __main__ as merge
 
     for i, most in enumerate((12, 25)):

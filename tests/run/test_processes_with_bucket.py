@@ -41,35 +41,38 @@ def assert_bucket_is_whole(gcs, folder, parts, reference, orphans=False):
 
 
 @pytest.mark.parametrize(
-    ("count", "separate"),
+    ("count", "separate", "expected", "pretend"),
     [
-        (2, True),
-        (2, False),
-        pytest.param(4, True, marks=pytest.mark.slow),
-        (4, False),
+        (2, True, "pretended", 0),
+        (2, False, "reference", None),
+        pytest.param(4, True, "pretended", 0, marks=pytest.mark.slow),
+        (4, False, "pretended", 0),
     ],
 )
-def test_processes_write_under_one_prefix(models, tasks, tmp_path, reference, gcs, count, separate):
+def test_processes_write_under_one_prefix(
+    models, tasks, tmp_path, request, gcs, count, separate, expected, pretend
+):
     folder, devices = tmp_path / "run", 8 // count
-    flags = {"mesh_shape": [count, devices], **CLOUD}
+    expected = request.getfixturevalue(expected)
+    flags = {"mesh_shape": [count, devices], "pretend": pretend, **CLOUD}
     gcs.fault("lost", lambda r: r.kind == "multipart" and r.name.endswith("1.pkl"), times=count)
     start(models["14-2"], tasks, folder, count, devices, separate, **flags).finish()
     parts = [f"acts{i}" for i in range(count)] if separate else ["acts"]
-    assert_bucket_is_whole(gcs, folder, parts, reference)
+    assert_bucket_is_whole(gcs, folder, parts, expected)
     again = start(*(models["14-2"], tasks, folder, count, devices, separate), resume=True, **flags)
     again.finish()
     assert "nothing to do" in again.text(0)
     other = start(models["14-2"], tasks, tmp_path / "other", count, devices, separate, **flags)
     other.finish(2)
     assert "gs://bucket/run holds a run (complete, 29 samples)" in other.last_line(0)
-    assert_bucket_is_whole(gcs, folder, parts, reference)
+    assert_bucket_is_whole(gcs, folder, parts, expected)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_host_that_is_gone_with_its_disk(models, tasks, tmp_path, gcs, count):
     """What it had sent is in the bucket, and is not computed again."""
     folder = tmp_path / "run"
-    flags = {"mesh_shape": [2, 1], **CLOUD, **LONG}
+    flags = {"mesh_shape": [2, 1], "pretend": 1, **CLOUD, **LONG}
     gcs.fault("stall", lambda r: "host001_batch_00001" in r.name, times=10**6)  # it cannot end
     run = start(models["14-2"], tasks, folder, 2, 1, True, **flags)
     deadline = time.monotonic() + 120
@@ -84,7 +87,7 @@ def test_a_host_that_is_gone_with_its_disk(models, tasks, tmp_path, gcs, count):
     gcs.faults.clear()
     shutil.rmtree(folder / "acts1")
     listed = json.loads(gcs.objects("run/")["metadata_host001.json"])["files"]
-    changed = {**flags, "mesh_shape": [count, 1], "resume": True}
+    changed = {**flags, "mesh_shape": [count, 1], "pretend": 0, "resume": True}
     again = start(models["14-2"], tasks, folder, count, 1, True, **changed)
     again.finish()
     manifest = read_manifest("gs://bucket/run")
@@ -102,10 +105,11 @@ def test_a_host_that_is_gone_with_its_disk(models, tasks, tmp_path, gcs, count):
 def test_a_disk_lost_after_the_end(models, tasks, tmp_path, gcs, count):
     """The other host's manifest of all knows of its shards, but does not have them."""
     folder = tmp_path / "run"
-    start(models["14-2"], tasks, folder, 2, 1, True, mesh_shape=[2, 1], **CLOUD).finish()
+    flags = {"mesh_shape": [2, 1], "pretend": 0, **CLOUD}
+    start(models["14-2"], tasks, folder, 2, 1, True, **flags).finish()
     shutil.rmtree(folder / "acts1")
     before = {n: o for n, o in gcs.objects("run/").items() if n.endswith(".pkl")}
-    flags = {"mesh_shape": [count, 1], "resume": True, **CLOUD}
+    flags |= {"mesh_shape": [count, 1], "resume": True}
     start(models["14-2"], tasks, folder, count, 1, True, **flags).finish()
     after = gcs.objects("run/")
     assert {n: o for n, o in after.items() if n.endswith(".pkl")} == before
@@ -114,8 +118,8 @@ def test_a_disk_lost_after_the_end(models, tasks, tmp_path, gcs, count):
 
 def test_one_sends_what_two_left_and_its_disk_is_lost(models, tasks, tmp_path, gcs):
     folder = tmp_path / "run"
-    start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[2, 1]).finish()
-    flags = {"mesh_shape": [1, 1], "resume": True, **CLOUD}
+    start(models["14-2"], tasks, folder, 2, 1, pretend=0, mesh_shape=[2, 1]).finish()
+    flags = {"mesh_shape": [1, 1], "pretend": 0, "resume": True, **CLOUD}
     start(models["14-2"], tasks, folder, 1, 1, **flags).finish()
     submission = (folder / "submission.json").read_bytes()
     shutil.rmtree(folder / "acts")
@@ -129,17 +133,8 @@ def test_one_goes_on_after_two_and_its_disk_is_lost(models, tasks, tmp_path, gcs
     folder = tmp_path / "run"
 
     def killed(count, name, **changed):
-        run = start(
-            models["14-2"],
-            tasks,
-            folder,
-            count,
-            1,
-            mesh_shape=[count, 1],
-            **CLOUD,
-            **LONG,
-            **changed,
-        )
+        flags = {"mesh_shape": [count, 1], "pretend": 1, **CLOUD, **LONG, **changed}
+        run = start(models["14-2"], tasks, folder, count, 1, **flags)
         deadline = time.monotonic() + 120
         while len(listed(name)) < 2:
             assert time.monotonic() < deadline, run.text(0)
@@ -158,7 +153,7 @@ def test_one_goes_on_after_two_and_its_disk_is_lost(models, tasks, tmp_path, gcs
     killed(1, "metadata.json", resume=True)
     before = {entry["filename"] for entry in read_manifest("gs://bucket/run")["files"]}
     shutil.rmtree(folder / "acts")
-    flags = {"mesh_shape": [1, 1], "resume": True, **CLOUD, **LONG}
+    flags = {"mesh_shape": [1, 1], "pretend": 0, "resume": True, **CLOUD, **LONG}
     start(models["14-2"], tasks, folder, 1, 1, **flags).finish()
     after = {entry["filename"] for entry in read_manifest("gs://bucket/run")["files"]}
     assert before <= after
@@ -168,7 +163,7 @@ def test_one_goes_on_after_two_and_its_disk_is_lost(models, tasks, tmp_path, gcs
 def test_told_to_stop_while_all_wait_for_the_network(models, tasks, tmp_path, gcs):
     folder = tmp_path / "run"
     gcs.fault("stall", lambda r: r.name.endswith(".pkl"), times=10**6)
-    run = start(models["14-2"], tasks, folder, 2, 1, mesh_shape=[2, 1], **CLOUD)
+    run = start(models["14-2"], tasks, folder, 2, 1, pretend=0, mesh_shape=[2, 1], **CLOUD)
     deadline = time.monotonic() + 120
     while not all("uploading" in run.text(i) for i in (0, 1)):
         assert time.monotonic() < deadline
@@ -181,8 +176,9 @@ def test_told_to_stop_while_all_wait_for_the_network(models, tasks, tmp_path, gc
 
 def test_runs_of_one_and_of_two_that_start_at_once(models, tasks, tmp_path, gcs):
     """One of them ends before it computes."""
+    flags = {"pretend": 0.3, **CLOUD}
     runs = [
-        start(models["14-2"], tasks, tmp_path / str(n), n, 1, mesh_shape=[n, 1], **CLOUD)
+        start(models["14-2"], tasks, tmp_path / str(n), n, 1, mesh_shape=[n, 1], **flags)
         for n in (1, 2)
     ]
     codes = [{p.wait(200) for p in run.processes} for run in runs]
@@ -194,7 +190,7 @@ def test_runs_of_one_and_of_two_that_start_at_once(models, tasks, tmp_path, gcs)
 
 def test_what_one_process_cannot_send(models, tasks, tmp_path, gcs):
     folder = tmp_path / "run"
-    flags = {"mesh_shape": [2, 1], **CLOUD, "upload_timeout": 3}
+    flags = {"mesh_shape": [2, 1], "pretend": 0, **CLOUD, "upload_timeout": 3}
     gcs.fault(503, lambda r: r.name.endswith("host001_batch_000001.pkl"), times=10**6)
     run = start(models["14-2"], tasks, folder, 2, 1, **flags)
     run.finish([1, 1])
