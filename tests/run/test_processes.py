@@ -41,7 +41,8 @@ def test_processes_store_each_sample_once(
     models, tasks, tmp_path, reference, count, shape, separate
 ):
     folder = tmp_path / "run"
-    run = start(models["14-2"], tasks, folder, count, 8 // count, separate, mesh_shape=shape)
+    devices = 8 // count
+    run = start(models["14-2"], tasks, folder, count, devices, separate, mesh_shape=shape)
     run.finish()
     parts = [f"acts{i}" for i in range(count)] if separate else ["acts"]
     manifest = json.loads((folder / parts[0] / "metadata.json").read_text())
@@ -57,9 +58,8 @@ def test_processes_store_each_sample_once(
                 shutil.copy(path, folder / parts[0])
     assert_same(result_of(folder, parts[0]), reference)
     assert len(read_answers(folder / parts[0])) == 29
-    again = start(
-        models["14-2"], tasks, folder, count, 8 // count, separate, mesh_shape=shape, resume=True
-    )
+    flags = {"mesh_shape": shape, "resume": True}
+    again = start(models["14-2"], tasks, folder, count, devices, separate, **flags)
     again.finish()
     assert "nothing to do" in again.text(0)
 
@@ -96,7 +96,7 @@ def test_the_end_of_one_is_the_end_of_all(models, tasks, tmp_path, which, sent, 
     stored = read_manifest(folder / "acts")["files"]
     before = [tuple(sample) for entry in stored for sample in entry["samples"]]
     assert 2 <= len(before) < 29
-    flags |= {"mesh_shape": [2, 1], "pretend": pretend and 0, "resume": True}
+    flags |= {"mesh_shape": [2, 1], "pretend": 0, "resume": True}
     start(models["14-2"], tasks, folder, 1, 2, **flags).finish()
     after, submission = result_of(folder)
     assert len(after) == 29 and len(submission) == 25
