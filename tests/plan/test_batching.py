@@ -105,7 +105,8 @@ def test_chunks_suit_the_prompts():
     """Long ones take the largest, short ones less padding; a multiple of what the mesh asks."""
     assert chunk_tokens([30000] * 9, on_cpu=False) == 2048
     assert chunk_tokens([400] * 9, on_cpu=False) == 512
-    assert chunk_tokens([9000], on_cpu=True) <= 512
+    assert chunk_tokens([697] * 4, on_cpu=True) == 704
+    assert chunk_tokens([9000], on_cpu=True) == 1024
     assert chunk_tokens([30000], on_cpu=False, alignment=12) == 2052
 
 
@@ -157,7 +158,7 @@ def public_lengths(request):
 def test_padding_on_the_public_tasks(public_lengths, batch_size, mesh):
     """One size of cache; short prompts beside long ones cost what they are long."""
     data, model = mesh
-    for on_cpu, most in ((True, 0.17), (False, 0.23)):
+    for on_cpu, most in ((True, 0.20), (False, 0.23)):
         chunk = chunk_tokens([length.total for length in public_lengths], on_cpu, 4 * model)
         batches = plan_batches(public_lengths, Limits(chunk, batch_size * data * model, 1100, data))
         assert len({batch.shape for batch in batches}) == 1

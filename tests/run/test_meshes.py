@@ -89,4 +89,4 @@ def test_shares_of_useful_slots(alone, tasks, tmp_path):
     in_process(model, tasks, tmp_path, mesh_shape=[4, 2])
     manifest = read_manifest(tmp_path / "acts")
     useful = manifest["useful_slots"]
-    assert 0.5 < useful["prefill"] <= 1 and 0.5 < useful["decode"] <= 1
+    assert 0.4 < useful["prefill"] <= 1 and 0.5 < useful["decode"] <= 1

@@ -50,7 +50,7 @@ def test_processes_store_each_sample_once(
     assert manifest["total_samples"] == 29
     listed = [tuple(sample) for entry in manifest["files"] for sample in entry["samples"]]
     assert len(listed) == len(set(listed)) == 29
-    assert manifest["useful_slots"]["prefill"] > 0.5
+    assert manifest["useful_slots"]["prefill"] > 0.4
     assert len({entry["filename"].split("_batch")[0] for entry in manifest["files"]}) == count
     if separate:  # collected into one folder, they are one run
         for part in parts[1:]:

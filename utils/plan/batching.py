@@ -17,7 +17,7 @@ SLOT_UNIT = 512  # a cache's slots are a multiple of it: the keys of a tile of a
 # Tokens of a row that prefill takes at once, and how many could be computed in what a chunk costs
 # whatever its length: on an accelerator that is the time in which it reads the parameters.
 ACCELERATOR_CHUNKS, ACCELERATOR_OVERHEAD = (2048, 1024, 512, 256), 128
-CPU_CHUNKS, CPU_OVERHEAD = (512, 256, 128, 64), 16
+CPU_CHUNKS, CPU_OVERHEAD = tuple(range(1024, 0, -64)), 96
 
 
 @dataclass(frozen=True)
