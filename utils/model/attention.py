@@ -13,8 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from utils.model.flash import INVALID_POSITION, flash
-from utils.model.layout import Layout
+from utils.model.layout import INVALID_POSITION, Layout
 from utils.model.rope import Rope
 
 QUERY_TILE, KEY_TILE = 64, 512  # tokens of a tile of scores, which stays in a CPU's cache
@@ -135,6 +134,9 @@ def attend_cached(
         row, zero = past.row[0], jnp.int32(0)
         cache = jax.lax.dynamic_update_slice(past.cache, new, (row, zero, past.slot[0], zero))
         if layout.platform == "tpu" and prompt:
+            # Pallas takes half a second to import, which no other start should wait for.
+            from utils.model.flash import flash
+
             return flash(query, cache, row, query_at, past.key_at, window), cache
         if by_cudnn:
             return _by_cudnn(query, new, cache, row, past.slot), cache

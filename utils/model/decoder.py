@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from utils.model.attention import INVALID_POSITION, Past, attend, attend_cached, rotate, rotation
+from utils.model.attention import Past, attend, attend_cached, rotate, rotation
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
-from utils.model.layout import Layout
+from utils.model.layout import INVALID_POSITION, Layout
 
 Cache = dict[str, Any]
 FEW_TOKENS = 16  # of a step of decoding

@@ -3,7 +3,7 @@ shape."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import jax
@@ -13,8 +13,8 @@ from jax import Array
 from tqdm import tqdm
 
 from utils.model.decoder import Cache, Decoder, cache_arrays
-from utils.model.flash import INVALID_POSITION
 from utils.model.generate import Chunk, Decoded, Outputs, Sampling, Shape, decode, prefill
+from utils.model.layout import INVALID_POSITION
 
 COMPILERS = 4  # shapes that are compiled at once
 
@@ -72,7 +72,7 @@ class Engine:
     ) -> tuple[Chunk, tuple[Cache, Array | None]]:
         """See `prefill`. ids: int32 [B, T], of the batch; rows: the row of each data group, by its
         place in the batch, whose chunk at `start`, int32 [P], is run. Lengths are those of all rows
-        of the batch, in every process."""
+        of the batch, in every process. The chunk has no logits where no prompt ends in it."""
         if max(start) + shape.chunk > shape.slots:
             raise ValueError(f"a chunk at {max(start)} does not fit in {shape}")
         tokens = np.zeros((len(rows), shape.chunk + 1), np.int32)
@@ -87,7 +87,7 @@ class Engine:
         chunk, logits, cache = self.prefill_program(shape)(
             self.params, cache, logits, *map(self.model.layout.put, inputs), ends
         )
-        return chunk, (cache, logits)
+        return chunk if ends else replace(chunk, logits=None), (cache, logits)
 
     def decode(
         self,

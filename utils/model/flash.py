@@ -18,7 +18,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-INVALID_POSITION = 2**30  # of key slots that no query may see
+from utils.model.layout import INVALID_POSITION
+
 LANES = 128  # of a vector register
 SUBLANES = 16  # rows of a register of bfloat16; those of float32, 8, divide it
 KEY_BLOCK = 512

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 
-from utils.model.attention import INVALID_POSITION
 from utils.model.decoder import Cache, Decoder, captured, split_cache
+from utils.model.layout import INVALID_POSITION
 
 LOGIT_ROWS = 64  # answer positions a device whose vocabulary-wide logits exist at once
 

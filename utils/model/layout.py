@@ -33,6 +33,7 @@ from utils.model.config import ModelConfig
 
 AXES = ("data", "model")
 MAX_STRIPES = 4
+INVALID_POSITION = 2**30  # of a slot that no query may see
 
 
 @dataclass(frozen=True)

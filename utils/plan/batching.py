@@ -82,7 +82,7 @@ def chunk_tokens(totals: Sequence[int], on_cpu: bool, alignment: int = 1) -> int
 def cache_slots(length: Length, chunk: int, room: int) -> int:
     """Of the smallest cache that a sample fits in: its chunks, or its prompt and the room for an
     answer."""
-    chunks = -(-length.total // chunk) * chunk
+    chunks = _chunks(length, chunk) * chunk
     return -(-max(chunks, length.prompt + room) // SLOT_UNIT) * SLOT_UNIT
 
 
@@ -102,10 +102,12 @@ def plan_batches(lengths: Sequence[Length], limits: Limits) -> list[Batch]:
         shape = Shape(size * limits.data, slots, limits.chunk)
         for i in range(0, len(members), shape.rows):
             groups: list[list[int]] = [[] for _ in range(limits.data)]
+            work = [0] * limits.data  # chunks of each group
             for member in sorted(members[i : i + shape.rows], key=lambda i: -lengths[i].total):
-                open_groups = (group for group in groups if len(group) < size)
-                least = min(open_groups, key=lambda g: sum(_chunks(lengths[i], shape) for i in g))
-                least.append(member)
+                with_room = (g for g, group in enumerate(groups) if len(group) < size)
+                least = min(with_room, key=work.__getitem__)
+                groups[least].append(member)
+                work[least] += _chunks(lengths[member], limits.chunk)
             rows = [i for group in groups for i in group + [-1] * (size - len(group))]
             batches.append(Batch(shape, tuple(rows)))
     return batches
@@ -122,14 +124,15 @@ def prefill_passes(
     for first in range(0, len(batch.rows), size):
         places = range(first, first + size)
         todo = [(place, batch.rows[place]) for place in places if batch.rows[place] >= 0]
-        chunks = [(place, k) for place, i in todo for k in range(_chunks(lengths[i], batch.shape))]
+        needed = {place: _chunks(lengths[i], batch.shape.chunk) for place, i in todo}
+        chunks = [(place, k) for place, count in needed.items() for k in range(count)]
         groups.append(chunks or [(first, 0)])
     passes = max(map(len, groups))
     return [[group[min(n, len(group) - 1)] for group in groups] for n in range(passes)]
 
 
-def _chunks(length: Length, shape: Shape) -> int:
-    return -(-length.total // shape.chunk)
+def _chunks(length: Length, chunk: int) -> int:
+    return -(-length.total // chunk)
 
 
 def _by_cache(lengths: Sequence[Length], limits: Limits) -> dict[int, list[int]]:

@@ -279,8 +279,7 @@ def _fitting(
     Raises UserError where none fits anywhere."""
     totals, best, needed = [sample.length.total for sample in samples], None, []
     for layout in layouts:
-        on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-        chunk = chunk_tokens(totals, on_cpu, layout.alignment)
+        chunk = chunk_tokens(totals, layout.platform == "cpu", layout.alignment)
         room = request.max_output_tokens if request.generates else 0
         work = Workload(config, capture, chunk, room, dtype.itemsize)
         slots = [cache_slots(sample.length, chunk, room) for sample in samples]

@@ -175,8 +175,7 @@ class Computation:
         ]
         if not any(map(len, kept)):
             part = replace(part, captures={})
-        ends = (batch.prompts[places] > start) & (batch.prompts[places] <= start + chunk)
-        if not (self.keeps_logits and ends.any()):
+        if not self.keeps_logits:
             part = replace(part, logits=None)
         return part, state
 

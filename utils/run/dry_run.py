@@ -104,11 +104,16 @@ def bytes_per_layer(plan: Plan) -> int:
     request, names = plan.request, plan.capture.names
     if not names:
         return 0
-    states = planned_item(plan, plan.samples[0])["activations"].values()
-    a_row = sum(array.itemsize * array.shape[1] for array in states)
+    item = planned_item(plan, plan.samples[0])
+    a_row = sum(array.itemsize * array.shape[1] for array in item["activations"].values())
+    a_row += sum(scales.itemsize for scales in item.get("scales", {}).values())
     most = request.max_output_tokens if request.generates else 0
-    lengths = [sample.length for sample in plan.samples]
-    rows = sum(len(plan.capture.rows(n.prompt, n.answer or most)) for n in lengths)
+    rows = sum(
+        plan.capture.num_kept(
+            sample.length.prompt, sample.length.answer or most, sample.cell_tokens + most
+        )
+        for sample in plan.samples
+    )
     return rows * a_row // len({name.rpartition(".")[2] for name in names})
 
 

@@ -59,8 +59,7 @@ def parse_uri(uri: str | Path, flag: str = "") -> tuple[str, str]:
             f"{where}: {bucket!r} is no name of a bucket, which is lower-case letters, digits, "
             "dashes, underscores and dots: write gs://BUCKET/PREFIX"
         )
-    prefix = prefix.removesuffix("/")
-    parts = prefix.split("/")
+    parts = (prefix := prefix.removesuffix("/")).split("/")
     if prefix and not {"", ".", ".."}.isdisjoint(parts):
         plain = "/".join(part for part in parts if part.strip("."))
         raise UserError(
@@ -240,8 +239,7 @@ class BucketFolder:
         return within(PREFLIGHT_SECONDS, self._probe, late)
 
     def location(self) -> tuple[str, list[str]] | None:
-        """Where the bucket is, such as `US-CENTRAL1` or `EU`, and the regions that its owner chose
-        for a dual-region; None where the account may not ask, or nobody answers in 5 seconds."""
+        """Where it is, as `US-CENTRAL1` or `EU`, and the regions of a dual-region, or None."""
         try:
             bucket = _client().get_bucket(self.bucket_name, timeout=5, retry=None)
         except Exception as error:
