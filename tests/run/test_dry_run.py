@@ -73,14 +73,23 @@ def test_generated_answers_are_planned_at_their_longest(tiny_model, tasks_file, 
     assert all(size <= most for (_, size), (_, most) in zip(written, shards, strict=True))
 
 
-@pytest.mark.parametrize("tokens", ["all", "last"])
-def test_bytes_of_a_layer_are_those_that_are_stored(tiny_model, tasks_file, tmp_path, tokens):
-    """At both its hook points, in float16, prompts and forced answers."""
-    flags = ["--teacher_forcing", "--token_positions", tokens, "--layers_to_extract", 0, 2]
+@pytest.mark.parametrize(
+    ("tokens", "more"),
+    [
+        ("all", []),
+        ("last", []),
+        ("cells", ["--activation_dtype", "int8"]),
+        ("prompt", ["--max_rows_per_sample", 5]),
+    ],
+)
+def test_bytes_of_a_layer_are_those_that_are_stored(tiny_model, tasks_file, tmp_path, tokens, more):
+    """At both its hook points, scales of int8 too, of prompts and forced answers."""
+    flags = ["--teacher_forcing", "--token_positions", tokens, "--layers_to_extract", 0, 2, *more]
     flags += ["--hook_points", "resid_post", "mlp_out", "--max_output_tokens", 8]
     plan = planned(tiny_model, tasks_file, tmp_path, *flags)
     manifest = run(plan, NoSignals())
     shards = [load_shard(plan.run_folder / entry["filename"]) for entry in manifest["files"]]
-    states = [item["activations"].items() for shard in shards for item in shard]
-    stored = [a.nbytes for item in states for name, a in item if name.endswith(".2")]
+    items = [item for shard in shards for item in shard]
+    kinds = [item[kind] for item in items for kind in ("activations", "scales") if kind in item]
+    stored = [a.nbytes for kind in kinds for name, a in kind.items() if name.endswith(".2")]
     assert bytes_per_layer(plan) == sum(stored) > 0
