@@ -335,8 +335,8 @@ def infer_on_mesh(signals: Signals, folder: Path) -> None:
 
 def show_next() -> None:
     print(
-        "Give the folder of a Llama, Mistral or Qwen checkpoint as --model_path, and a dataset of\n"
-        "your own to the transformation; see README.md. On the tasks above:\n"
+        "Give the folder of a Llama, Mistral, Qwen or Gemma checkpoint as --model_path, and a\n"
+        "dataset of your own to the transformation; see README.md. On the tasks above:\n"
     )
     show_command(
         "simple_extraction_inference.py",

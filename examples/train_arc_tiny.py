@@ -277,14 +277,12 @@ def write_checkpoint(folder: Path, fields: dict[str, Any], params: dict[str, Any
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    from utils.model.weights import hf_name, row_at
+    from utils.model.config import ModelConfig
+    from utils.model.weights import as_stored
 
-    tensors = {
-        hf_name(path): np.asarray(leaf)
-        .astype(jnp.bfloat16)
-        .reshape(row_at(path).stored_shape(leaf.shape))
-        for path, leaf in flatten_dict(params, sep="/").items()
-    }
+    config, tensors = ModelConfig.from_dict(fields), {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        tensors |= as_stored(path, np.asarray(leaf).astype(jnp.bfloat16), config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

@@ -10,18 +10,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from utils.model.config import ModelConfig
-from utils.model.weights import abstract_params, hf_name, row_at
+from utils.model.weights import abstract_params, as_stored, hf_names, row_at
 
 
 def outline(folder: str | Path) -> None:
     """Writes `model.safetensors` for the `config.json` of a folder, bfloat16, all zeros and, where
     the file system knows sparse files, taking no room: for planning runs of a model not at hand."""
     folder, header, size = Path(folder), {}, 0
-    for path, shape in abstract_params(ModelConfig.from_hf(folder)).items():
-        stored = row_at(path).stored_shape(shape)
-        end = size + 2 * math.prod(stored)
-        header[hf_name(path)] = {"dtype": "BF16", "shape": stored, "data_offsets": [size, end]}
-        size = end
+    config = ModelConfig.from_hf(folder)
+    for path, shape in abstract_params(config).items():
+        stored = row_at(path, config).stored_shape(shape)
+        for name in hf_names(path, config):
+            end = size + 2 * math.prod(stored)
+            header[name] = {"dtype": "BF16", "shape": stored, "data_offsets": [size, end]}
+            size = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(folder / "model.safetensors", "wb") as file:
@@ -36,16 +38,17 @@ def write_random_checkpoint(folder: str | Path, fields: dict[str, Any], seed: in
     """
     random = np.random.default_rng(seed)
     tensors = {}
-    for path, shape in abstract_params(ModelConfig.from_dict(fields)).items():
-        stored = row_at(path).stored_shape(shape)
-        noise = random.standard_normal(stored, dtype=np.float32)
+    config = ModelConfig.from_dict(fields)
+    for path, shape in abstract_params(config).items():
+        stored = row_at(path, config).stored_shape(shape)
+        noise = random.standard_normal(shape, dtype=np.float32)
         if path.endswith("scale"):
             noise = 1 + 0.1 * noise
         elif len(stored) == 1:
             noise *= 0.1
         else:
             noise *= 0.05 if path in ("embedding", "head") else stored[1] ** -0.5
-        tensors[hf_name(path)] = noise.astype(jnp.bfloat16)
+        tensors |= as_stored(path, noise.astype(jnp.bfloat16), config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

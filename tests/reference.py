@@ -99,6 +99,45 @@ CASES = {
         _config("Mistral", sliding_window=None, rope_parameters=_rope(rope_type="default")),
         "float32",
     ),
+    "gemma2": (
+        _config(
+            "Gemma2",
+            head_dim=8,
+            sliding_window=9,
+            query_pre_attn_scalar=5,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            attn_implementation="eager",  # the others leave the soft cap out
+            rope_parameters=_rope(rope_type="default"),
+        ),
+        "bfloat16",
+    ),
+    "gemma3_text": (
+        _config(
+            "Gemma3Text",
+            head_dim=8,
+            sliding_window=9,
+            sliding_window_pattern=2,
+            query_pre_attn_scalar=12,
+            rope_parameters={
+                "full_attention": _rope(1e6, rope_type="linear", factor=8.0),
+                "sliding_attention": _rope(rope_type="default"),
+            },
+        ),
+        "float32",
+    ),
+    "qwen3_moe": (
+        _config(
+            "Qwen3Moe",
+            head_dim=8,
+            moe_intermediate_size=12,
+            num_experts=6,
+            num_experts_per_tok=3,
+            norm_topk_prob=True,
+            rope_parameters=_rope(1e6, rope_type="default"),
+        ),
+        "float32",
+    ),
 }
 
 
@@ -113,13 +152,13 @@ def random_model(config, dtype="float32", seed=0):
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                value = 1 + 0.3 * noise
+                value = 0.3 * noise + (0 if model.config.model_type.startswith("gemma") else 1)
             elif parameter.ndim == 1:
                 value = 0.5 * noise
             elif "embed" in name or "lm_head" in name:
                 value = noise * (1.0 if config.hidden_size < 200 else 0.05)
             else:
-                value = 1.5 * noise / parameter.shape[1] ** 0.5
+                value = 1.5 * noise / parameter.shape[-1] ** 0.5
             parameter.copy_(value.to(getattr(torch, dtype)).float())
     return model
 
@@ -140,8 +179,14 @@ def hidden_states(model, input_ids) -> tuple[dict[str, np.ndarray], np.ndarray]:
         value = value[0] if isinstance(value, tuple) else value
         found[name] = value.detach()[0].float().numpy().copy()
 
+    def hook_output(module, name):
+        return module.register_forward_hook(lambda m, args, out: keep(name, out))
+
     handles = []
     for i, layer in enumerate(model.model.layers):
+        # Gemma norms what attention and mlp give before it is added.
+        normed = hasattr(layer, "pre_feedforward_layernorm")
+        before_mlp = "pre_feedforward" if normed else "post_attention"
         handles += [
             layer.register_forward_pre_hook(
                 lambda m, args, kwargs, i=i: keep(
@@ -149,14 +194,14 @@ def hidden_states(model, input_ids) -> tuple[dict[str, np.ndarray], np.ndarray]:
                 ),
                 with_kwargs=True,
             ),
-            layer.self_attn.register_forward_hook(
-                lambda m, args, out, i=i: keep(f"attn_out.{i}", out)
-            ),
-            layer.post_attention_layernorm.register_forward_pre_hook(
+            getattr(layer, f"{before_mlp}_layernorm").register_forward_pre_hook(
                 lambda m, args, i=i: keep(f"resid_mid.{i}", args[0])
             ),
-            layer.mlp.register_forward_hook(lambda m, args, out, i=i: keep(f"mlp_out.{i}", out)),
-            layer.register_forward_hook(lambda m, args, out, i=i: keep(f"resid_post.{i}", out)),
+            hook_output(
+                layer.post_attention_layernorm if normed else layer.self_attn, f"attn_out.{i}"
+            ),
+            hook_output(layer.post_feedforward_layernorm if normed else layer.mlp, f"mlp_out.{i}"),
+            hook_output(layer, f"resid_post.{i}"),
         ]
     try:
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """The decoder against torch transformers: stored references, and live where torch is there."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from utils.model.attention import (
     rope_frequencies,
 )
 from utils.model.capture import CaptureSpec
+from utils.model.config import Scores
 from utils.model.layout import Layout, single_device_mesh
 from utils.model.rope import Rope
 
@@ -26,7 +28,7 @@ CASES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.npz"))
 
 def test_every_family_has_a_stored_reference():
     families = {name.partition("_")[0] for name in CASES}
-    assert families >= {"qwen2", "qwen3", "llama3", "llama", "mistral"}
+    assert families >= {"qwen2", "qwen3", "llama3", "llama", "mistral", "gemma2", "gemma3"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,8 +145,8 @@ def test_visible_keys():
     zeros = jnp.zeros((1, T, 1, T))
     one_hot = jnp.eye(T)[None, None]
     keys = zeros.swapaxes(1, 2)
-    causal = attend(zeros, keys, one_hot, positions, positions, None)[0, :, 0] > 0
-    windowed = attend(zeros, keys, one_hot, positions, positions, 2)[0, :, 0] > 0
+    causal = attend(zeros, keys, one_hot, positions, positions, Scores(T**-0.5))[0, :, 0] > 0
+    windowed = attend(zeros, keys, one_hot, positions, positions, Scores(T**-0.5, 2))[0, :, 0] > 0
     assert causal.astype(int).tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -175,7 +177,8 @@ def test_tiles_change_nothing(start, T, window):
     at = np.broadcast_to(np.arange(end, dtype=np.int32), (2, end)).copy()
     at[1, :3] = INVALID_POSITION  # the first slots of a row
     query_at = np.broadcast_to(np.arange(start, end, dtype=np.int32), (2, T))
-    plain = attend(query, key, value, query_at, at, window)
+    scores = Scores(0.3, window, softcap=1.5)
+    plain = attend(query, key, value, query_at, at, scores)
     cache = np.full((4, 2, S, 16), np.nan, np.float32)
     cache[1:3, :, :end] = np.concatenate([key, value], axis=-1)
     new = cache[1:3, :, start:end].copy()
@@ -184,7 +187,7 @@ def test_tiles_change_nothing(start, T, window):
     key_at[:, :end] = at
     past = Past(jnp.asarray(cache), key_at, jnp.array([1]), jnp.array([start]))
     layout = Layout(single_device_mesh(), True)
-    tiled, written = attend_cached(query, jnp.asarray(new), past, query_at, window, layout)
+    tiled, written = attend_cached(query, jnp.asarray(new), past, query_at, scores, layout)
     np.testing.assert_array_equal(written[1:3, :, start:end], new)
     distance = query_at[..., None] - at[:, None]
     sees = ((distance >= 0) & (distance < (window or S))).any(-1)
@@ -209,13 +212,13 @@ def test_attention_of_a_gpu(start, monkeypatch):
 
     original = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    found = attention._by_cudnn(query, new, cache, jnp.int32(1), jnp.array([start]))
+    found = attention._by_cudnn(query, new, cache, jnp.int32(1), jnp.array([start]), 0.2)
     key, value = cache[1:, ..., :64], cache[1:, ..., 64:]
-    expected = attend(query, key, value, at[:, start : start + T], at, None)
+    expected = attend(query, key, value, at[:, start : start + T], at, Scores(0.2))
     np.testing.assert_allclose(found, expected, atol=2e-6)
     assert asked == [
-        ("cudnn", {"return_residual", "key_value_seq_lengths"}),
-        ("cudnn", {"return_residual", "is_causal"}),
+        ("cudnn", {"scale", "return_residual", "key_value_seq_lengths"}),
+        ("cudnn", {"scale", "return_residual", "is_causal"}),
     ]
 
 
@@ -229,7 +232,7 @@ def test_cudnn_is_asked_for_in_a_program_for_a_gpu(monkeypatch):
     cache = jax.ShapeDtypeStruct((4, 2, 2048, 128), jnp.bfloat16)
     place = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     exported = jax.export.export(
-        jax.jit(attention._by_cudnn),
+        jax.jit(functools.partial(attention._by_cudnn, scale=0.125)),
         platforms=["cuda"],
         disabled_checks=[
             jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax"),

@@ -12,31 +12,34 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from utils.model.config import Scores
 from utils.model.flash import INVALID_POSITION, _blocks, cost, flash
 
 # The tolerance is absolute, for queries of variance 4 and values of variance 1.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 
 
-@functools.partial(jax.jit, static_argnames="window")
-def interpreted(query, kv, query_at, key_at, window):
+@functools.partial(jax.jit, static_argnames="scores")
+def interpreted(query, kv, query_at, key_at, scores):
     """With the rows in question between others of the cache."""
     rest = [(2, 1), (0, 0), (0, 0), (0, 0)]
     cache = jnp.pad(kv, rest, constant_values=jnp.nan)
-    return flash(query, cache, 2, query_at, key_at, window, interpret=True)
+    return flash(query, cache, 2, query_at, key_at, scores, interpret=True)
 
 
-def attention(query, kv, query_at, key_at, window=None):
+def attention(query, kv, query_at, key_at, how):
     """One query at a time, over the keys that it sees and no others; float64."""
     (B, T, N, H), K = query.shape, kv.shape[1]
     query, kv = np.float64(query), np.float64(kv)
     y = np.zeros((B, T, N, H))
     for b, t, n in np.ndindex(B, T, N):
         distance = query_at[b, t] - key_at[b]
-        seen = (distance >= 0) & (distance < (window or 2**29))
+        seen = (distance >= 0) & (distance < (how.window or 2**29))
         if seen.any():
             key, value = np.split(kv[b, n * K // N, seen], 2, axis=-1)
-            scores = key @ query[b, t, n] / np.sqrt(H)
+            scores = key @ query[b, t, n] * how.scale
+            if how.softcap:
+                scores = how.softcap * np.tanh(scores / how.softcap)
             weights = np.exp(scores - scores.max())
             y[b, t, n] = weights @ value / weights.sum()
     return y
@@ -48,26 +51,28 @@ def arrays(B, T, S, N, K, H, dtype="float32"):
     return np.asarray(query, jnp.dtype(dtype)), np.asarray(kv, jnp.dtype(dtype))
 
 
-def check(query, kv, query_at, key_at, window=None):
+def check(query, kv, query_at, key_at, window=None, softcap=None):
     query_at, key_at = np.int32(query_at), np.int32(key_at)
-    found = interpreted(query, kv, query_at, key_at, window=window)
+    scores = Scores(query.shape[-1] ** -0.5, window, softcap)
+    found = interpreted(query, kv, query_at, key_at, scores=scores)
     assert found.dtype == query.dtype and found.shape == query.shape
-    error = np.abs(np.float64(found) - attention(query, kv, query_at, key_at, window)).max()
+    error = np.abs(np.float64(found) - attention(query, kv, query_at, key_at, scores)).max()
     print(f"largest error {error:.1e}")
     assert error <= TOLERANCE[str(query.dtype)]
 
 
-@pytest.mark.parametrize("dtype, N, K, H, T, window", [
-    ("float32", 14, 2, 64, 300, None),
-    ("float32", 8, 2, 128, 512, 100),
-    ("float32", 4, 4, 80, 40, 7),
-    ("bfloat16", 14, 2, 64, 512, 200),
-    ("bfloat16", 32, 8, 128, 80, None),
-    ("float16", 4, 2, 32, 40, None),
+@pytest.mark.parametrize("dtype, N, K, H, T, window, softcap", [
+    ("float32", 14, 2, 64, 300, None, None),
+    ("float32", 8, 2, 128, 512, 100, None),
+    ("float32", 4, 4, 80, 40, 7, None),
+    ("float32", 4, 2, 256, 200, 70, 5.0),
+    ("bfloat16", 14, 2, 64, 512, 200, None),
+    ("bfloat16", 32, 8, 128, 80, None, None),
+    ("float16", 4, 2, 32, 40, None, None),
 ])  # fmt: skip
-def test_a_prompt(dtype, N, K, H, T, window):
+def test_a_prompt(dtype, N, K, H, T, window, softcap):
     at = np.arange(T)[None]
-    check(*arrays(1, T, T, N, K, H, dtype), at, at, window)
+    check(*arrays(1, T, T, N, K, H, dtype), at, at, window, softcap)
 
 
 # A cache of 1,100 slots: those of row 0 hold 700 tokens and, after a gap, 128 more; those of row 1
@@ -93,9 +98,9 @@ def test_a_chunk_against_a_cache(H, window, rubbish):
 def test_what_is_not_finite_reaches_those_who_see_it(H, window, rubbish):
     """It stands in the value of one token, in a block that others see in part."""
     query, kv = arrays(2, 128, 1100, 8, 2, H)
-    clean = np.asarray(interpreted(query, kv, CHUNK, CACHE, window=window))
+    clean = np.asarray(interpreted(query, kv, CHUNK, CACHE, scores=Scores(H**-0.5, window)))
     kv[0, 0, 750, H + 3] = rubbish  # position 730: that of query 30; only key/value head 0
-    found = np.asarray(interpreted(query, kv, CHUNK, CACHE, window=window))
+    found = np.asarray(interpreted(query, kv, CHUNK, CACHE, scores=Scores(H**-0.5, window)))
     same = (found == clean).all(axis=-1)
     assert same[1].all() and same[0, :30].all() and same[0, :, 4:].all()
     assert not np.isfinite(found[0, 30:, :4]).all(axis=-1).any()
@@ -119,7 +124,7 @@ def test_a_query_that_sees_no_key_gives_zeros():
         (at, np.full_like(at, INVALID_POSITION), np.full(40, True)),
         (np.full_like(at, INVALID_POSITION), at, np.full(40, True)),  # with a window, beyond all
     ):
-        found = interpreted(query, kv, np.int32(query_at), np.int32(key_at), window=7)
+        found = interpreted(query, kv, np.int32(query_at), np.int32(key_at), scores=Scores(0.1, 7))
         assert ((np.asarray(found[0]) == 0).all(axis=(1, 2)) == blind).all()
         check(query, kv, query_at, key_at, window=7)
 
@@ -143,17 +148,24 @@ def test_cost_is_that_of_the_scores_that_are_seen():
     """Counted one by one: a whole prompt, and the mean of the chunks that make it up."""
     distance = np.arange(64)[:, None] - np.arange(64)
     for window in (None, 1, 20, 100):
+        scores = Scores(1.0, window)
         seen = int(((distance >= 0) & (distance < (window or 64))).sum())
-        whole = cost(3, 14, 2, 64, 64, 128, 2, window)
+        whole = cost(3, 14, 2, 64, 64, 128, 2, scores)
         assert (whole.transcendentals, whole.flops) == (3 * 14 * seen, 3 * 14 * seen * 4 * 128)
-        assert cost(3, 14, 2, 16, 64, 128, 2, window).flops == whole.flops // 4
+        assert cost(3, 14, 2, 16, 64, 128, 2, scores).flops == whole.flops // 4
 
 
 SLICES = {"v4": "v4-8", "v5e": "v5e-4", "v6e": "v6e-4"}
-CASES = [(14, 2, 64, "bfloat16"), (32, 8, 128, "bfloat16"), (14, 2, 64, "float32")]
+CASES = [
+    (14, 2, 64, "bfloat16"),
+    (32, 8, 128, "bfloat16"),
+    (8, 4, 256, "bfloat16"),
+    (14, 2, 64, "float32"),
+]
 COMPILE = """
 import json, sys
 import jax
+from utils.model.config import Scores
 from utils.model.flash import flash
 from utils.run.tpu import slice_devices
 
@@ -163,7 +175,9 @@ T, S = 2048, 32768
 
 def chunk(kv, new, query, query_at, key_at, slot):
     kv = jax.lax.dynamic_update_slice(kv, new, (0, 0, slot, 0))
-    return kv, flash(query, kv, 0, query_at, key_at)
+    softcap = 50.0 if query.shape[-1] == 256 else None  # as in Gemma 2
+    scores = Scores(query.shape[-1] ** -0.5, softcap=softcap)
+    return kv, flash(query, kv, 0, query_at, key_at, scores)
 
 def compiled(name, N, K, H, dtype):
     on = jax.sharding.SingleDeviceSharding(slice_devices(name)[0])
@@ -199,7 +213,7 @@ def test_compiles_for_a_chip(chip):
     assert done.returncode == 0, done.stderr[-3000:]
     for (N, K, H, dtype), program in zip(CASES, json.loads(done.stdout), strict=True):
         itemsize = jnp.dtype(dtype).itemsize
-        stated = cost(1, N, K, 2048, 32768, H, itemsize, None).flops
+        stated = cost(1, N, K, 2048, 32768, H, itemsize, Scores(1.0)).flops
         assert program["flops"] == pytest.approx(stated, rel=1e-4)
         cache = K * 32768 * 2 * H * itemsize
         assert cache <= program["aliased"] < 1.1 * cache

@@ -81,6 +81,20 @@ def test_a_mesh_changes_nothing(checkpoint, prompts, alone, shape):
         np.testing.assert_allclose(again.logprobs[b, :n], forced.logprobs[b, :n], atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen3_moe"])
+def test_a_mesh_says_what_the_reference_says(family):
+    """Norms behind attention and mlp, soft caps and windows, and experts, on 2 x 2 devices."""
+    folder = ROOT / "tests" / "golden" / family
+    reference = np.load(folder / "reference.npz")
+    ids, P = reference["ids"], int(reference["prompt"])
+    engine = load_engine(folder, mesh=make_mesh(2, 2, jax.devices()[:4]))
+    first, decoded = generate(engine, [ids[:P].tolist(), [5, 6, 7]], 32, len(ids) - P)
+    assert np.asarray(decoded.tokens)[0].tolist() == ids[P:].tolist()
+    for name in set(reference.files) - {"ids", "prompt", "logits"}:
+        found = np.concatenate([first.captures[name][0, :P], decoded.captures[name][0]])
+        assert worst_error(found, reference[name]) < TOLERANCE, name
+
+
 def test_rows_leave_a_mesh_whole_and_each_is_fetched_once(checkpoint, prompts):
     engine = load_engine(checkpoint, mesh=make_mesh(2, 4))
     layout = engine.model.layout

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from utils.model.config import Scores
 from utils.model.layout import INVALID_POSITION, Layout
 from utils.model.rope import Rope
 
@@ -71,23 +72,29 @@ def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
     return rotated.astype(x.dtype)
 
 
+def scored(products: Array, scores: Scores) -> Array:
+    """Scores of queries and keys from their products, in any shape."""
+    found = products * scores.scale
+    return found if scores.softcap is None else scores.softcap * jnp.tanh(found / scores.softcap)
+
+
 def attend(
-    query: Array, key: Array, value: Array, query_at: Array, key_at: Array, window: int | None
+    query: Array, key: Array, value: Array, query_at: Array, key_at: Array, scores: Scores
 ) -> Array:
     """Causal grouped-query attention in one piece, softmax in float32; [B, T, N, H].
 
     query: [B, T, N, H]; key, value: [B, K, S, H]; query_at, key_at: positions, int32 [B, T] and
-    [B, S]. A query sees the keys at or before its position, with `window` only the last `window` of
-    them, itself included. For training, which needs gradients, and what `attend_cached` is tested
+    [B, S]. A query sees the keys at or before its position, those within the window of `scores` if
+    it has one. For training, which needs gradients, and what `attend_cached` is tested
     against.
     """
     B, T, N, H = query.shape
     K = key.shape[1]
     rows = query.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", rows, key, preferred_element_type=jnp.float32)
-    seen = _sees(query_at, key_at, window)[:, None, None]
-    scores = jnp.where(seen, scores * H**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    products = jnp.einsum("BTKGH,BKSH->BKGTS", rows, key, preferred_element_type=jnp.float32)
+    seen = _sees(query_at, key_at, scores.window)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scored(products, scores), -jnp.inf), axis=-1)
+    weights = weights.astype(value.dtype)
     return jnp.einsum("BKGTS,BKSH->BTKGH", weights, value).reshape(B, T, N, H)
 
 
@@ -111,7 +118,7 @@ jax.tree_util.register_dataclass(Past)
 
 
 def attend_cached(
-    query: Array, new: Array, past: Past, query_at: Array, window: int | None, layout: Layout
+    query: Array, new: Array, past: Past, query_at: Array, scores: Scores, layout: Layout
 ) -> tuple[Array, Array]:
     """`attend` of a chunk of a prompt, or of one generated token a row: [B, T, N, H], split like
     query; and the cache with the new keys and values in it.
@@ -122,9 +129,11 @@ def attend_cached(
     prompt = query.shape[1] > 1
     heads, slots = P(*layout.heads(prompt)), P(*layout.slots)
     at = P("data") if layout.by_heads or not prompt else P("data", "model")  # [B, T]
-    # cuDNN takes 16 bits, no window that moves with a chunk, and tokens in the order of the prompt.
+    # cuDNN takes 16 bits, no window that moves with a chunk, no soft cap, and tokens in the order
+    # of the prompt.
     by_cudnn = layout.platform == "gpu" and prompt and query.dtype != jnp.float32
-    by_cudnn = by_cudnn and (window is None or window >= past.cache.shape[2])
+    by_cudnn = by_cudnn and (scores.window is None or scores.window >= past.cache.shape[2])
+    by_cudnn = by_cudnn and scores.softcap is None
     by_cudnn = by_cudnn and (layout.by_heads or layout.model == 1)
     # By tokens, every device has the whole cache. Each takes its tokens of a chunk over all of it;
     # of a single token, over the device's share of it.
@@ -137,10 +146,10 @@ def attend_cached(
             # Pallas takes half a second to import, which no other start should wait for.
             from utils.model.flash import flash
 
-            return flash(query, cache, row, query_at, past.key_at, window), cache
+            return flash(query, cache, row, query_at, past.key_at, scores), cache
         if by_cudnn:
-            return _by_cudnn(query, new, cache, row, past.slot), cache
-        return _in_tiles(query, cache, row, query_at, past.key_at, window, shared), cache
+            return _by_cudnn(query, new, cache, row, past.slot, scores.scale), cache
+        return _in_tiles(query, cache, row, query_at, past.key_at, scores, shared), cache
 
     data = P("data")
     past_specs = Past(slots, data, data, data)
@@ -154,7 +163,9 @@ def attend_cached(
     return mapped(query, new, past, query_at)
 
 
-def _by_cudnn(query: Array, new: Array, cache: Array, row: Array, slot: Array) -> Array:
+def _by_cudnn(
+    query: Array, new: Array, cache: Array, row: Array, slot: Array, scale: float
+) -> Array:
     """A chunk of one row against the slots before `slot`, int32 [1], and against itself, each by
     cuDNN's fused attention, joined by the logarithms of their sums (Dao et al. 2022).
 
@@ -165,7 +176,7 @@ def _by_cudnn(query: Array, new: Array, cache: Array, row: Array, slot: Array) -
     def attended(kv: Array, **masks: Any) -> tuple[Array, Array]:
         key, value = kv[..., :H].swapaxes(1, 2), kv[..., H:].swapaxes(1, 2)
         return jax.nn.dot_product_attention(
-            query, key, value, return_residual=True, implementation="cudnn", **masks
+            query, key, value, scale=scale, return_residual=True, implementation="cudnn", **masks
         )
 
     rows = jax.lax.dynamic_slice_in_dim(cache, row, 1, axis=0)
@@ -189,7 +200,7 @@ def _in_tiles(
     row: Array,
     query_at: Array,
     key_at: Array,
-    window: int | None,
+    scores: Scores,
     shared: str | None,
 ) -> Array:
     """Tile by tile of queries and keys, in loops of one body (Dao et al. 2022, FlashAttention).
@@ -213,9 +224,9 @@ def _in_tiles(
     lowest, highest = at.min((1, 2))[:, None], at.max((1, 2))[:, None]
     of_block = key_at.reshape(B, blocks, keys)
     seen = of_block.min((0, 2)) <= highest  # [tiles, blocks]
-    if window is not None:
+    if scores.window is not None:
         real = jnp.where(of_block < INVALID_POSITION, of_block, -1)
-        seen &= real.max((0, 2)) > lowest - window
+        seen &= real.max((0, 2)) > lowest - scores.window
     first = jnp.argmax(seen, axis=1).astype(jnp.int32)
     stop = jnp.max(jnp.where(seen, jnp.arange(1, blocks + 1, dtype=jnp.int32), 0), axis=1)
     own, step = (jax.lax.axis_index(shared), jax.lax.axis_size(shared)) if shared else (0, 1)
@@ -227,13 +238,13 @@ def _in_tiles(
             j, highest, total, sum_of_values = state
             here = jax.lax.dynamic_slice(cache, (row, zero, j * keys, zero), (B, K, keys, 2 * H))
             here_at = jax.lax.dynamic_slice_in_dim(key_at, j * keys, keys, axis=1)
-            scores = jnp.einsum(
+            products = jnp.einsum(
                 "BKRH,BKSH->BKRS", rows, here[..., :H], preferred_element_type=jnp.float32
             )
-            sees = jnp.repeat(_sees(at, here_at, window), N // K, axis=1)[:, None]
-            scores = jnp.where(sees, scores * H**-0.5, -jnp.inf)
-            new = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
-            weights, keep = jnp.exp(scores - new), jnp.exp(highest - new)
+            sees = jnp.repeat(_sees(at, here_at, scores.window), N // K, axis=1)[:, None]
+            masked = jnp.where(sees, scored(products, scores), -jnp.inf)
+            new = jnp.maximum(highest, jnp.max(masked, axis=-1, keepdims=True))
+            weights, keep = jnp.exp(masked - new), jnp.exp(highest - new)
             total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
             # A slot that nobody sees may hold anything, and 0 times NaN would be NaN.
             values = jnp.where((here_at < INVALID_POSITION)[:, None, :, None], here[..., H:], 0)

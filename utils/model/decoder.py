@@ -1,13 +1,13 @@
-"""The decoder of Qwen2, Qwen3, Llama and Mistral checkpoints, in Flax Linen.
+"""The decoder of Qwen, Llama, Mistral and Gemma checkpoints, in Flax Linen.
 
-One module for all four families; the differences are fields of `ModelConfig`. It knows nothing of
+One module for all families; the differences are fields of `ModelConfig`. It knows nothing of
 batches, sampling or files, and of the mesh only what `Layout` says. Hidden states leave it through
 the `intermediates` collection, gated by the static capture spec, so that a run without capture is
 the same code with less kept.
 """
 
 # B batch   T tokens   S slots of the cache   D model width   F mlp width
-# N query heads   K key/value heads   H head width   V vocabulary
+# N query heads   K key/value heads   H head width   V vocabulary   E experts
 
 import math
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from utils.model.attention import Past, attend, attend_cached, rotate, rotation
 from utils.model.capture import CaptureSpec
@@ -25,6 +26,8 @@ from utils.model.layout import INVALID_POSITION, Layout
 
 Cache = dict[str, Any]
 FEW_TOKENS = 16  # of a step of decoding
+# Rows, of which those of an expert follow those of another, times the kernels: [R, D], [E, F, D].
+_BY_EXPERT = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 
 
 def _kernel_init(inputs: int) -> Any:
@@ -52,14 +55,24 @@ def linear(x: Array, kernel: Array, inputs: int, layout: Layout, dtype: Any = No
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019) in float32, over the last axis."""
 
-    eps: float
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        c = self.config
+        init = nn.initializers.zeros if c.unit_offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + c.rms_norm_eps)
+        if c.unit_offset:
+            return (x32 * (1 + scale.astype(jnp.float32))).astype(x.dtype)
         return x32.astype(x.dtype) * scale
+
+
+def gated(config: ModelConfig, gate: Array, up: Array) -> Array:
+    """SwiGLU or GeGLU (Shazeer 2020)."""
+    act = jax.nn.silu if config.gated_by == "silu" else jax.nn.gelu  # by tanh
+    return act(gate) * up
 
 
 class Attention(nn.Module):
@@ -90,19 +103,19 @@ class Attention(nn.Module):
 
         query, key, value = project("query", N), project("key", K), project("value", K)
         if c.qk_norm:
-            query = RMSNorm(c.rms_norm_eps, name="query_norm")(query)
-            key = RMSNorm(c.rms_norm_eps, name="key_norm")(key)
+            query = RMSNorm(c, name="query_norm")(query)
+            key = RMSNorm(c, name="key_norm")(key)
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
 
-        window, cache = c.sliding_windows[self.layer], None
+        scores, cache = c.scores(self.layer), None
         if past is None:
             key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-            y = attend(query, key, value, positions, positions, window)
+            y = attend(query, key, value, positions, positions, scores)
         else:
             new = jnp.concatenate([key, value], axis=-1)
             if not layout.by_heads:  # the tokens of all devices, in the order of the prompt
                 new = layout.collect(layout.whole_rows(new))
-            y, cache = attend_cached(query, new.swapaxes(1, 2), past, positions, window, layout)
+            y, cache = attend_cached(query, new.swapaxes(1, 2), past, positions, scores, layout)
         y = layout.split(y, *heads)
 
         kernel = self.param("out", _kernel_init(2), (D, N, H))
@@ -118,7 +131,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """SwiGLU (Shazeer 2020); [B, T, D] -> [B, T, D]."""
+        """[B, T, D] -> [B, T, D]."""
         layout = self.layout
         B, T, D = x.shape
         F = layout.padded(self.config.intermediate_size)
@@ -131,9 +144,58 @@ class Mlp(nn.Module):
                 y = y + self.param(f"{name}_bias", nn.initializers.zeros, shape[:1])
             return y
 
-        gated = jax.nn.silu(project("gate", x, (F, D))) * project("up", x, (F, D))
+        y = gated(self.config, project("gate", x, (F, D)), project("up", x, (F, D)))
         by = ("data", "model") if gather else ("data", None, "model")  # tokens, or width
-        return project("down", layout.split(gated, *by), (D, F))
+        return project("down", layout.split(y, *by), (D, F))
+
+
+class Mixture(nn.Module):
+    """A mixture of experts (Shazeer et al. 2017), each an mlp without biases. Every device has all
+    experts, and of each its share of the width, so that none waits for another's tokens."""
+
+    config: ModelConfig
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """The weighted sum of what a token's experts give; [B, T, D] -> [B, T, D]."""
+        c, layout = self.config, self.layout
+        E, F, D = c.num_experts, layout.padded(c.intermediate_size), x.shape[-1]
+        router = self.param("router", _kernel_init(1), (E, D))
+        kernels = [
+            self.param(f"expert_{name}", nn.initializers.lecun_normal(-1, -2, (0,)), shape)
+            for name, shape in (("gate", (E, F, D)), ("up", (E, F, D)), ("down", (E, D, F)))
+        ]
+        share = jax.nn.softmax(linear(x, router, 1, layout, jnp.float32), axis=-1)
+        share, experts = jax.lax.top_k(share, c.experts_per_token)
+        if c.renormalize_experts:
+            share = share / jnp.sum(share, axis=-1, keepdims=True)
+        prompt, data = x.shape[1] > 1, P("data")
+
+        def local(x: Array, share: Array, experts: Array, *kernels: Array) -> Array:
+            shape, x = x.shape, x.reshape(-1, D)
+            order = jnp.argsort(experts.reshape(-1), stable=True)  # one after the other
+            sizes = jnp.bincount(experts.reshape(-1), length=E)
+            gate, up, down = (
+                lambda y, kernel=kernel: jax.lax.ragged_dot_general(y, kernel, sizes, _BY_EXPERT)
+                for kernel in kernels
+            )
+            rows = x[order // c.experts_per_token]
+            y = down(gated(c, gate(rows), up(rows)))
+            y = y[jnp.argsort(order)].reshape(*share.shape, D)  # each token's, side by side
+            y = jnp.sum(y * share.astype(y.dtype)[..., None], axis=-2).reshape(shape)
+            if prompt:
+                return jax.lax.psum_scatter(y, "model", scatter_dimension=1, tiled=True)
+            return jax.lax.psum(y, "model")
+
+        mapped = jax.shard_map(
+            local,
+            mesh=layout.mesh,
+            in_specs=(data, data, data, *(P(None, "model"),) * 2, P(None, None, "model")),
+            out_specs=P(*layout.stream(prompt)),
+            check_vma=False,
+        )
+        return mapped(x, share, experts, *kernels)
 
 
 class Block(nn.Module):
@@ -147,20 +209,25 @@ class Block(nn.Module):
         self, x: Array, positions: Array, cos_sin: tuple[Array, Array], past: Past | None
     ) -> tuple[Array, Array | None]:
         """The residual stream [B, T, D] after this layer, and the rest as `Attention` gives it."""
-        eps = self.config.rms_norm_eps
+        c = self.config
 
         def split(y: Array) -> Array:
             return self.layout.split(y, *self.layout.stream(prompt=x.shape[1] > 1))
 
+        def to_add(y: Array, norm: str) -> Array:
+            return RMSNorm(c, name=norm)(split(y)) if c.out_norms else split(y)
+
         self._capture("resid_pre", x)
-        y, cache = Attention(self.config, self.layer, self.layout, name="attention")(
-            RMSNorm(eps, name="attention_norm")(x), positions, cos_sin, past
+        y, cache = Attention(c, self.layer, self.layout, name="attention")(
+            RMSNorm(c, name="attention_norm")(x), positions, cos_sin, past
         )
-        y = split(y)
+        y = to_add(y, "attention_out_norm")
         self._capture("attn_out", y)
         x = split(x + y)
         self._capture("resid_mid", x)
-        y = split(Mlp(self.config, self.layout, name="mlp")(RMSNorm(eps, name="mlp_norm")(x)))
+        mlp = Mixture if c.num_experts else Mlp
+        y = mlp(c, self.layout, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
+        y = to_add(y, "mlp_out_norm")
         self._capture("mlp_out", y)
         x = split(x + y)
         self._capture("resid_post", x)
@@ -192,7 +259,7 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", init, (V, c.hidden_size))
         self.layers = [Block(c, i, self.capture, self.layout) for i in range(n)]
         if n == c.num_layers:
-            self.final_norm = RMSNorm(c.rms_norm_eps)
+            self.final_norm = RMSNorm(c)
             if not c.tie_word_embeddings:
                 self.head = self.param("head", init, (V, c.hidden_size))
 
@@ -215,15 +282,20 @@ class Decoder(nn.Module):
         cache the tokens see one another alone. Call through `apply(...,
         mutable=["intermediates"])` to receive what the spec captures.
         """
+        c = self.config
         x = self.layout.look_up(self.embedding, tokens)
-        cos_sin = rotation(positions, self.config.rope, self.config.head_dim)
+        if c.embedding_scale != 1:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        ropes = dict.fromkeys(map(c.rope_of, range(len(self.layers))))
+        cos_sin = {rope: rotation(positions, rope, c.head_dim) for rope in ropes}
         new: Cache = {}
         if cache is not None:
             key_at = self._key_positions(cache, positions, lengths, row, slot)
             new["positions"] = self.layout.write_rows(cache["positions"], key_at, row, "data")
         for layer in self.layers:
             past = None if cache is None else Past(cache[layer.name], key_at, row, slot)
-            x, new[layer.name] = layer(x, positions, cos_sin, past)
+            rotated_by = cos_sin[c.rope_of(layer.layer)]
+            x, new[layer.name] = layer(x, positions, rotated_by, past)
         return x, new
 
     def _key_positions(
@@ -247,6 +319,8 @@ class Decoder(nn.Module):
         kernel = self.embedding if self.config.tie_word_embeddings else self.head
         # Not rounded to the model's dtype: bfloat16 makes the highest of them equal too often.
         logits = linear(x, kernel, 1, self.layout, jnp.float32)
+        if (cap := self.config.logit_softcap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
         logits = self.layout.split(logits, "data", "model")
         if logits.shape[-1] == self.config.vocab_size:
             return logits

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from utils.model.config import Scores
 from utils.model.layout import INVALID_POSITION
 
 LANES = 128  # of a vector register
@@ -34,7 +35,7 @@ def flash(
     row: Array | int,
     query_at: Array,
     key_at: Array,
-    window: int | None = None,
+    scores: Scores,
     *,
     interpret: bool = False,
 ) -> Array:
@@ -44,10 +45,10 @@ def flash(
     64 fill the 128 lanes of a register instead of being padded to them, of whose rows those from
     `row` on, int32 scalar, are meant; query_at, key_at: positions, int32 [B, T] and [B, S], in any
     order, though neighbours should be near each other for blocks to be skipped. Keys at
-    INVALID_POSITION are seen by nobody. A query sees the keys at or before its position, with
-    `window` only the last `window` of them, itself included; one that sees none gives 0. What a key
-    or value holds that a query does not see, NaN included, does not reach it; one that is not
-    finite and is seen makes the query's row not finite.
+    INVALID_POSITION are seen by nobody. A query sees the keys at or before its position, those
+    within the window of `scores` if it has one; one that sees none gives 0. What a key or value
+    holds that a query does not see, NaN included, does not reach it; one that is not finite and is
+    seen makes the query's row not finite.
 
     bfloat16 is multiplied as it is, float32 to full precision; float16, for which a TPU has no
     arithmetic, is converted to float32, the cache with it. With `interpret`, runs on a CPU.
@@ -55,7 +56,7 @@ def flash(
     (B, T, N, H), (K, S) = query.shape, kv.shape[1:3]
     if query.dtype == jnp.float16:
         wide = query.astype(jnp.float32), kv.astype(jnp.float32)
-        y = flash(*wide, row, query_at, key_at, window, interpret=interpret)
+        y = flash(*wide, row, query_at, key_at, scores, interpret=interpret)
         return y.astype(query.dtype)
     G = N // K
     Q, C = block_sizes(G, T, S, query.dtype.itemsize)
@@ -63,7 +64,7 @@ def flash(
     query_at = jnp.pad(query_at, ((0, 0), (0, -T % Q)), "edge")
     query_at = jnp.minimum(query_at, INVALID_POSITION - 1)
     key_at = jnp.pad(key_at, ((0, 0), (0, -S % C)), constant_values=INVALID_POSITION)
-    queries, keys = _blocks(query_at.reshape(B, -1, Q), key_at.reshape(B, -1, C), window)
+    queries, keys = _blocks(query_at.reshape(B, -1, Q), key_at.reshape(B, -1, C), scores.window)
     steps = jnp.max(queries[1] - queries[0]) + 1
 
     # Where both fit into the lanes, keys are summed with the values, at no cost, and cut off at the
@@ -80,7 +81,7 @@ def flash(
         return pltpu.VMEM((G * Q, width), jnp.float32)
 
     y = pl.pallas_call(
-        functools.partial(_kernel, window=window),
+        functools.partial(_kernel, scores=scores),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, K, pl.cdiv(T, Q), steps),
@@ -97,7 +98,7 @@ def flash(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
-        cost_estimate=cost(B, N, K, T, S, H, query.dtype.itemsize, window),
+        cost_estimate=cost(B, N, K, T, S, H, query.dtype.itemsize, scores),
         interpret=interpret,
         name="flash",
     )(
@@ -113,20 +114,20 @@ def flash(
 
 
 def cost(
-    B: int, N: int, K: int, T: int, S: int, H: int, itemsize: int, window: int | None
+    B: int, N: int, K: int, T: int, S: int, H: int, itemsize: int, scores: Scores
 ) -> pl.CostEstimate:
     """What `flash` states to the compiler, whose cost analysis counts no kernel by itself.
 
     Exact, but for the keys that are masked within a block, where T = S. A chunk of T queries stands
     for an average one of the S / T that fill the cache, since where it begins is not known.
     """
-    seen = min(window or S, S)  # by the last query
-    scores = B * N * T * (seen * S - seen * (seen - 1) // 2) // S
+    seen = min(scores.window or S, S)  # by the last query
+    count = B * N * T * (seen * S - seen * (seen - 1) // 2) // S
     Q, _ = block_sizes(N // K, T, S, itemsize)
-    fetched = scores * K // N // Q  # keys, which a block of queries fetches once for a group
+    fetched = count * K // N // Q  # keys, which a block of queries fetches once for a group
     return pl.CostEstimate(
-        flops=4 * scores * H,
-        transcendentals=scores,
+        flops=4 * count * H,
+        transcendentals=count if scores.softcap is None else 2 * count,
         bytes_accessed=2 * itemsize * H * (B * N * T + fetched),
     )
 
@@ -185,7 +186,7 @@ def _kernel(
     total_ref,
     sum_ref,
     *,
-    window,
+    scores,
 ):
     """Step j of query block i: q_ref [1, 1, G, Q, H] against kv_ref [1, 1, C, 2H].
 
@@ -211,7 +212,7 @@ def _kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def step(masked: bool):
-        key, value, scale = kv_ref[0, 0, :, :H], kv_ref[0, 0, :, -W:], H**-0.5
+        key, value, scale = kv_ref[0, 0, :, :H], kv_ref[0, 0, :, -W:], scores.scale
         if masked:
             # A weight of 0 does not keep a NaN or inf away. So 0 takes its place among the values,
             # and whoever sees it has a score that is NaN.
@@ -220,14 +221,16 @@ def _kernel(
             value = jnp.where(sound, wide, 0).astype(value.dtype)
             spoilt = jnp.where(sound, 0, jnp.nan).astype(value.dtype)
             scale += product(jnp.ones((SUBLANES, W), value.dtype), spoilt, 1)[:1]
-        scores = product(q_ref[0, 0].reshape(G * Q, H), key, 1) * scale
+        found = product(q_ref[0, 0].reshape(G * Q, H), key, 1) * scale
+        if scores.softcap is not None:
+            found = scores.softcap * jnp.tanh(found / scores.softcap)
         if masked:
             q_at, k_at = jnp.tile(q_at_ref[0], (1, C // LANES)), k_at_ref[0]
-            visible, _ = _visible(q_at, q_at, k_at, k_at, window)
-            scores = jnp.where(visible, scores.reshape(G, Q, C), -jnp.inf).reshape(G * Q, C)
+            visible, _ = _visible(q_at, q_at, k_at, k_at, scores.window)
+            found = jnp.where(visible, found.reshape(G, Q, C), -jnp.inf).reshape(G * Q, C)
         before = max_ref[...]
-        highest = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - _lanes(highest, C))
+        highest = jnp.maximum(before, jnp.max(found, axis=-1, keepdims=True))
+        weights = jnp.exp(found - _lanes(highest, C))
         fade = jnp.exp(before - highest)
         max_ref[...] = highest
         total_ref[...] = fade * total_ref[...] + jnp.sum(weights, axis=-1, keepdims=True)
@@ -236,7 +239,7 @@ def _kernel(
 
     at = _key_block(queries, b, i, j)
     some, each = _visible(
-        queries[2, b, i], queries[3, b, i], keys[0, b, at], keys[1, b, at], window
+        queries[2, b, i], queries[3, b, i], keys[0, b, at], keys[1, b, at], scores.window
     )
     some &= queries[0, b, i] + j <= queries[1, b, i]
     pl.when(some & each)(lambda: step(masked=False))

@@ -35,6 +35,28 @@ class Rope:
     truncate: bool = True
 
 
+def parse_ropes(fields: dict[str, Any]) -> tuple[Rope, Rope | None]:
+    """Of layers that see all tokens, and of those with a window where theirs is another (Gemma 3).
+
+    Raises UserError naming the field.
+    """
+    if fields["model_type"] != "gemma3_text":
+        return parse_rope(fields), None
+    both, scaling = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
+    rest = {name: value for name, value in fields.items() if not name.startswith("rope_")}
+    ropes = []
+    for layers, more, theta, of_class in (
+        ("full_attention", scaling, "rope_theta", 1e6),
+        ("sliding_attention", {}, "rope_local_base_freq", 1e4),
+    ):
+        parameters = {"rope_type": "default", **(both.get(layers) or {}), **more}
+        if parameters.get("rope_theta") is None:
+            given = fields.get(theta)
+            parameters["rope_theta"] = of_class if given is None else given
+        ropes.append(parse_rope({**rest, "rope_parameters": parameters}))
+    return ropes[0], ropes[1]
+
+
 def parse_rope(fields: dict[str, Any]) -> Rope:
     """From the fields of a `config.json`: `rope_theta` and `rope_scaling`, or `rope_parameters`.
 

@@ -6,6 +6,7 @@ one row; what is missing, unexpected or mis-shaped is reported together.
 """
 
 # D model width   F mlp width   N query heads   K key/value heads   H head width   V vocabulary
+# E experts
 
 import json
 import math
@@ -33,8 +34,9 @@ class Weight:
     """A row of the table: one parameter, or that of every layer, whose number goes to `{}`.
 
     hf: the checkpoint's name; path: the Flax path. axes: of both, outputs before inputs; `(N H)` is
-    one axis on disk that is two in the parameter. only_if: attribute of the `ModelConfig` of models
-    that have it; None is all of them.
+    one axis on disk that is two in the parameter, and a first axis E is many tensors on disk, whose
+    number goes to the name's last `{}`. only_if: attribute of the `ModelConfig` of models that have
+    it; None is all of them.
     """
 
     hf: str
@@ -52,15 +54,23 @@ class Weight:
     def param_axes(self) -> list[str]:
         return [axis for group in self.stored_axes for axis in group]
 
+    @property
+    def of_experts(self) -> bool:
+        return self.hf.count("{}") > self.path.count("{}")
+
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The checkpoint's shape of a parameter of this shape."""
+        """The checkpoint's shape of a parameter of this shape, or of one expert's share."""
         sizes = dict(zip(self.param_axes, shape, strict=True))
-        return tuple(math.prod(sizes[axis] for axis in group) for group in self.stored_axes)
+        groups = self.stored_axes[1:] if self.of_experts else self.stored_axes
+        return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
 
 
 _OF_A_LAYER = (
     Weight("input_layernorm.weight", "attention_norm/scale", "D"),
-    Weight("post_attention_layernorm.weight", "mlp_norm/scale", "D"),
+    Weight("post_attention_layernorm.weight", "mlp_norm/scale", "D", "no_out_norms"),
+    Weight("post_attention_layernorm.weight", "attention_out_norm/scale", "D", "out_norms"),
+    Weight("pre_feedforward_layernorm.weight", "mlp_norm/scale", "D", "out_norms"),
+    Weight("post_feedforward_layernorm.weight", "mlp_out_norm/scale", "D", "out_norms"),
     Weight("self_attn.q_proj.weight", "attention/query", "(N H) D"),
     Weight("self_attn.k_proj.weight", "attention/key", "(K H) D"),
     Weight("self_attn.v_proj.weight", "attention/value", "(K H) D"),
@@ -71,9 +81,13 @@ _OF_A_LAYER = (
     Weight("self_attn.o_proj.bias", "attention/out_bias", "D", "out_bias"),
     Weight("self_attn.q_norm.weight", "attention/query_norm/scale", "H", "qk_norm"),
     Weight("self_attn.k_norm.weight", "attention/key_norm/scale", "H", "qk_norm"),
-    Weight("mlp.gate_proj.weight", "mlp/gate", "F D"),
-    Weight("mlp.up_proj.weight", "mlp/up", "F D"),
-    Weight("mlp.down_proj.weight", "mlp/down", "D F"),
+    Weight("mlp.gate_proj.weight", "mlp/gate", "F D", "no_experts"),
+    Weight("mlp.up_proj.weight", "mlp/up", "F D", "no_experts"),
+    Weight("mlp.down_proj.weight", "mlp/down", "D F", "no_experts"),
+    Weight("mlp.gate.weight", "mlp/router", "E D", "num_experts"),
+    Weight("mlp.experts.{}.gate_proj.weight", "mlp/expert_gate", "E F D", "num_experts"),
+    Weight("mlp.experts.{}.up_proj.weight", "mlp/expert_up", "E F D", "num_experts"),
+    Weight("mlp.experts.{}.down_proj.weight", "mlp/expert_down", "E D F", "num_experts"),
     Weight("mlp.gate_proj.bias", "mlp/gate_bias", "F", "mlp_bias"),
     Weight("mlp.up_proj.bias", "mlp/up_bias", "F", "mlp_bias"),
     Weight("mlp.down_proj.bias", "mlp/down_bias", "D", "mlp_bias"),
@@ -87,21 +101,37 @@ TABLE = (
         for row in _OF_A_LAYER
     ),
 )
-_BY_PATH = {row.path: row for row in TABLE}
 # Buffers that old checkpoints carry and the configuration already determines.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 _BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
 _STORED_DTYPES = ("F32", "BF16", "F16")
 
 
-def row_at(path: str) -> Weight:
-    """The table row of the parameter at a Flax path."""
-    return _BY_PATH[re.sub(r"\d+", "{}", path)]
+def rows_of(config: ModelConfig) -> list[Weight]:
+    """The rows of the table that a model has."""
+    return [row for row in TABLE if row.only_if is None or getattr(config, row.only_if)]
 
 
-def hf_name(path: str) -> str:
-    """The checkpoint's name of the parameter at a Flax path."""
-    return row_at(path).hf.format(*re.findall(r"\d+", path))
+def row_at(path: str, config: ModelConfig) -> Weight:
+    """The model's row of the parameter at a Flax path."""
+    general = re.sub(r"\d+", "{}", path)
+    return next(row for row in rows_of(config) if row.path == general)
+
+
+def hf_names(path: str, config: ModelConfig) -> list[str]:
+    """The checkpoint's name of the parameter at a Flax path; of experts, a name of each."""
+    row, numbers = row_at(path, config), re.findall(r"\d+", path)
+    if not row.of_experts:
+        return [row.hf.format(*numbers)]
+    return [row.hf.format(*numbers, expert) for expert in range(config.num_experts)]
+
+
+def as_stored(path: str, value: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The parameter at a Flax path -> the checkpoint's tensors by name."""
+    row, names = row_at(path, config), hf_names(path, config)
+    shape = row.stored_shape(value.shape)
+    parts = value if row.of_experts else [value]
+    return {name: part.reshape(shape) for name, part in zip(names, parts, strict=True)}
 
 
 def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -113,11 +143,11 @@ def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "K": config.num_kv_heads,
         "H": config.head_dim,
         "V": config.vocab_size,
+        "E": config.num_experts,
     }
     shapes = {
         row.path.format(layer): tuple(sizes[axis] for axis in row.param_axes)
-        for row in TABLE
-        if row.only_if is None or getattr(config, row.only_if)
+        for row in rows_of(config)
         for layer in range(config.num_layers if "{}" in row.path else 1)
     }
     return {path: shapes[path] for path in sorted(shapes, key=lambda path: path.split("/"))}
@@ -133,7 +163,8 @@ def placement(
     heads (`Layout`), its kernels are split by D instead. A vocabulary or width that does not divide
     the model axis is padded with zeros; a D that does not leaves the kernel whole.
     """
-    axes = row_at(path).param_axes
+    general = re.sub(r"\d+", "{}", path)
+    axes = next(row for row in TABLE if row.path == general).param_axes
     split = next((axis for axis in axes if axis in "VFNK"), None)
     if split in ("N", "K") and not layout.by_heads:
         split = "D"
@@ -154,9 +185,10 @@ class Checkpoint:
     """
 
     def __init__(self, model_path: str | Path, config: ModelConfig):
-        self.folder, self.shapes = Path(model_path), abstract_params(config)
+        self.folder, self.config = Path(model_path), config
+        self.shapes = abstract_params(config)
         self._files: dict[str, Path] = {}  # checkpoint name -> file that holds it
-        paths = {hf_name(path): path for path in self.shapes}
+        paths = {name: path for path in self.shapes for name in hf_names(path, config)}
         problems = []
         for name, file, shape, dtype in self._entries():
             if _DERIVED.fullmatch(name):
@@ -167,7 +199,7 @@ class Checkpoint:
                 else:
                     problems.append(f"unexpected {name}")
                 continue
-            want = row_at(paths[name]).stored_shape(self.shapes[paths[name]])
+            want = row_at(paths[name], config).stored_shape(self.shapes[paths[name]])
             if shape != want:
                 problems.append(f"{name} has shape {list(shape)}, not {list(want)}")
             elif dtype not in _STORED_DTYPES:
@@ -220,7 +252,8 @@ class Checkpoint:
 
     def _check_tied(self) -> None:
         head, embedding = (
-            self._read(name, (slice(None),)) for name in ("lm_head.weight", hf_name("embedding"))
+            self._read(name, (slice(None),))
+            for name in ("lm_head.weight", *hf_names("embedding", self.config))
         )
         if head.shape != embedding.shape or not np.array_equal(head, embedding):
             raise UserError(
@@ -275,7 +308,7 @@ class Checkpoint:
 
     def _part(self, path: str, padded: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """The block `index` of the parameter of shape `padded`, in the parameter's axes."""
-        row = row_at(path)
+        row, names = row_at(path, self.config), hf_names(path, self.config)
         shape = dict(zip(row.param_axes, self.shapes[path], strict=True))
         wanted = [s.indices(size)[:2] for s, size in zip(index, padded, strict=True)]
         block = {
@@ -283,14 +316,16 @@ class Checkpoint:
             for axis, (start, stop) in zip(row.param_axes, wanted, strict=True)
         }
         slices = []
-        for outer, *inner in row.stored_axes:
+        if row.of_experts:
+            names = names[slice(*block["E"])]
+        for outer, *inner in row.stored_axes[row.of_experts :]:
             # Of an axis that is two in the parameter only the outer one is ever sharded.
             size = math.prod(shape[axis] for axis in inner)
             start, stop = block[outer]
             slices.append(slice(start * size, stop * size))
-        tensor = self._read(hf_name(path), tuple(slices))
         sizes = [stop - start for start, stop in block.values()]
-        tensor = tensor.reshape(sizes)
+        parts = [self._read(name, tuple(slices)) for name in names]
+        tensor = (np.stack(parts) if row.of_experts else parts[0]).reshape(sizes)
         room = [(0, j - i - n) for (i, j), n in zip(wanted, tensor.shape, strict=True)]
         return np.pad(tensor, room) if any(after for _, after in room) else tensor
 

@@ -56,11 +56,13 @@ class Workload:
     room: int
     itemsize: int
 
-    def parameter_bytes(self, layout: Layout) -> int:
-        """Of one device."""
-        total = 0
-        for path, shape in abstract_params(self.config).items():
+    def parameter_bytes(self, layout: Layout, tokens: int | None = None) -> int:
+        """Of one device; with `tokens`, what these read, who may all be given to other experts."""
+        total, c = 0, self.config
+        for path, shape in abstract_params(c).items():
             sizes, spec = placement(path, shape, layout)
+            if tokens is not None and "expert_" in path:
+                sizes = min(c.num_experts, tokens * c.experts_per_token), *sizes[1:]
             total += prod(sizes) // (layout.model if "model" in spec else 1)
         return total * self.itemsize
 
@@ -84,6 +86,9 @@ class Workload:
         stream = 6 * tokens // model * c.hidden_size * self.itemsize
         mlp = (3 * tokens // model * c.intermediate_size) * self.itemsize
         gathered = 0 if model == 1 else 6 * c.hidden_size * c.intermediate_size * self.itemsize
+        if c.num_experts:  # a row for each of a token's experts, and no kernel that moves
+            width = 3 * c.hidden_size + 3 * c.intermediate_size // model
+            mlp, gathered = tokens * c.experts_per_token * width * self.itemsize, 0
         if layout.by_heads and model > 1:
             gathered += 2 * tokens * c.hidden_size * self.itemsize
         heads = 4 * tokens * c.num_heads // model * max(c.head_dim, LANES) * self.itemsize

@@ -38,8 +38,8 @@ class Request:
     """What a run is asked to do; each field but the last two is the flag of its name."""
 
     model_path: str = _input(
-        "folder of a Hugging Face model: Llama, Mistral, Qwen; gs://BUCKET/FOLDER is fetched to a "
-        "local cache",
+        "folder of a Hugging Face model: Llama, Mistral, Qwen, Gemma; gs://BUCKET/FOLDER is "
+        "fetched to a local cache",
         required=True,
     )
     dataset_path: str = _input(

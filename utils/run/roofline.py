@@ -114,8 +114,8 @@ def _pass_seconds(
     N, K, C, H, M = c.num_heads, c.num_kv_heads, shape.chunk, c.head_dim, layout.model
     own = (N // M, K // M, C) if layout.by_heads else (N, K, C // M)
     flops, moved, scores = figures["flops_per_device"], figures["bytes_accessed_per_device"], 0
-    for window in c.sliding_windows:
-        stated = cost(1, own[0], own[1], own[2], shape.slots, H, item, window)
+    for layer, window in enumerate(c.sliding_windows):
+        stated = cost(1, *own, shape.slots, H, item, c.scores(layer))
         flops, moved = flops - stated.flops, moved - stated.bytes_accessed
         seen = np.arange(start + 1, start + C + 1)
         scores += int((seen if window is None else np.minimum(seen, window)).sum()) * N // M
@@ -139,9 +139,9 @@ def decode_step_seconds(
     work, layout, rows = plan.workload, plan.layout, batches[0].shape.rows
     prompts = [plan.samples[i].length.prompt for batch in batches for i in batch.rows if i >= 0]
     context = round(float(np.mean(prompts))) + work.room // 2
-    read = work.parameter_bytes(layout) + work.cache_bytes(layout, rows, context) // (
-        1 if layout.by_heads else layout.model
-    )
+    read = work.parameter_bytes(layout, rows // layout.data) + work.cache_bytes(
+        layout, rows, context
+    ) // (1 if layout.by_heads else layout.model)
     return max(
         read / chip.memory,
         figures["flops_per_device"] / chip.flops,
