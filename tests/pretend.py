@@ -1,13 +1,17 @@
-"""Runs that no model computes; as a script the distributed one, a pass of PRETEND_SECONDS each.
-
-For tests that ask about folders, buckets, signals and processes, and not about numbers.
+"""Runs that no model computes, for tests that ask about folders, buckets, signals and processes,
+and not about numbers; and the distributed script as a process forked from one that has imported it.
 """
 
 import os
+import sys
 import time
 import zlib
 
+import google.cloud.storage  # noqa: F401 (imported before a process is forked, as what follows)
+import jax.experimental.multihost_utils  # noqa: F401
 import numpy as np
+import tokenizers  # noqa: F401
+import transformers.tokenization_utils_fast  # noqa: F401
 
 import distributed_inference_with_activations as script
 from utils import cli
@@ -77,7 +81,16 @@ class FakeComputation:
         )
 
 
-if __name__ == "__main__":
-    FakeComputation.seconds = float(os.environ["PRETEND_SECONDS"])
-    loop.Computation = FakeComputation
+def distributed(words: list[str], environment: dict[str, str], log: str, seconds: float | None):
+    """The distributed script in a process just forked: its flags, its environment, where its output
+    goes, and, where no model is to compute, how long a pass takes. Ends the process."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    if seconds is not None:
+        FakeComputation.seconds = seconds
+        loop.Computation = FakeComputation
+    sys.argv = [script.__file__, *words]
     cli.run(script.main, script.build_parser())
