@@ -79,11 +79,13 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     print("\nwrong" if wrong else "\nnothing is wrong with these rows")
     for i, pair, reason in wrong:
         print(f"  row {i}" + (f", pair {pair}" if pair is not None else "") + f": {reason}")
+    if not tasks:
+        return 1
     flags = ["--dataset", args.dataset, "--output_dir", "./arc_data", "--split", args.split]
     flags += ["--max_samples", "10"] + (["--column", args.column] if args.column else [])
     flags += ["--streaming"] if args.streaming else []
     print(f"\nnext: python transform_hf_to_arc.py {shlex.join(flags)}")
-    return 0 if tasks else 1
+    return 0
 
 
 if __name__ == "__main__":

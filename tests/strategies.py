@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from utils.arc.tasks import Pair, Task
 from utils.prompt.codec import load_tokenizer
 from utils.prompt.encodings import COLORS
-from utils.prompt.formats import load_format
+from utils.prompt.formats import PROMPT_FORMATS, load_format
+from utils.prompt.known import KNOWN
 
 SMALL_TASK = Task(
     "small", (Pair([[1, 2], [3, 4]], [[5, 6], [7, 8]]),), (Pair([[0, 9], [9, 0]], None),)
@@ -26,6 +27,7 @@ BUILDERS = {
     "sentencepiece": small.sentencepiece_tokenizer,
     "metaspace": functools.partial(small.sentencepiece_tokenizer, legacy=False),
 }
+FREE_FORMATS = [name for name in PROMPT_FORMATS if name not in KNOWN]  # in any grid encoding
 ALL_TOKENIZERS = ["qwen2", *BUILDERS]
 
 

@@ -110,9 +110,10 @@ BAD_VALUES = [
     ({"batch_size": 0}, "--batch_size: 0 is below 1"),
     ({"batch_size": "two"}, "not a whole number"),
     ({"dtype": "float64"}, r"--dtype: invalid choice: 'float64' \(choose from"),
-    ({"prompt_format": "prose"}, "'prose': neither chat, turns, compact, plain nor a Jinja file"),
+    ({"prompt_format": "prose"}, "'prose': neither chat, turns, compact, plain, nvarc"),
     ({"prompt_format": ""}, "nor a Jinja file"),
     ({"grid_encoding": "hex"}, "--grid_encoding: invalid choice"),
+    ({"max_tasks": 10**20}, "--max_tasks: 100000000000000000000 is above"),
     ({"max_train_pairs": 0}, "--max_train_pairs: 0 is below 1"),
     ({"augmentations": 0}, "--augmentations: 0 is below 1"),
     ({"augmentations": "all"}, "--augmentations: 'all' is not a whole number"),
@@ -296,7 +297,7 @@ def test_help_gives_the_default_of_every_flag_that_takes_a_value(name):
 def test_help_shows_choices_in_braces_also_beside_a_file():
     text = run_script(SCRIPT, "--help", env={"COLUMNS": "400"}).stdout
     for choices in (
-        "--prompt_format {chat,turns,compact,plain}|FILE",
+        "--prompt_format {chat,turns,compact,plain,nvarc,architects,arc24}|FILE",
         "--grid_encoding {digits,spaced,numbered,words}",
         "--dtype {float32,bfloat16}",
         "--token_positions {all,prompt,answer,last,cells}",
@@ -343,7 +344,8 @@ DATASETS = [
     ("x.json", b"", "x.json is empty"),
     ("x.json", '{"a": ', "x.json is not JSON .*; repair it"),
     ("x.json", "\x00\xff\x80", r"x\.json is not a JSON object"),
-    ("x.json", "[1, 2]", r"x\.json is not a JSON object; expected {task_id: \.\.\.}"),
+    ("x.json", "[1, 2]", r'x\.json: item 0 must be an object with a "task_id"'),
+    ("x.json", tasks_with().encode("utf-16"), r"x\.json is UTF-16: save it as UTF-8"),
     ("x.json", '"text"', "is not a JSON object"),
     ("x.json", "{}", "holds no tasks; expected"),
     ("x.json", '{"a": [[[1]]]}', 'task a is not an object with "train" .* a solutions file'),
@@ -361,7 +363,7 @@ DATASETS = [
     ("x.json", grid_of([[True]]), "cell is not an integer"),
     ("x.json", grid_of([[0] * 31]), "grid larger than 30x30"),
     ("x.json", grid_of([[1, 2], [3]]), "rows of unequal length"),
-    ("x.json", grid_of([[]]), "empty grid"),
+    ("x.json", grid_of([[]]), "empty grid; .* or let transform_hf_to_arc.py leave out"),
     ("x.json", grid_of("111"), "not a grid"),
     ("x.json", grid_of([[1]])[:-1] + "," + grid_of([[1]])[1:], "task a comes twice"),
     ("x.jsonl", '{"task_id": "a"', "line 1 is not JSON"),
@@ -588,7 +590,7 @@ GRIDS = "{% for p in train %}{{ p.input }}\n{{ p.output }}\n{% endfor %}"
         (GRIDS + "{{ test_input }}{{ ''.__class__.__mro__ }}", "fails in line 3.*unsafe"),
         (GRIDS + "{{ test_input }}{{ 1 // 0 }}", "fails in line 3"),
         (GRIDS + "{{ test_input }}{{ chat(1) }}", "chat template fails"),
-        ("\xff", "cannot read the prompt template"),
+        ("\xff", "is not UTF-8: if it is Latin-1"),
     ],
 )
 def test_a_broken_jinja_file(refused, tmp_path, text, message):

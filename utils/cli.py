@@ -71,6 +71,8 @@ def int_at_least(lowest: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < lowest:
             raise argparse.ArgumentTypeError(f"{value} is below {lowest}")
+        if value > sys.maxsize:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is above {sys.maxsize}")
         return value
 
     return integer

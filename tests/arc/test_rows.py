@@ -90,7 +90,14 @@ def test_invalid_pairs_are_named_and_the_rest_is_a_task():
         ),
         ({"examples": None}, [(None, "examples is not a list of pairs")]),
         ({"other": [A, B]}, [(None, "examples is not a list of pairs")]),
+        ({"examples": "[broken"}, [(None, "examples is not a list of pairs")]),
+        (
+            {"examples": {"input": [A[0]], "output": []}},
+            [(None, "examples is not a list of pairs")],
+        ),
+        ({"examples": {"a": [A[0]]}}, [(None, "examples is not a list of pairs")]),
         ("{broken", [(None, "not a JSON object")]),
+        ("é".encode("latin-1"), [(None, "not UTF-8")]),
         ([A, B], [(None, "not a JSON object")]),
     ],
 )
@@ -110,6 +117,20 @@ def test_rows_that_are_tasks_keep_their_division():
     other = to_task({"examples": [A, B, C, D]}, "examples")[0]
     same = to_task({"train": [A, B, C], "test": [as_dict(D)]}, None)[0]
     assert other.task_id == same.task_id != task.task_id
+
+
+def test_pairs_as_datasets_and_pandas_store_them():
+    """A struct of lists, which `datasets` makes of a list of structs, and JSON in a string."""
+    train = {"input": [A[0], B[0]], "output": [A[1], B[1]]}
+    expected = to_task({"train": [A, B], "test": [{"input": C[0]}]}, None)
+    for test in ({"input": [C[0]]}, {"input": [C[0]], "output": None}, [{"input": C[0]}]):
+        assert to_task({"train": train, "test": test}, None) == expected
+        as_text = {"train": json.dumps(train), "test": json.dumps(test)}
+        assert to_task(as_text, None) == expected
+    for hidden in (None, [], [[]]):
+        test = {"input": [C[0]], "output": [hidden]}
+        assert to_task({"train": train, "test": test}, None) == expected
+    assert to_task({"x": json.dumps([A, B, C])}, "x") == to_task({"x": [A, B, C]}, "x")
 
 
 def test_a_task_row_with_no_valid_test_falls_back_to_its_last_pair():
@@ -252,11 +273,18 @@ def test_an_fchollet_file_is_a_row_and_a_kaggle_file_is_explained(tmp_path):
         ("r.parquet", "PAR1 no", "cannot read"),
         ("r.jsonl.gz", "no gzip", "gzip"),
         ("r.txt", "a b", "unknown kind"),
+        ("r.arrow", "ARROW1", ".parquet"),
+        ("r.jsonl", "é\nü\n".encode("latin-1"), "iconv -f latin1"),
+        ("r.json", '[{"a": "é"}]'.encode("latin-1"), "iconv -f latin1"),
+        ("r.json", "[" * 9999, "inside one another"),
+        ("r.json", '{"a": %s}' % ("9" * 9999), "not JSON"),
+        ("r.jsonl", '{"examples": []}'.encode("utf-16"), "is UTF-16"),
+        ("r.json", "version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
     ],
 )
 def test_bad_files(tmp_path, name, content, word):
     path = tmp_path / name
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     text = message_of(str(path))
     assert word in text and str(path) in text
 
@@ -286,6 +314,33 @@ def test_a_fault_far_into_the_file_ends_a_run_that_had_begun(tmp_path):
     with pytest.raises(UserError, match="gzip") as caught:
         list(source)
     assert caught.value.exit_code == 1
+
+
+def test_a_byte_order_mark_is_no_matter(tmp_path):
+    texts = {
+        "r.jsonl": json.dumps(ROW) + "\n\ufeff" + json.dumps(ROW),
+        "r.json": json.dumps([ROW, ROW], indent=1),
+    }
+    for name, content in texts.items():
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8-sig")
+        assert read(path) == [ROW, ROW]
+
+
+def test_a_list_of_pairs_is_one_row(tmp_path):
+    """As RE-ARC's files, one for each task, and a folder of them."""
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps([as_dict(A), as_dict(B), as_dict(C)]))
+    expected = to_task({"examples": [A, B, C]}, "examples")
+    for path, count in ((tmp_path / "a.json", 1), (tmp_path, 2)):
+        source = open_rows(str(path))
+        assert [to_task(row, source.column) for row in source.rows] == [expected] * count
+
+
+def test_deep_columns_are_named_in_short(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"examples": ' + "[" * 900 + "]" * 900 + "}\n")
+    assert open_rows(str(path)).columns == {"examples": "list[" * 6 + "list" + "]" * 6}
 
 
 @needs_shared

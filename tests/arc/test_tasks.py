@@ -1,5 +1,7 @@
+import codecs
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,8 @@ grids = shapes.flatmap(
 
 
 def write(path: Path, content: object) -> Path:
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    text = content if isinstance(content, str | bytes) else json.dumps(content)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
 
 
@@ -145,10 +148,16 @@ def test_reads_every_form_of_file(tmp_path):
     files = [
         write(tmp_path / "kaggle.json", {"a": with_name}),
         write(tmp_path / "lines.jsonl", json.dumps({"task_id": "a", **with_name}) + "\n\n"),
+        write(tmp_path / "LINES.NDJSON", json.dumps({"id": "a", **with_name})),
+        write(tmp_path / "list.json", [{"id": "a", **with_name}]),
         write(tmp_path / "a.json", with_name),
         write(tmp_path / "spaced.json", "\n " + json.dumps({"a": TASK}, indent=2)),
     ]
     for file in list(files):
+        marked = tmp_path / "marked" / file.name
+        marked.parent.mkdir(exist_ok=True)
+        marked.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+        files.append(marked)
         if file.name != "a.json":
             packed = tmp_path / (file.name + ".gz")
             packed.write_bytes(gzip.compress(file.read_bytes()))
@@ -168,10 +177,34 @@ def test_reads_a_folder_in_order_of_name(tmp_path):
     assert [task.task_id for task in read_tasks(tmp_path)] == ["a", "b", "c"]
 
 
-def test_test_output_may_be_missing_or_null(tmp_path):
-    tests = [{"input": [[1]]}, {"input": [[2]], "output": None}]
-    path = write(tmp_path / "t.json", {"a": {**TASK, "test": tests}})
-    assert next(read_tasks(path)).test == (Pair([[1]], None), Pair([[2]], None))
+def test_reads_folders_of_folders_without_what_is_hidden(tmp_path):
+    for name in ("training/b", "training/a", "evaluation/c", "c/d/e", "__MACOSX/f", ".git/g"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / f"{name}.json", TASK)
+    (tmp_path / "training" / "._a.json").write_bytes(b"\x00\x05\x16\x07")
+    assert [task.task_id for task in read_tasks(tmp_path)] == ["e", "c", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    "name", ["arc-agi_training_challenges.json", "arc_format_train.json", "x/arc_format_a.json.gz"]
+)
+def test_of_a_folder_of_whole_sets_one_has_to_be_named(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write(tmp_path / name, {"a": TASK})
+    write(tmp_path / "sample_submission.json", {"a": [{"attempt_1": [[0, 0]]}]})
+    with pytest.raises(UserError, match=f"whole sets of tasks: .* {Path(name).name}"):
+        list(read_tasks(tmp_path))
+
+
+def test_an_id_may_be_a_number(tmp_path):
+    path = write(tmp_path / "t.jsonl", json.dumps({"task_id": 17, **TASK}))
+    assert next(read_tasks(path)).task_id == "17"
+
+
+@pytest.mark.parametrize("hidden", [{}, {"output": None}, {"output": []}, {"output": [[]]}])
+def test_a_test_output_may_be_hidden(tmp_path, hidden):
+    path = write(tmp_path / "t.json", {"a": {**TASK, "test": [{"input": [[1]], **hidden}]}})
+    assert next(read_tasks(path)).test == (Pair([[1]], None),)
 
 
 def with_train(pairs: object) -> dict:
@@ -183,7 +216,17 @@ def with_train(pairs: object) -> dict:
     [
         ("t.json", "", ["is empty"]),
         ("t.json", "nonsense", ["not a JSON object"]),
-        ("t.json", "[1, 2]", ["not a JSON object"]),
+        ("t.json", "[1, 2]", ["item 0", "task_id"]),
+        ("t.json", [TASK["train"][0]], ["item 0 is a pair", "transform_hf_to_arc.py"]),
+        ("t.json", '{"a": ' + "[" * 9999 + "]" * 9999 + "}", ["inside one another"]),
+        ("t.json", '{"a": %s}' % ("9" * 9999), ["not JSON"]),
+        ("t.json", '{"a": "\xe9"}'.encode("latin-1"), ["not UTF-8", "iconv"]),
+        ("t.jsonl", '{"a": "\xe9"}'.encode("latin-1"), ["line 1", "not UTF-8", "iconv"]),
+        ("t.jsonl", json.dumps(TASK).encode("utf-16-le"), ["UTF-16"]),
+        ("t.json", "version https://git-lfs.github.com/spec/v1\n", ["Git LFS", "git lfs pull"]),
+        ("t.json", b"\x00\x05\x16\x07\x00\x02", ["AppleDouble"]),
+        ("t.json", gzip.compress(b"{}"), ["gzip", ".gz"]),
+        ("t.json", "<!DOCTYPE html><html>", ["web page"]),
         ("t.json", '{"a": {"train": [', ["not JSON"]),
         ("t.json", '{"a": {"train": [NaN]}}', ["not JSON"]),
         ("t.json", json.dumps({"x": 1}) + "\n" + json.dumps({"y": 2}), ["not JSON", ".jsonl"]),
@@ -229,6 +272,12 @@ def test_missing_file_and_empty_folder(tmp_path):
         list(read_tasks(tmp_path))
 
 
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "t.json")
+    with pytest.raises(UserError, match="is not a file"):
+        list(read_tasks(tmp_path / "t.json"))
+
+
 def test_cut_gzip(tmp_path):
     path = tmp_path / "t.json.gz"
     path.write_bytes(gzip.compress(json.dumps({str(i): TASK for i in range(500)}).encode())[:-40])
@@ -262,6 +311,7 @@ def test_solutions_in_both_forms(tmp_path):
     [
         ("", ["is empty"]),
         ("[[1]]", ["not a JSON object"]),
+        ('{"abc": %s' % ("[" * 999), ["inside one another"]),
         ({"abc": []}, ["abc", "no grids"]),
         ({"abc": 5}, ["abc", "no grids"]),
         ({"abc": [[[1], [11]]]}, ["abc", "output 0", "out of range"]),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import TOLERANCE, worst_error
 from runs import planned
-from strategies import format_named, grids, tasks, tokenizer_named
+from strategies import FREE_FORMATS, format_named, grids, tasks, tokenizer_named
 
 import distributed_inference_with_activations as distributed_script
 import simple_extraction_inference as script
@@ -26,7 +26,7 @@ from utils.plan.plan import plan_run
 from utils.plan.request import Request
 from utils.prompt.codec import Codec, encode_answer, encode_prompt
 from utils.prompt.encodings import COLORS
-from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS, Answer
+from utils.prompt.formats import GRID_ENCODINGS, Answer
 from utils.run import loop as extract
 from utils.run.dry_run import plan_storage
 from utils.run.result import Result, to_item
@@ -147,7 +147,7 @@ def places(grid, pair, role):
 
 @pytest.mark.parametrize("tokenizer_name", ["character", "merging", "word"])
 @pytest.mark.parametrize("encoding", GRID_ENCODINGS)
-@pytest.mark.parametrize("name", PROMPT_FORMATS)
+@pytest.mark.parametrize("name", FREE_FORMATS)
 def test_cells_speak_of_the_original_task(name, encoding, tokenizer_name):
     tokenizer = tokenizer_named(tokenizer_name)
     fmt = format_named(name, encoding, tokenizer_name)

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import extracted, sorted_rows
 
-from utils.dataset import ActivationDataset, Selection, stats
+from utils.dataset import ActivationDataset, Selection, select, stats
 from utils.dataset.shuffle import NO_CELL, ActivationRows, mixed
 from utils.dataset.stats import STATS_FILE, _Running, activation_stats
 from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.items import to_float32
+from utils.shards.manifest import read_manifest
+from utils.shards.reader import read_entry
 
 
 def stored(folder, name="resid_post.2"):
@@ -330,6 +332,30 @@ def test_rows_that_are_not_finite_are_counted_in_the_statistics():
     running.add(rows)
     found = running.result()
     assert (found["count"], found["non_finite"]) == (8, 2) and found["mean"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("spoilt", [[0, 3], slice(None)], ids=["some", "all"])
+def test_rows_that_are_not_finite_are_left_out_and_said(run_folder, monkeypatch, caplog, spoilt):
+    def spoil(folder, entry):
+        items = read_entry(folder, entry)
+        for item in items:
+            item["activations"]["resid_post.0"][spoilt] = np.nan
+        return items
+
+    counted = {**read_manifest(run_folder), "non_finite": 16}
+    monkeypatch.setattr(select, "read_entry", spoil)
+    monkeypatch.setattr(select, "read_manifest", lambda folder: counted)
+    caplog.set_level(logging.INFO)
+    dataset, count = ActivationDataset(run_folder, Selection(0)), len(stored(run_folder))
+    if spoilt == slice(None):
+        with pytest.raises(UserError, match=f"of {count} rows {count} with a NaN or an inf"):
+            dataset.rows()
+        return
+    rows = dataset.rows()
+    assert len(rows) == count - 16 and np.isfinite(rows.activations).all()
+    assert not np.isin(rows.tokens, spoilt).any()
+    assert dataset.left_out == {select.NON_FINITE: 16}
+    assert "left out 16 with a NaN or an infinity, which the model made" in caplog.text
 
 
 def test_runs_that_do_not_belong_together_are_refused(run_folder, tmp_path, tiny_model, tasks_file):

@@ -264,6 +264,9 @@ def test_a_contrast_is_the_mean_difference_of_its_pairs(monkeypatch):
     assert found.counts[place] == 2 and found.differences[place].tolist() == [3.5, 3.5]
     assert found.consistency[place] == pytest.approx((2 + 5) / np.sqrt(2**2 + 5**2))
     assert found.chance[place] == pytest.approx(found.consistency[place])  # of two signs, either
+    items[3]["activations"]["resid_post.0"][0] = np.nan  # the train input: one pair has it no more
+    found = contrast("anywhere")
+    assert found.counts[place] == 1 and found.differences[place].tolist() == [2, 2]
     items[:] = items[:1]
     with pytest.raises(UserError, match="1 solved and 0 failed samples"):
         contrast("anywhere")

@@ -10,12 +10,13 @@ import pytest
 import tokenizers_for_tests as small
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SMALL_TASK, check_spans, grids, tasks
+from strategies import FREE_FORMATS, SMALL_TASK, check_spans, grids, tasks
 
 from utils.arc.tasks import Pair, Task
 from utils.errors import UserError
 from utils.prompt.encodings import COLORS
-from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS, load_format
+from utils.prompt.formats import GRID_ENCODINGS, load_format
+from utils.prompt.known import KNOWN
 
 LEADS = {  # what comes right before a train pair's input and output
     "chat": ("Input:\n", "Output:\n"),
@@ -32,11 +33,11 @@ def chatml():
 
 @pytest.fixture(scope="module")
 def formats(chatml):
-    return {(f, e): load_format(f, e, chatml) for f in PROMPT_FORMATS for e in GRID_ENCODINGS}
+    return {(f, e): load_format(f, e, chatml) for f in FREE_FORMATS for e in GRID_ENCODINGS}
 
 
 @pytest.mark.parametrize("encoding", GRID_ENCODINGS)
-@pytest.mark.parametrize("name", PROMPT_FORMATS)
+@pytest.mark.parametrize("name", FREE_FORMATS)
 def test_every_cell_of_a_random_task_has_its_span(formats, name, encoding):
     fmt = formats[name, encoding]
 
@@ -59,7 +60,7 @@ def test_every_cell_of_a_random_task_has_its_span(formats, name, encoding):
 
 
 @pytest.mark.parametrize("encoding", GRID_ENCODINGS)
-@pytest.mark.parametrize("name", PROMPT_FORMATS)
+@pytest.mark.parametrize("name", FREE_FORMATS)
 def test_an_answer_parses_to_the_grid_it_was_made_of(formats, name, encoding):
     fmt = formats[name, encoding]
 
@@ -96,6 +97,74 @@ def test_numbered_text(chatml):
     fmt = load_format("turns", "numbered", chatml)
     assert fmt.render(SMALL_TASK, 0).text.startswith(f"<|im_start|>user\n{fence}<|im_end|>")
     assert fmt.render_answer([[1, 2], [3, 4]]).text == fence
+
+
+# What the public code that trained the models makes of SMALL_TASK (run once, and copied).
+KNOWN_TEXTS = {
+    "nvarc": "<|im_start|>user\n12\n34<|im_end|><|im_start|>assistant\n56\n78<|im_end|>"
+    "<|im_start|>user\n09\n90<|im_end|><|im_start|>assistant\n",
+    "architects": "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyz"
+    "I12\n34\n+/-=O56\n78\n<|im_end|>I09\n90\n+/-=O",
+    "arc24": """<|im_start|>system
+You are a helpful assistant.<|im_end|>
+<|im_start|>user
+Let's see if you can solve this simple Abstraction and Reasoning Challenge (ARC) task.
+Below there are some input-output grid examples that define the task.
+Your job is to understand the transformation between the input and the output and apply it to the \
+test input grid.
+The transformations are always based on the following priors: objectness, goal-directed, numbers & \
+counting, and basic geometry & topology.
+
+## Example 1
+
+### Input
+
+```grid shape: 2x2
+1 12
+2 34
+```
+
+### Output
+
+```grid shape: 2x2
+1 56
+2 78
+```
+
+## Test case
+
+### Input
+
+```grid shape: 2x2
+1 09
+2 90
+```<|im_end|>
+<|im_start|>assistant
+### Output
+
+```grid""",
+}
+KNOWN_ANSWERS = {  # to [[1, 2], [3, 4]], through the end of turn
+    "nvarc": "12\n34<|im_end|>",
+    "architects": "12\n34\n<|im_end|>",
+    "arc24": " shape: 2x2\n1 12\n2 34\n```<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_prompts_of_known_models(name, chatml):
+    fmt = load_format(name, None, chatml)
+    prompt, answer = fmt.render(SMALL_TASK, 0), fmt.render_answer([[1, 2], [3, 4]])
+    assert prompt.text == KNOWN_TEXTS[name]
+    end = check_spans(prompt.text, prompt.cells, [[1, 2], [3, 4]], 0, 0, fmt.encoding)
+    check_spans(prompt.text, prompt.cells, [[5, 6], [7, 8]], 0, 1, fmt.encoding, end)
+    assert answer.text + fmt.end_of_turn == KNOWN_ANSWERS[name]
+    parsed = fmt.parse(KNOWN_ANSWERS[name])
+    assert parsed.grid == [[1, 2], [3, 4]]
+    np.testing.assert_array_equal(parsed.cells, answer.cells)
+    other = "words" if fmt.encoding == "digits" else "digits"
+    with pytest.raises(UserError, match=f"{name} writes grids as {fmt.encoding}, not as {other}"):
+        load_format(name, other, chatml)
 
 
 def test_dropped_pairs_are_the_first_ones(chatml):
@@ -297,7 +366,7 @@ def test_a_chat_template_that_fails_is_one_line(template):
 
 def test_unknown_names_list_what_there_is(chatml, tmp_path):
     for name in ("chatty", str(tmp_path), str(tmp_path / "none.jinja")):
-        with pytest.raises(UserError, match="neither chat, turns, compact, plain nor a Jinja file"):
+        with pytest.raises(UserError, match="neither chat, turns, compact, plain, nvarc, "):
             load_format(name, None, chatml)
     with pytest.raises(UserError, match="digits, spaced, numbered, words"):
         load_format("chat", "roman", chatml)
@@ -310,7 +379,7 @@ def test_template_hash_tells_what_determines_a_prompt(chatml, jinja):
     other = small.character_tokenizer()
     other.chat_template = other.chat_template.replace("assistant", "bot")
     source = "{% for p in train %}{{ p.input }}{{ p.output }}{% endfor %}{{ test_input }}"
-    hashes = [of(name, encoding) for name in PROMPT_FORMATS for encoding in GRID_ENCODINGS]
+    hashes = [of(name, encoding) for name in FREE_FORMATS for encoding in GRID_ENCODINGS]
     hashes += [of("chat", tokenizer=other), of(jinja(source)), of(jinja(source + "{# #}"))]
     assert len(set(hashes)) == len(hashes)
     assert of("chat") == of("chat", "digits", small.character_tokenizer())

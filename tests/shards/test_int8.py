@@ -23,8 +23,9 @@ from utils.shards import __main__ as merge
 from utils.shards import iter_items, load_shard
 from utils.shards.held import Writer
 from utils.shards.int8 import quantized
-from utils.shards.items import dump, load, sample_key, stored_item
+from utils.shards.items import load, sample_key, stored_item
 from utils.shards.manifest import read_manifest, union_of
+from utils.shards.pickles import dump
 from utils.shards.writer import RunFolder
 from utils.store.local import Sink
 

@@ -10,20 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.shards.items import (
-    dump,
-    load,
-    sample_key,
-    sample_name,
-    shard_bytes,
-    stored_item,
-    to_storage,
-)
+from utils.arc.views import View
+from utils.dataset.contrast import roles_of_tokens
+from utils.dataset.select import Selection, cells_of_tokens
+from utils.shards.int8 import dequantized_item, quantized_item
+from utils.shards.items import load, sample_key, sample_name, stored_item, to_storage
+from utils.shards.pickles import dump, shard_bytes
 from utils.store.local import Sink, checksum
+
+VIEW = {"number": 2, "dihedral": 5, "colors": [*range(10)], "pair_order": [0]}
 
 
 def item(sample_idx=0, tokens=4, width=3, task_id="task", **changes):
-    rng = np.random.default_rng(sample_idx)
+    rng = np.random.default_rng(abs(sample_idx))
     return {
         "task_id": task_id,
         "sample_idx": sample_idx,
@@ -130,16 +129,35 @@ def test_dtypes_of_a_stored_item():
         ({"cells_original": np.zeros((2, 7), int)}, "cells_original"),
         ({"cells_original": np.zeros((1, 7))}, "int32"),
         ({"view": 1}, "int as view"),
-        ({"view": {}}, "a view without a number"),
-        ({"view": {"number": True}}, "a view without a number"),
+        ({"view": {}}, "view"),
+        ({"view": {**VIEW, "number": True}}, "view"),
+        ({"view": {**VIEW, "colors": None}}, "view"),
+        ({"sample_idx": -1}, "sample_idx"),
+        ({"prompt_length": 5}, "prompt_length"),
+        ({"prompt_length": -1}, "prompt_length"),
+        ({"input_ids": np.zeros((4, 1), int)}, "input_ids"),
+        ({"cells": np.array([[0, 0, 0, 0, 5, 1, 5]])}, "cells"),
+        ({"cells": np.array([[0, 0, 0, 0, 5, 2, 1]])}, "cells"),
+        ({"cells": np.array([[0, 0, 0, 0, 5, -1, 1]])}, "cells"),
+        ({"output_logits": np.zeros(7, np.float32)}, "output_logits"),
+        ({"activations": {"resid_post.0": np.zeros(4, np.float32)}}, "resid_post.0"),
+        ({"activations": {"cells": np.zeros((4, 2))}, "cells": np.zeros((1, 6), int)}, "cells"),
+        ({"positions": np.array([0, 1, 1, 2])}, "positions"),
+        ({"positions": np.array([0, 1, 2, 4])}, "positions"),
+        ({"positions": np.array([-1, 1, 2, 3])}, "positions"),
+        ({"num_train_pairs": -1}, "num_train_pairs"),
+        ({"prediction": [[np.int64(1)]]}, "prediction"),
+        ({"prediction": [[1], [1, 2]]}, "prediction"),
+        ({"prediction": []}, "prediction"),
+        ({"target": [[10]]}, "target"),
+        ({"target": [[1] * 31]}, "target"),
+        ({"scales": {"resid_post.0": np.zeros(3, np.float32)}}, "scales of resid_post.0"),
+        ({"scales": {"resid_post.1": np.zeros(4, np.float32)}}, "scales of resid_post.1"),
     ],
 )
 def test_misfits_are_refused_where_they_are_made(changes, message):
     with pytest.raises((TypeError, ValueError), match=message):
         stored_item(item(**changes), "float16")
-
-
-VIEW = {"number": 2, "dihedral": 5, "colors": [*range(10)], "pair_order": [0]}
 
 
 def test_an_item_of_an_augmented_run():
@@ -162,9 +180,9 @@ def test_the_key_of_a_sample():
 
 
 def test_only_plain_values_reach_the_disk():
-    stored = stored_item(item(prediction=[[np.int64(1)]]), "float16")
-    with pytest.raises(TypeError, match="int64"):
-        dumped([stored])
+    stored = stored_item(item(), "float16")
+    with pytest.raises(TypeError, match="a shard cannot hold"):
+        dumped([{**stored, "correct": np.True_}])
 
 
 # ------------------------------------------------------------------------------------- bytes
@@ -275,7 +293,7 @@ HOSTILE = {
         ARRAY + b"(K\x01\x85V<f4\nC\x04" + b"\0" * 4 + b"tR(K\x01K\x09\x85V<f4\nI00\nC\x00tb.",
         "__setstate__",
     ),
-    "new object of an allowed name": (ARRAY + b")\x81.", "NEWOBJ"),
+    "new object of an allowed name": (ARRAY + b")\x81.", "not a type object"),
     "persistent id": (b"Pname\n.", "persistent"),
     "extension code": (b"\x82\x01.", "extension"),
     "text": (b"hello\n", "no pickle"),
@@ -285,8 +303,23 @@ HOSTILE = {
     "an item without keys": (pickle.dumps([{"task_id": "x"}]), "lacks sample_idx"),
     "a view without a number": (
         pickle.dumps([{**stored_item(item(), "float16"), "view": {"number": "2"}}], 5),
-        "view without a number",
+        "view do not fit",
     ),
+    "a large index of the memo": (b"N" + b"r" + (1 << 30).to_bytes(4, "little") + b".", "NoneType"),
+    "lists in lists as a dtype": (
+        b"]q\0" + b"]h\0ah\0aq\0" * 99 + b"0" + ARRAY + b"(K\x01\x85h\0C\x04" + b"\0" * 4 + b"tR.",
+        "given as a list",
+    ),
+    "lists in lists as a name": (
+        b"]}]q\0" + b"]h\0ah\0aq\0" * 99 + b"sa.",
+        "a list as a key is refused",
+    ),
+    "tuples in tuples as a key": (
+        b"]})q\0" + b"h\0h\0\x86q\0" * 99 + b"Nsa.",
+        "a tuple as a key is refused",
+    ),
+    "a set": (b"\x8f(K\x01\x90.", "0x8f is refused"),
+    "more bytes than there are": (b"\x96" + b"\xff" * 7 + b"\x7f.", "no pickle|too early"),
     "a list where an array belongs": (
         pickle.dumps([{**stored_item(item(), "float16"), "cells": []}], 5),
         "list as cells",
@@ -333,6 +366,40 @@ def test_numpy_s_own_pickles_load_in_the_spellings_of_numpy_1_and_2(protocol, nu
     (loaded,) = load(io.BytesIO(data))
     assert same(stored, loaded)
     assert type(loaded["cells"]) is np.ndarray
+
+
+LIES = st.one_of(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3) | st.just({}),
+    st.lists(st.lists(st.integers(-9, 99), max_size=3), max_size=3),
+    st.builds(
+        np.ones,
+        st.lists(st.integers(0, 9), max_size=3),
+        st.sampled_from(["f2", "f4", "f8", "i1", "i4", "i8", "b1"]),
+    ),
+)
+
+
+@given(st.data())
+def test_a_lying_item_is_refused_or_can_be_used(data):
+    """One entry, at the top or in its dicts, is anything else, whoever wrote the pickle."""
+    original = item(2, positions=np.arange(4), cells_original=item()["cells"], view=dict(VIEW))
+    original = quantized_item(original)[0] if data.draw(st.booleans()) else original
+    lying = stored_item(original, "int8" if "scales" in original else "float16")
+    places = [lying, *(value for value in lying.values() if isinstance(value, dict))]
+    place = data.draw(st.sampled_from(places))
+    place[data.draw(st.sampled_from([*place, "more"]))] = data.draw(LIES)
+    try:
+        (found,) = load(io.BytesIO(pickle.dumps([lying], data.draw(st.integers(3, 5)))))
+    except pickle.UnpicklingError as refusal:
+        assert len(str(refusal).splitlines()) == 1
+        return
+    sample_key(found)
+    roles_of_tokens(found)
+    cells_of_tokens(found, Selection(0, original=True))
+    for name, rows in dequantized_item(found)["activations"].items():
+        assert len(rows) == len(found.get("positions", found["input_ids"])), name
+    for grid in filter(None, (found["prediction"], found["target"])):
+        View.from_dict(found.get("view", VIEW)).invert(grid)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])

@@ -507,10 +507,19 @@ def test_rows_that_are_not_finite_are_counted(tmp_path):
     assert np.isnan(next(iter(iter_items(tmp_path)))["activations"]["resid_post.0"][1]).all()
 
 
+def test_an_answer_without_a_finite_logprob_ends_a_run_that_keeps_no_rows(tmp_path):
+    nothing = {**item(0, 5, 4), "activations": {}, "prompt_length": 3}
+    nothing["output_logprobs"] = np.full(2, np.nan)
+    with begun(tmp_path) as run, pytest.raises(UserError, match="nothing that the model gives"):
+        run.add(nothing, answer(0))
+
+
 def test_a_sample_without_a_finite_row_ends_the_run(tmp_path):
     with begun(tmp_path, save_every_n_samples=2) as run:
         run.add(item(0, 5, 4), answer(0))
-        with pytest.raises(UserError, match="none of its 5 rows is finite") as error:
+        with pytest.raises(
+            UserError, match="task0, sample 1: nothing that the model gives is finite"
+        ) as error:
             run.add(broken(1, slice(None)), answer(1))
         assert error.value.exit_code == 1
         run.seal()
@@ -795,7 +804,10 @@ def test_a_hostile_shard_with_a_valid_manifest_runs_nothing(shard, monkeypatch):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"no pickle", "no pickle"), (pickle.dumps([{"task_id": "x"}]), "item 0 lacks sample_idx")],
+    [
+        (b"no pickle", "no pickle"),
+        (pickle.dumps([{"task_id": "x"}]), "item 0: it lacks sample_idx"),
+    ],
 )
 def test_a_sealed_file_that_is_no_shard(shard, data, message):
     seal(shard, data)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from types import NoneType
 
 import ijson
 import numpy as np
@@ -26,10 +27,13 @@ import orjson
 from utils.arc import tasks as arc
 from utils.arc.tasks import Grid, Pair, Task, listed
 from utils.errors import UserError
+from utils.store import text
+from utils.store.text import Guarded, parse
 
 DEFAULT_DATASET = "barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems"
 DEFAULT_COLUMN = "examples"
 BATCH_ROWS = 8  # few, since the garbage collector looks at every living list over and over
+NOT_UTF8 = "not UTF-8"
 LOCAL_HINT = "pass a local .jsonl, .json or .parquet file, or a folder of them, as --dataset"
 
 
@@ -74,6 +78,8 @@ def open_rows(
     if not first:
         raise UserError(f"{dataset} holds no rows in split {split}; check the file or the split")
     if not columns:
+        if any(to_task(row, column)[1] == [(None, NOT_UTF8)] for row in first):
+            raise UserError(text.not_utf8(dataset))
         raise UserError(f"{dataset} holds no rows: its first lines are not JSON objects")
     if column is None and DEFAULT_COLUMN in columns:
         column = DEFAULT_COLUMN
@@ -96,15 +102,17 @@ def to_task(
     """
     names = ("train", "test") if column is None else (column,)
     if not isinstance(row, dict):
-        return None, [(None, "not a JSON object")]
-    if bad := [name for name in names if not isinstance(row.get(name), list)]:
+        foreign = isinstance(row, bytes) and not text.is_utf8(row)
+        return None, [(None, NOT_UTF8 if foreign else "not a JSON object")]
+    sides = {name: _pairs_of(row.get(name)) for name in names}
+    if bad := [name for name in names if sides[name] is None]:
         return None, [(None, f"{bad[0]} is not a list of pairs")]
     errors: list[tuple[int | None, str]] = []
     pairs: list[Pair] = []
     num_train = 0
     for name in names:
         num_train, is_test = len(pairs), column is None and name == "test"
-        for value in row[name]:
+        for value in sides[name]:
             try:
                 pairs.append(_to_pair(value, output_needed=not is_test))
             except ValueError as error:
@@ -121,6 +129,23 @@ def error_item(row: int, pair: int | None, reason: str) -> bytes:
     return orjson.dumps({"row": row, "pair": pair, "reason": reason})
 
 
+def _pairs_of(value: object) -> list | None:
+    """What a column of pairs holds, as a list of them: also where the list is JSON in a string, and
+    where `datasets` has stored it as two lists, of the inputs and of the outputs."""
+    if isinstance(value, str):
+        try:
+            value = parse(value)
+        except ValueError:
+            return None
+    if isinstance(value, dict):
+        inputs, outputs = value.get("input"), value.get("output")
+        if not isinstance(inputs, list) or not isinstance(outputs, list | NoneType):
+            return None
+        outputs = [None] * len(inputs) if outputs is None else outputs
+        return list(zip(inputs, outputs, strict=True)) if len(inputs) == len(outputs) else None
+    return value if isinstance(value, list) else None
+
+
 def _to_pair(value: object, output_needed: bool) -> Pair:
     if isinstance(value, dict):
         grids = value.get("input"), value.get("output")
@@ -130,7 +155,7 @@ def _to_pair(value: object, output_needed: bool) -> Pair:
         raise ValueError("not a pair of input and output")
     found: list[Grid | None] = []
     for side, grid in zip(("input", "output"), grids, strict=True):
-        needed = side == "input" or output_needed or grid is not None
+        needed = side == "input" or output_needed or not arc.is_hidden(grid)
         try:
             found.append(arc.to_grid(grid) if needed else None)
         except ValueError as error:
@@ -144,7 +169,8 @@ def _read(dataset: str, split: str, streaming: bool) -> Iterator[object]:
     if sliced and streaming:
         raise UserError(f"--streaming cannot read the slice {split}; use --max_samples instead")
     if not path.exists():
-        if path.suffix in (".json", ".jsonl", ".parquet", ".gz") or dataset[:1] in "./~":
+        local = path.suffix == ".parquet" or arc.split_suffix(path.name)[1]
+        if local or dataset[:1] in "./~":
             raise UserError(f"{dataset} does not exist; check the path")
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
             raise UserError(f"{dataset} is neither a local path nor a hub name; {LOCAL_HINT}")
@@ -156,7 +182,7 @@ def _read(dataset: str, split: str, streaming: bool) -> Iterator[object]:
         for name in ("datasets", "huggingface_hub", "httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we say it in one line
     if path.is_file():
-        kind = "parquet" if path.suffix == ".parquet" else "json"
+        kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
         builder = datasets.load_dataset_builder(kind, data_files=str(path))
     else:
         builder = datasets.load_dataset_builder(str(path) if path.exists() else dataset)
@@ -168,9 +194,7 @@ def _read(dataset: str, split: str, streaming: bool) -> Iterator[object]:
     is_json = builder.name == "json"
     if builder.name in ("json", "parquet") and path.exists() and not sliced:
         return chain.from_iterable(map(_json_rows if is_json else _parquet_rows, files[split]))
-    is_lines = is_json and all(
-        ".jsonl" in Path(file).name for name in named for file in files[name]
-    )
+    is_lines = is_json and all(_is_lines(file) for name in named for file in files[name])
     if is_lines:
         texts = {name: list(files[name]) for name in sorted(named)}
         builder = datasets.load_dataset_builder("text", data_files=texts)
@@ -221,23 +245,34 @@ def _hub_answers() -> bool:
     return True
 
 
+def _is_lines(path: str) -> bool:
+    return arc.split_suffix(path)[1] in arc.LINES
+
+
 def _json_rows(path: str) -> Iterator[object]:
-    """Rows of a local file: one a line, a list of them, or one object that is a task."""
+    """Rows of a local file: one a line, a list of them, or one object that is a task; of a list of
+    pairs, as RE-ARC has them for each task, one row."""
     with arc.opened(Path(path)) as file:
-        if ".jsonl" in Path(path).name:
-            yield from _parsed(file)
+        start = file.tell()
+        if _is_lines(path):
+            yield from _parsed(text.lines(file))
         elif arc.first_byte(file) == b"[":
-            yield from ijson.items(file, "item", use_float=True)
+            values = ijson.items(Guarded(file), "item", use_float=True)
+            first = list(islice(values, 1))
+            if first and isinstance(first[0], dict) and {"input", "output"} <= first[0].keys():
+                yield {DEFAULT_COLUMN: [*first, *values]}
+            else:
+                yield from chain(first, values)
         else:
             first = next(_parsed([file.readline(1 << 26)]), None)
-            file.seek(0)
+            file.seek(start)
             tasks = isinstance(first, dict) and any(
                 isinstance(value, dict) and "train" in value for value in first.values()
             )
             if isinstance(first, dict) and not tasks:
-                yield from _parsed(file)
+                yield from _parsed(text.lines(file))
             elif not tasks and "train" in arc.top_keys(file):
-                yield orjson.loads(file.read())
+                yield parse(file.read(text.MOST_BYTES))
             else:
                 what = "holds one JSON object, not rows; if these are ARC tasks they need no"
                 raise UserError(f"{path} {what} transforming: give the file to --dataset_path")
@@ -249,10 +284,10 @@ def _parsed(lines: Iterable[str | bytes]) -> Iterator[object]:
         if not line.strip():
             continue
         try:
-            yield orjson.loads(line)
-        except orjson.JSONDecodeError:
-            try:
-                yield json.loads(line)  # knows NaN, so that the pair that holds it can be named
+            yield parse(line)
+        except ValueError:
+            try:  # json knows NaN, so that the pair that holds it can be named
+                yield json.loads(line.decode() if isinstance(line, bytes) else line)
             except (ValueError, RecursionError):
                 yield line
 
@@ -298,9 +333,10 @@ def _to_list(array: object) -> list:
     return array.to_pylist()
 
 
-def _type_name(value: object) -> str:
+def _type_name(value: object, depth: int = 6) -> str:
     if isinstance(value, list):
-        return f"list[{_type_name(value[0])}]" if value else "list"
+        return f"list[{_type_name(value[0], depth - 1)}]" if value and depth else "list"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_type_name(v)}" for k, v in islice(value.items(), 8)) + "}"
+        fields = islice(value.items() if depth else (), 8)
+        return "{" + ", ".join(f"{k}: {_type_name(v, depth - 1)}" for k, v in fields) + "}"
     return "null" if value is None else type(value).__name__

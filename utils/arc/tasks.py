@@ -5,10 +5,8 @@ Files are read as streams: a set of tasks larger than memory is no special case.
 """
 
 import contextlib
-import gzip
 import hashlib
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -19,12 +17,15 @@ import ijson
 import numpy as np
 import orjson
 
-from utils.errors import UserError
+from utils.errors import UserError, some
+from utils.store import text
+from utils.store.text import Guarded, parse
 
 Grid = list[list[int]]
 SampleKey = tuple[str, int] | tuple[str, int, int]  # task_id, sample_idx, number of the view
 MAX_SIDE = 30
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+SUFFIXES = (".json", ".json.gz", *LINES)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def _to_color(cell: object) -> int:
     return int(cell)
 
 
+def is_hidden(output: object) -> bool:
+    """Whether this, where a test output belongs, says that the source does not tell it."""
+    return output is None or (isinstance(output, list) and output in ([], [[]]))
+
+
 def task_id_of(pairs: Iterable[Pair], num_test: int = 1) -> str:
     """16 hex digits from the content alone: the pairs in order, the last `num_test` being the test.
 
@@ -92,10 +98,11 @@ def task_id_of(pairs: Iterable[Pair], num_test: int = 1) -> str:
 
 
 def read_tasks(path: str | Path) -> Iterator[Task]:
-    """The tasks of a Kaggle file, a JSONL file, one fchollet file or a folder of them, one by one.
+    """The tasks of a Kaggle file, a JSONL file, a JSON list, one fchollet file, or a folder of
+    such files and of folders of them, one by one.
 
-    `.json` and `.jsonl`, also with `.gz`. Test outputs are kept where the file has them. Raises
-    UserError naming file and task, once the reading gets there.
+    `.json`, `.jsonl` and `.ndjson`, also with `.gz`. Test outputs are kept where the file has them.
+    Raises UserError naming file and task, once the reading gets there.
     """
     seen = set()
     for file, task_id, value in _raw_tasks(Path(path)):
@@ -126,7 +133,7 @@ def read_solutions(path: str | Path) -> dict[str, list[Grid]]:
 
 def solutions_names(name: str) -> tuple[str, ...]:
     """What the ground truth beside a file of tasks may be called, first choice first."""
-    stem, suffix = _split_suffix(Path(name))
+    stem, suffix = split_suffix(name)
     named = re.sub("^arc_format_", "test_outputs_", stem)
     if named == stem:
         named = re.sub("_challenges$", "_solutions", stem)
@@ -152,26 +159,12 @@ def solution_item(task: Task) -> bytes | None:
     return None if None in outputs else orjson.dumps({task.task_id: outputs})[1:-1]
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """`path` in binary, unpacked; what goes wrong inside the block is told as UserError."""
-    if path.is_file() and not _split_suffix(path)[1]:
-        raise UserError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}")
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            if not file.peek(1):
-                raise UserError(f"{path} is empty; make or fetch it again")
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
-    except (ijson.JSONError, orjson.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        hint = "" if ".jsonl" in path.name else ", or name it .jsonl if it is that"
-        raise UserError(f"{path} is not JSON ({reason}); repair it{hint}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is not a whole gzip file; fetch or pack it again") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the file") from error
+def opened(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
+    """A file of tasks or rows, as `utils.store.text.opened` opens it."""
+    if path.is_file() and not split_suffix(path.name)[1]:
+        kinds = ", ".join(SUFFIXES)
+        raise UserError(f"{path}: unknown kind of file; expected {kinds}, .parquet of --dataset")
+    return text.opened(path)
 
 
 def first_byte(file: BinaryIO) -> bytes:
@@ -180,10 +173,11 @@ def first_byte(file: BinaryIO) -> bytes:
 
 
 def top_keys(file: BinaryIO, limit: int = 8) -> list[str]:
-    """The first keys of the JSON object that `file` holds; rewinds the file."""
-    keys = (k for prefix, event, k in ijson.parse(file) if not prefix and event == "map_key")
-    keys = list(islice(keys, limit))
-    file.seek(0)
+    """The first keys of the JSON object that the rest of `file` holds; rewinds to where it was."""
+    start = file.tell()
+    events = ijson.parse(Guarded(file), use_float=True)  # a long integer would crash ijson
+    keys = list(islice((k for at, event, k in events if not at and event == "map_key"), limit))
+    file.seek(start)
     return keys
 
 
@@ -192,41 +186,70 @@ def listed(names: Iterable[object]) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
-def _split_suffix(path: Path) -> tuple[str, str]:
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), "")
-    return path.name.removesuffix(suffix), suffix
+def split_suffix(name: str) -> tuple[str, str]:
+    """The name of a file without the one of SUFFIXES that it ends in, in whatever case, and that
+    one; nothing for another file."""
+    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)], suffix
 
 
 def _items(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
     if first_byte(file) != b"{":
         raise UserError(f"{path} is not a JSON object; expected {{task_id: ...}} at the top")
-    return ijson.kvitems(file, "", use_float=True)
+    return ijson.kvitems(Guarded(file), "", use_float=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of one task each in a folder and in those inside it, hidden ones left out."""
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if split_suffix(file.name)[1] in (".json", ".json.gz")
+        and not any(part[0] == "." or part == "__MACOSX" for part in file.relative_to(folder).parts)
+    )
+    if sets := [file.name for file in files if solutions_names(file.name)]:
+        raise UserError(f"{folder} holds whole sets of tasks: give one of the files {some(sets)}")
+    return files
 
 
 def _raw_tasks(path: Path) -> Iterator[tuple[Path, str, object]]:
     """(file, task id, what stands there), whatever form the file or folder has."""
     if path.is_dir():
-        files = sorted([*path.glob("*.json"), *path.glob("*.json.gz")])
-        yield from chain.from_iterable(map(_raw_tasks, files))
+        yield from chain.from_iterable(map(_raw_tasks, _files(path)))
         return
-    stem, suffix = _split_suffix(path)
+    stem, suffix = split_suffix(path.name)
     with opened(path) as file:
-        if suffix.startswith(".jsonl"):
-            for number, line in enumerate(file, 1):
-                if line.isspace():
-                    continue
+        if suffix in LINES:
+            for number, line in enumerate(text.lines(file), 1):
                 where = f"{path}: line {number}"
                 try:
-                    task = orjson.loads(line)
+                    if not line.isspace():
+                        yield path, *_identified(where, parse(line))
                 except orjson.JSONDecodeError as error:
+                    if "UTF-8" in error.msg:
+                        raise UserError(text.not_utf8(where)) from None
                     raise UserError(f"{where} is not JSON ({error.msg}); repair it") from None
-                if not isinstance(task, dict) or not isinstance(task.get("task_id"), str):
-                    raise UserError(f'{where} must be an object with a "task_id"')
-                yield path, task["task_id"], task
+        elif first_byte(file) == b"[":
+            values = ijson.items(Guarded(file), "item", use_float=True)
+            for number, value in enumerate(values):
+                yield path, *_identified(f"{path}: item {number}", value)
         elif first_byte(file) == b"{" and {"train", "test"} & set(top_keys(file)):
-            yield path, stem, orjson.loads(file.read())
+            yield path, stem, parse(file.read(text.MOST_BYTES))
         else:
             yield from ((path, *item) for item in _items(path, file))
+
+
+def _identified(where: str, value: object) -> tuple[str, object]:
+    """The id that a task of a list says itself, and the task."""
+    if isinstance(value, dict):
+        task_id = value.get("task_id", value.get("id"))
+        if isinstance(task_id, str) or type(task_id) is int:
+            return str(task_id), value
+        if {"input", "output"} <= value.keys():
+            raise UserError(
+                f"{where} is a pair, not a task: let transform_hf_to_arc.py make tasks of pairs"
+            )
+    raise UserError(f'{where} must be an object with a "task_id"')
 
 
 def _to_task(where: str, task_id: str, value: object) -> Task:
@@ -251,14 +274,16 @@ def _to_pair(where: str, value: object, is_test: bool) -> Pair:
         needs = '"input"' if is_test else '"input" and "output"'
         raise UserError(f"{where} must be an object with {needs}")
     shown, output = _grid_at(f"{where}, input", value["input"]), value.get("output")
-    if output is not None or not is_test:
-        output = _grid_at(f"{where}, output", output)
-    return Pair(shown, output)
+    hidden = is_test and is_hidden(output)
+    return Pair(shown, None if hidden else _grid_at(f"{where}, output", output))
 
 
 def _grid_at(where: str, value: object) -> Grid:
     try:
         return to_grid(value)
     except ValueError as error:
-        advice = "a grid is 1..30 x 1..30 integers 0..9: correct it or drop the task"
+        advice = (
+            "a grid is 1..30 x 1..30 integers 0..9: correct it, drop the task, or let "
+            "transform_hf_to_arc.py leave out every pair that has none"
+        )
         raise UserError(f"{where}: {error}; {advice}") from None

@@ -79,8 +79,8 @@ def contrast(folder: str | Path) -> Contrast:
     """The contrast of a run whose answers are known to be right or wrong; of an augmented run, of
     the tasks themselves (view 0).
 
-    Holds a mean a sample, layer and role in memory, float32 [D]. Raises UserError where there are
-    no solved or no failed samples.
+    Holds a mean a sample, layer and role in memory, float32 [D]; rows that are not finite are left
+    out of it. Raises UserError where there are no solved or no failed samples.
     """
     known: dict[bool, dict[SampleKey, int]] = {True: {}, False: {}}
     means: dict[SampleKey, dict[tuple[str, str], np.ndarray]] = {}
@@ -91,12 +91,12 @@ def contrast(folder: str | Path) -> Contrast:
         known[item["correct"]][key] = item["prompt_length"]
         roles = roles_of_tokens(item)
         roles = roles[item["positions"]] if "positions" in item else roles
-        means[key] = {
-            (name, role): states[roles == number].mean(axis=0, dtype=np.float32)
-            for name, states in item["activations"].items()
-            for number, role in enumerate(ROLES)
-            if (roles == number).any()
-        }
+        means[key] = {}
+        for name, states in item["activations"].items():
+            finite = np.isfinite(states).all(axis=1)
+            for number, role in enumerate(ROLES):
+                if (chosen := finite & (roles == number)).any():
+                    means[key][name, role] = states[chosen].mean(axis=0, dtype=np.float32)
     pairs = pair_up(known[False], known[True])
     if not pairs:
         raise UserError(

@@ -36,7 +36,9 @@ from utils.shards.reader import read_ahead, read_entry
 log = logging.getLogger(__name__)
 
 ROLE_NUMBERS = {"input": 0, "output": 1}
-SPECIAL, SINK = "special tokens", "attention sinks"  # causes that are always said
+NON_FINITE = "with a NaN or an infinity, which the model made"
+SPECIAL, SINK = "special tokens", "attention sinks"
+SAID = (NON_FINITE, SPECIAL, SINK)  # causes that are always said
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Selection:
 
 
 class ActivationDataset:
-    """The selected rows of a run, or of several runs of one model.
+    """The selected rows of a run, or of several runs of one model. A row that is not finite is
+    never selected: one would be enough to ruin what is trained on it.
 
     folders: of a disk or `gs://bucket/prefix`; shards are verified as they are read. special_ids:
     default, what the manifest says, or the tokenizer of the manifest's model.
@@ -121,6 +124,7 @@ class ActivationDataset:
                 log.info("the run in %s is not complete: %d samples so far", folder, so_far)
         if not self.samples:
             raise UserError(f"{self.folders[0]} holds no samples: is its run at its beginning?")
+        self._all_finite = not any(manifest.get("non_finite", 1) for manifest in manifests)
         self._special = np.zeros(0, int)
         if selection.drop_special:
             ids = _special_ids(manifests[0]) if special_ids is None else special_ids
@@ -157,12 +161,12 @@ class ActivationDataset:
                     yield rows
         self.left_out = left_out
         if not found and workers == 1:
-            causes = ", ".join(f"{n} {cause}" for cause, n in left_out.items())
+            causes = ", ".join(f"{n} {cause}" for cause, n in left_out.items() if n)
             raise UserError(
                 f"nothing is selected of {some(list(map(str, self.folders)))}: of "
                 f"{left_out.total()} rows {causes}; select less narrowly"
             )
-        if dropped := {c: n for c, n in left_out.items() if c in (SPECIAL, SINK)}:
+        if dropped := {c: n for c, n in left_out.items() if c in SAID and n}:
             said = " and ".join(f"{n} {cause}" for cause, n in dropped.items())
             log.info("left out %s; %d rows stay", said, found)
 
@@ -176,6 +180,8 @@ class ActivationDataset:
             left_out[cause] += int((left & where).sum())
             left = left & ~where
 
+        if not self._all_finite:
+            drop(NON_FINITE, ~np.isfinite(item["activations"][self.name]).all(axis=1))
         if s.correct is not None and item["correct"] is None:
             drop("of samples without a generated answer or without ground truth", left)
         elif s.correct is not None and item["correct"] != s.correct:

@@ -5,7 +5,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from utils.arc.tasks import SUFFIXES, solutions_names
+from utils.arc.tasks import SUFFIXES, solutions_names, split_suffix
 from utils.errors import UserError
 from utils.plan.request import Request
 from utils.store.bucket import BucketFolder, is_uri
@@ -37,10 +37,11 @@ def model(uri: str) -> Path:
 
 def tasks(uri: str, flag: str) -> Path:
     """A file of tasks, with the ground truth beside it; or a folder of files."""
-    is_file = uri.endswith(SUFFIXES)
+    is_file = bool(split_suffix(uri)[1])
     folder, _, name = uri.rpartition("/") if is_file else (uri, "", "")
     bucket = BucketFolder(folder, flag)
-    wanted = {n: r for n, r in bucket.listing().items() if n.endswith(SUFFIXES)}
+    there = bucket.listing().items()
+    wanted = {n: r for n, r in there if split_suffix(n)[1] and not n.startswith(".")}
     if is_file and name not in wanted:
         raise UserError(f"{flag} {uri} does not exist; check the path")
     if not wanted:

@@ -16,6 +16,7 @@ from utils.cli import float_at_least, int_at_least, option
 from utils.errors import UserError
 from utils.model.capture import HOOK_POINTS, TOKEN_POSITIONS
 from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS
+from utils.prompt.known import KNOWN
 from utils.store.bucket import is_uri, parse_uri
 
 DRY_RUN = "check everything, print tokens, samples, shards, bytes and free disk, and stop"
@@ -90,7 +91,11 @@ class Request:
         default="chat",
         metavar=f"{{{','.join(PROMPT_FORMATS)}}}|FILE",
     )
-    grid_encoding: str = _prompt("how a grid is written", default="digits", choices=GRID_ENCODINGS)
+    grid_encoding: str | None = _prompt(
+        "how a grid is written",
+        unset=f"digits; {', '.join(KNOWN)} have their own",
+        choices=GRID_ENCODINGS,
+    )
     max_train_pairs: int | None = _prompt(
         "take the first so many train pairs of a task", unset="all", type=int_at_least(1)
     )

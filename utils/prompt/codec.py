@@ -19,6 +19,7 @@ import numpy as np
 from utils.arc.tasks import Grid, Task
 from utils.errors import UserError
 from utils.prompt.formats import Answer, Prompt, PromptFormat, assistant_turn, load_format
+from utils.store.text import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -127,12 +128,9 @@ def hash_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value

@@ -21,11 +21,13 @@ import numpy as np
 from utils.arc.tasks import MAX_SIDE, Grid, Task
 from utils.errors import UserError
 from utils.prompt.encodings import FENCE, GRID_ENCODINGS, NoGridError, read_grid, write_grid
+from utils.prompt.known import KNOWN, NVARC_END
+from utils.store.text import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PROMPT_FORMATS = ("chat", "turns", "compact", "plain")
+PROMPT_FORMATS = ("chat", "turns", "compact", "plain", *KNOWN)
 
 CHAT_NOTE = (
     "This is a puzzle from ARC, the Abstraction and Reasoning Corpus. One hidden rule turns each "
@@ -173,7 +175,8 @@ def _place(spans: np.ndarray, offset: int, pair: int, role: int) -> np.ndarray:
 def load_format(
     name_or_path: str, encoding: str | None, tokenizer: "PreTrainedTokenizerFast"
 ) -> PromptFormat:
-    """A format of PROMPT_FORMATS, or one made of a Jinja file; encoding None is `digits`.
+    """A format of PROMPT_FORMATS, or one made of a Jinja file; encoding None is `digits`, or what a
+    model of `known` was trained with, which is the only one that its format takes.
 
     `chat` and `turns` go through the tokenizer's chat template, reasoning switched off where it
     knows `enable_thinking`; `compact` and `plain` do not. BOS goes before `compact` where the
@@ -191,14 +194,21 @@ def load_format(
     Raises UserError: unknown format or encoding, no chat template, a template that fails or that
     does not use each grid exactly once.
     """
-    encoding = encoding or GRID_ENCODINGS[0]
+    known, eos = KNOWN.get(name_or_path), tokenizer.eos_token or ""
+    encoding = encoding or (known.encoding if known else GRID_ENCODINGS[0])
     if encoding not in GRID_ENCODINGS:
         raise UserError(f"no grid encoding {encoding!r}; there are {', '.join(GRID_ENCODINGS)}")
+    if known and encoding != known.encoding:
+        raise UserError(
+            f"--prompt_format {name_or_path} writes grids as {known.encoding}, not as {encoding}: "
+            "leave --grid_encoding out"
+        )
     composers: dict[str, Composer] = {
         "chat": functools.partial(_chat, encoding=encoding),
         "turns": _turns,
-        "compact": functools.partial(_compact, eos=tokenizer.eos_token or ""),
+        "compact": functools.partial(_compact, eos=eos),
         "plain": _plain,
+        **{name: functools.partial(known.compose, eos=eos) for name, known in KNOWN.items()},
     }
     if name_or_path in composers:
         source, compose = "", composers[name_or_path]
@@ -220,20 +230,19 @@ def load_format(
 
     sample = skeleton(1)
     through_chat = bool(chats)
-    lead, end = assistant_turn(tokenizer) if through_chat else ("", tokenizer.eos_token or "")
+    lead, end = assistant_turn(tokenizer) if through_chat else ("", eos)
     if through_chat and not sample.endswith(chats[-1]):
         lead = ""  # the file goes on after the chat template: its own text leads to the answer
     opening = ""
-    if source and encoding == "numbered":
+    if encoding == "numbered":
         opening = next(FENCE[:k] for k in range(len(FENCE), -1, -1) if sample.endswith(FENCE[:k]))
-    if name_or_path == "compact":
+    if name_or_path in ("compact", "architects"):
         bos = tokenizer.bos_token is not None
     else:
         bos = not through_chat and _adds_bos(tokenizer)
         bos = bos and not sample.startswith(tokenizer.bos_token)
-    tail = "\n" if name_or_path == "compact" else ""
-    if name_or_path == "plain":
-        end = "\n\n"
+    tail = "\n" if name_or_path in ("compact", "architects") else ""
+    end = {"plain": "\n\n", "nvarc": NVARC_END}.get(name_or_path, end)
     # By names that the hash of every run so far was made of.
     parts = {"lead": lead, "tail": tail, "prefill": opening, "end_of_turn": end, "prepend_bos": bos}
     written = write_grid([[*range(10)], [0] * 10], encoding)[0]
@@ -328,10 +337,7 @@ def jinja_file(path: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, Co
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt template {path}: {error}") from error
+    source = read_text(Path(path))
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -10,10 +10,10 @@ from utils.shards.items import (
     float16_overflows,
     non_finite_rows,
     sample_key,
-    shard_bytes,
     stored_item,
 )
 from utils.shards.manifest import Shard
+from utils.shards.pickles import shard_bytes
 from utils.store.local import Sink
 
 

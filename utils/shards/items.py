@@ -1,23 +1,19 @@
-"""What one item of a shard is, and how a list of items becomes bytes and comes back.
+"""What one item of a shard is: one rule, `check_item`, for what is written and for what is read.
 
-A shard is a pickle (protocol 5) of a list of items. Equal items give equal bytes: nothing is
-memoised, and every array is stored as a call `numpy.ndarray(shape, dtype, bytearray)`, which any
-numpy loads without a copy. Reading builds numpy arrays and plain containers and calls nothing else.
-Knows nothing of folders, manifests or resuming.
+Knows nothing of bytes (`pickles`), folders, manifests or resuming.
 """
 
 # T tokens   R captured rows (T, or the length of `positions`)   D model width   C cells
 
-import math
 import pickle
-from collections.abc import Callable
 from types import NoneType
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils.arc.tasks import SampleKey
-from utils.store.local import Sink
+from utils.arc.tasks import MAX_SIDE, SampleKey
+from utils.errors import one_line
+from utils.shards.pickles import unpickled
 
 CELL_COLUMNS = ("pair", "role", "row", "col", "color", "token_start", "token_stop")
 _TYPES: dict[str, type | tuple[type, ...]] = {  # in the order of storage
@@ -135,45 +131,112 @@ def stored_item(item: dict[str, Any], activation_dtype: str) -> dict[str, Any]:
     if "output_logits" in item:
         dtype = logits_dtype(activation_dtype)
         item["output_logits"] = to_storage(item["output_logits"], dtype)
-    check_items([item])
-    tokens = len(item["input_ids"])
-    rows = len(item.get("positions", item["input_ids"]))
-    shapes = {name: len(array) == rows for name, array in item["activations"].items()}
-    shapes |= {f"scales of {name}": len(array) == rows for name, array in scales.items()}
-    shapes["output_logprobs"] = item["output_logprobs"].shape == (tokens - item["prompt_length"],)
-    shapes["cells"] = item["cells"].shape[1:] == (len(CELL_COLUMNS),)
-    if "cells_original" in item:
-        shapes["cells_original"] = item["cells_original"].shape == item["cells"].shape
-    if wrong := [name for name, fits in shapes.items() if not fits]:
-        raise ValueError(f"{item['task_id']}: {', '.join(wrong)} do not fit its {tokens} tokens")
+    try:
+        check_item(item)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{item['task_id']}: {error}") from error
     return {key: item[key] for key in _TYPES if key in item}
 
 
-def check_items(items: Any) -> None:
-    """Raises TypeError or ValueError unless `items` is a list of dicts with an item's keys."""
-    if not isinstance(items, list):
-        raise TypeError(f"holds a {type(items).__name__}, not a list of items")
-    for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise TypeError(f"item {index} is a {type(item).__name__}, not a dict")
-        if missing := [key for key in _TYPES if key not in item and key not in _OPTIONAL]:
-            raise ValueError(f"item {index} lacks {', '.join(missing)}")
-        if unknown := [key for key in item if key not in _TYPES]:
-            raise ValueError(f"item {index} has unknown keys: {', '.join(map(repr, unknown))}")
-        for key, value in item.items():
-            if not isinstance(value, _TYPES[key]) or (isinstance(value, bool) and key in _INTEGERS):
-                raise TypeError(f"item {index} holds a {type(value).__name__} as {key}")
-        if "view" in item and type(item["view"].get("number")) is not int:
-            raise TypeError(f"item {index} holds a view without a number")
-        scales = item.get("scales", {})
-        for key, mapping in (("activations", item["activations"]), ("scales", scales)):
-            for name, array in mapping.items():
-                if not isinstance(name, str) or not isinstance(array, np.ndarray):
-                    raise TypeError(f"item {index}: {key}[{name!r}] is not an array")
-        for name, array in item["activations"].items():
-            if (array.dtype == np.int8) != (name in scales):
-                lacks = "with" if name in scales else "without"
-                raise ValueError(f"item {index}: {name} is {array.dtype} {lacks} scales")
+def check_item(item: Any) -> None:
+    """Raises TypeError or ValueError unless `item` is one as `stored_item` makes them: its keys,
+    types, dtypes and shapes, and that what points into its tokens points at one of them.
+
+    A hostile item may be nested without end, so nothing of it is shown but short strings.
+    """
+    if type(item) is not dict:
+        raise TypeError(f"it is a {type(item).__name__}, not a dict")
+    if missing := [key for key in _TYPES if key not in item and key not in _OPTIONAL]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    if unknown := [key for key in item if key not in _TYPES]:
+        raise ValueError(f"it has unknown keys: {', '.join(map(_shown, unknown))}")
+    for key, value in item.items():
+        if not isinstance(value, _TYPES[key]) or (isinstance(value, bool) and key in _INTEGERS):
+            raise TypeError(f"it holds a {type(value).__name__} as {key}")
+    activations, scales = item["activations"], item.get("scales", {})
+    for key, mapping in (("activations", activations), ("scales", scales)):
+        for name, array in mapping.items():
+            if not isinstance(name, str) or not isinstance(array, np.ndarray):
+                raise TypeError(f"it holds no array as {key}[{_shown(name)}]")
+    for name, array in activations.items():
+        if (array.dtype == np.int8) != (name in scales):
+            lacks = "with" if name in scales else "without"
+            raise ValueError(f"{_shown(name)} is {array.dtype} {lacks} scales")
+    wrong = [_shown(name) for name, fits in _fits(item, activations, scales).items() if not fits]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong[:8])} do not fit its {item['input_ids'].size} tokens")
+
+
+def _fits(item: dict[str, Any], activations: dict, scales: dict) -> dict[str, bool]:
+    """Of each entry, whether it is what the format says; all have the right types already."""
+    ids, cells, places = item["input_ids"], item["cells"], item.get("positions", item["input_ids"])
+    T, R, A = ids.size, places.size, ids.size - item["prompt_length"]
+    found = {
+        "sample_idx": item["sample_idx"] >= 0,
+        "view": "view" not in item or _is_view(item["view"]),
+        "input_ids": _is(ids, "int32", T),
+        "prompt_length": 0 <= item["prompt_length"] <= T,
+        "output_logprobs": _is(item["output_logprobs"], "float32", A),
+        "cells": _is(cells, "int32", None, len(CELL_COLUMNS)),
+        "num_train_pairs": item["num_train_pairs"] >= 0,
+        "prediction": _is_grid(item["prediction"]),
+        "target": _is_grid(item["target"]),
+    }
+    if found["cells"]:
+        start, stop = cells[:, 5], cells[:, 6]
+        found["cells"] = bool(((start >= 0) & (start <= stop) & (stop <= T)).all())
+    if "cells_original" in item:
+        found["cells_original"] = _is(item["cells_original"], "int32", *cells.shape)
+    if "positions" in item:
+        fits = _is(places, "int32", R) and (np.diff(places, prepend=-1) > 0).all()
+        found["positions"] = bool(fits) and (not R or places[-1] < T)
+    if "output_logits" in item:
+        found["output_logits"] = _is(item["output_logits"], "float16 float32", 1, None)
+    for name, array in activations.items():
+        found[f"activations {name}"] = _is(array, "float16 float32 int8", R, None)
+    for name, array in scales.items():
+        found[f"scales of {name}"] = name in activations and _is(array, "float32", R)
+    return found
+
+
+def _is(array: np.ndarray, dtypes: str, *shape: int | None) -> bool:
+    """Whether it has one of the dtypes and that shape, None being any size."""
+    return (
+        array.dtype.name in dtypes.split()
+        and array.ndim == len(shape)
+        and all(want in (None, have) for have, want in zip(array.shape, shape, strict=True))
+    )
+
+
+def _is_grid(grid: list | None) -> bool:
+    if grid is None:
+        return True
+    return 0 < len(grid) <= MAX_SIDE and all(
+        type(row) is list
+        and 0 < len(row) == len(grid[0]) <= MAX_SIDE
+        and set(map(type, row)) == {int}
+        and min(row) >= 0
+        and max(row) <= 9
+        for row in grid
+    )
+
+
+def _is_view(view: dict[str, Any]) -> bool:
+    def whole(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    if view.keys() != {"number", "dihedral", "colors", "pair_order"}:
+        return False
+    lists = view["colors"], view["pair_order"]
+    return (
+        whole(view["number"])
+        and whole(view["dihedral"])
+        and all(type(values) is list and all(map(whole, values)) for values in lists)
+    )
+
+
+def _shown(name: Any) -> str:
+    return one_line(name, 40) if isinstance(name, str) else f"a {type(name).__name__}"
 
 
 def array_bytes(item: dict[str, Any]) -> int:
@@ -190,35 +253,19 @@ def float16_overflows(item: dict[str, Any], activation_dtype: str) -> int:
     return sum(wide)
 
 
-def dump(items: list[dict[str, Any]], sink: Sink) -> None:
-    """Pickle stored items into `sink`, large arrays straight from their own memory."""
-    _Pickler(sink).dump(items)
-
-
-def shard_bytes(items: list[dict[str, Any]]) -> int:
-    """Exact size in bytes of the shard that `dump` would write; reads no large array."""
-    sink = Sink()
-    dump(items, sink)
-    return sink.size
-
-
 def load(file: BinaryIO) -> list[dict[str, Any]]:
     """The items of a shard file. Raises UnpicklingError, with the cause, for anything else."""
-    try:
-        items = _Unpickler(file).load()
-    except EOFError:
-        raise pickle.UnpicklingError("it ends too early") from None
-    except Exception as error:  # broken pickles end in errors of every kind
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise pickle.UnpicklingError(f"no pickle that can be loaded: {cause}") from error
-    try:
-        check_items(items)
-    except (TypeError, ValueError) as error:
-        raise pickle.UnpicklingError(str(error)) from error
-    for item in items:
+    items = unpickled(file)
+    if type(items) is not list:
+        raise pickle.UnpicklingError(f"it holds a {type(items).__name__}, not a list of items")
+    for number, item in enumerate(items):
+        try:
+            check_item(item)
+        except (TypeError, ValueError) as error:
+            raise pickle.UnpicklingError(f"item {number}: {error}") from error
         for mapping in (item, item["activations"], item.get("scales", {})):
             for key, value in mapping.items():
-                if type(value) is _Reconstructed:
+                if isinstance(value, np.ndarray):  # and not what numpy pickles by itself leaves
                     mapping[key] = value.view(np.ndarray)
     return items
 
@@ -232,115 +279,10 @@ def non_finite_rows(item: dict[str, Any]) -> int:
     return count
 
 
-class _Pickler(pickle.Pickler):
-    def __init__(self, sink: Sink):
-        super().__init__(sink, protocol=5)
-        self.fast = True  # no memo: the bytes must not depend on which objects happen to be shared
-
-    def reducer_override(self, value: Any) -> Any:
-        if value is np.ndarray:
-            return NotImplemented
-        if type(value) is not np.ndarray or value.dtype.kind not in "biuf":
-            raise TypeError(f"a shard cannot hold {value!r:.80}")
-        if not value.flags.writeable:
-            value = np.asarray(_Writable(value))
-        buffer = pickle.PickleBuffer(value.reshape(-1).view(np.uint8))
-        return np.ndarray, (value.shape, value.dtype.str, buffer)
-
-
-class _Writable:
-    """Lends an array's memory as writable, because pickle tells the two apart in its bytes.
-
-    Nothing writes to it. What JAX hands over is read-only; what a shard gives back must not be.
-    """
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-        self.__array_interface__ = {
-            **array.__array_interface__,
-            "data": (array.ctypes.data, False),
-        }
-
-
-def _array(shape: Any, dtype: Any, buffer: Any, order: str = "C") -> np.ndarray:
-    """Stands in for `numpy.ndarray`: a plain number type over exactly the bytes given."""
-    dtype = dtype.dtype if isinstance(dtype, _Dtype) else _plain(dtype)
-    if type(shape) is not tuple or not all(type(n) is int and n >= 0 for n in shape):
-        raise pickle.UnpicklingError("an array has no valid shape")
-    if not isinstance(buffer, bytes | bytearray | memoryview) or order not in ("C", "F"):
-        raise pickle.UnpicklingError("an array has no buffer of bytes")
-    if len(buffer) != math.prod(shape) * dtype.itemsize:
-        raise pickle.UnpicklingError("an array's bytes do not fill its shape")
-    return np.ndarray(shape, dtype, buffer, order=order)
-
-
-_PLAIN = {"b1", *(kind + size for kind in "iu" for size in "1248"), "f2", "f4", "f8"}
-
-
-def _plain(code: Any) -> np.dtype:
-    if not isinstance(code, str) or code.lstrip("<|=") not in _PLAIN:
-        raise pickle.UnpicklingError(f"an array of dtype {code!r:.40} is refused")
-    return np.dtype(code)
-
-
-class _Dtype:
-    """Stands in for `numpy.dtype`, whose own state could describe memory that is not there."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, code: Any, align: Any = False, copy: Any = False):
-        self.dtype = _plain(code)
-
-    def __setstate__(self, state: Any) -> None:
-        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|", "="):
-            raise pickle.UnpicklingError("an array of a foreign byte order or dtype is refused")
-
-
-class _Reconstructed(np.ndarray):
-    """An array under construction, as numpy pickles it before protocol 5."""
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, is_fortran, raw = state
-        array = _array(shape, dtype, raw, "F" if is_fortran else "C")
-        super().__setstate__((1, array.shape, array.dtype, bool(is_fortran), bytes(raw)))
-
-
-class _Callable:
-    """What a pickle gets when it names an allowed global: it can be called, and nothing else."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]):
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("an attempt to alter a function is refused")
-
-
-def _frombuffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    return _array(shape, dtype, buffer, order)
-
-
-def _reconstruct(subtype: Any, shape: Any, code: Any) -> np.ndarray:
-    return np.zeros(0).view(_Reconstructed)
-
-
-_ALLOWED = {
-    ("numpy", "ndarray"): _Callable(_array),  # ours; the rest is how numpy pickles by itself
-    ("numpy", "dtype"): _Callable(_Dtype),
-    ("numpy._core.numeric", "_frombuffer"): _Callable(_frombuffer),
-    ("numpy._core.multiarray", "_reconstruct"): _Callable(_reconstruct),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:  # numpy 1 says numpy.core where numpy 2 says numpy._core
-            return _ALLOWED[module.replace("numpy.core.", "numpy._core."), name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it asks for {f'{module}.{name}'!a:.80}, neither numpy data nor a container"
-            ) from None
+def gave_nothing_finite(item: dict[str, Any]) -> bool:
+    """Whether the model made nothing but NaN and infinities of a stored item: none of its rows is
+    finite or, where it keeps no rows, no log-probability of its answer."""
+    if rows := sum(map(len, item["activations"].values())):
+        return non_finite_rows(item) == rows
+    logprobs = item["output_logprobs"]
+    return bool(len(logprobs)) and not np.isfinite(logprobs).any()

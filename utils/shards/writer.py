@@ -21,14 +21,13 @@ from utils.shards.held import Mode, Writer, held_in
 from utils.shards.int8 import quantized_item
 from utils.shards.items import (
     CELL_COLUMNS,
-    dump,
-    non_finite_rows,
+    gave_nothing_finite,
     sample_key,
     sample_name,
-    shard_bytes,
     stored_item,
 )
 from utils.shards.manifest import FORMAT_VERSION, SHARD, Manifest, Shard
+from utils.shards.pickles import dump, shard_bytes
 from utils.store import local
 from utils.store.locks import locked_file
 
@@ -227,10 +226,9 @@ class RunFolder:
         if key in self.done or key != sample_key(answer):
             name = sample_name(key)
             raise ValueError(f"{name} is stored already, or the answer is another sample's")
-        rows = sum(map(len, item["activations"].values()))
-        if rows and non_finite_rows(item) == rows:
+        if gave_nothing_finite(item):
             raise UserError(
-                f"{sample_name(key)}: none of its {rows} rows is finite, the model gives NaN or "
+                f"{sample_name(key)}: nothing that the model gives is finite, but NaN or "
                 "infinities alone: check the weights, or take another --dtype",
                 exit_code=1,
             )

@@ -1,0 +1,69 @@
+"""Prompts of ARC models that others have trained, as their public code writes them.
+
+Each is certain: one piece of public code makes the training prompts of the published models. BARC's
+transduction models are left out, since its scripts disagree (in the blank lines around the test
+input, and in what stands before the system prompt). Knows nothing of tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NVARC_END = "<|im_end|>"
+# The ARChitects' letters without I and O, which they write before an input and an output.
+ARCHITECTS_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyz"
+ARC24_SYSTEM = "You are a helpful assistant."
+ARC24_TASK = (
+    "Let's see if you can solve this simple Abstraction and Reasoning Challenge (ARC) task.\n"
+    "Below there are some input-output grid examples that define the task.\n"
+    "Your job is to understand the transformation between the input and the output and apply it to "
+    "the test input grid.\n"
+    "The transformations are always based on the following priors: objectness, goal-directed, "
+    "numbers & counting, and basic geometry & topology.\n"
+)
+ARC24_ANSWER = "### Output\n\n```grid"  # which the answer goes on from
+
+
+@dataclass(frozen=True)
+class Known:
+    """encoding: how its grids are written. compose: (grids of the train pairs and of the test
+    input, the tokenizer's chat template, EOS) -> the text of a prompt."""
+
+    encoding: str
+    compose: Callable[[list[str], Callable[[list[dict[str, str]]], str], str], str]
+
+
+def _pairs(grids: list[str]) -> list[tuple[str, str]]:
+    return list(zip(grids[:-1:2], grids[1::2], strict=True))
+
+
+def _nvarc(grids: list[str], _: object, eos: str) -> str:
+    """github.com/1ytic/NVARC: `get_messages` in SDG/scripts/build_datasets.py, through
+    ARChitects/qwen3_configs/chat_template.j2, which puts nothing between two turns."""
+    turn = "<|im_start|>user\n{}" + NVARC_END + "<|im_start|>assistant\n"
+    pairs = (turn.format(given) + wanted + NVARC_END for given, wanted in _pairs(grids))
+    return "".join(pairs) + turn.format(grids[-1])
+
+
+def _architects(grids: list[str], _: object, eos: str) -> str:
+    """github.com/da-fr/arc-prize-2024: `fmt_opts` in training_code/run_finetuning_Nemo-full.py and
+    run_finetuning_Llama-rearc.py, `fmt_task` in training_code/arc_loader.py."""
+    pairs = (f"I{given}\n+/-=O{wanted}\n{eos}" for given, wanted in _pairs(grids))
+    return ARCHITECTS_LETTERS + "".join(pairs) + f"I{grids[-1]}\n+/-=O"
+
+
+def _arc24(grids: list[str], chat: Callable[[list[dict[str, str]]], str], eos: str) -> str:
+    """github.com/ironbar/arc24: `output-from-examples-v1` in scripts/arc24/prompting.py, which
+    docs/modeling/Iteration_50_last_trainings.md trains with; the grids of scripts/inference.py."""
+    parts = [ARC24_TASK]
+    for number, (given, wanted) in enumerate(_pairs(grids), 1):
+        parts.append(f"\n## Example {number}\n\n### Input\n\n{given}\n\n### Output\n\n{wanted}\n")
+    parts.append(f"\n## Test case\n\n### Input\n\n{grids[-1]}")
+    system = {"role": "system", "content": ARC24_SYSTEM}
+    return chat([system, {"role": "user", "content": "".join(parts)}]) + ARC24_ANSWER
+
+
+KNOWN = {
+    "nvarc": Known("digits", _nvarc),
+    "architects": Known("digits", _architects),
+    "arc24": Known("numbered", _arc24),
+}
