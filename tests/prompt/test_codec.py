@@ -389,8 +389,11 @@ def test_added_tokens_beyond_the_embeddings(name, token):
 
 @pytest.mark.parametrize("fields", [{"transformers_version": "4.40.0"}, {}])
 def test_no_alarm_about_what_no_flag_can_change(fields, tmp_path, caplog):
-    """transformers says of Mistral's tokenizers that a pattern of theirs is wrong."""
+    """transformers says of Mistral's large vocabularies that a pattern of theirs is wrong."""
     small.character_tokenizer().save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["model"]["vocab"] |= {f"word {i}": i for i in range(1000, 102_000)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", **fields}))
     transformers_log = logging.getLogger("transformers")
     transformers_log.addHandler(caplog.handler)
