@@ -69,19 +69,19 @@ class Model:
 
     path: Path
     layer: int
-    flags: tuple[tuple[str | int, ...], ...]
+    flags: dict[str, str | int]
     mesh_tasks: int
 
 
 ARC_TINY = Model(
     EXAMPLES / "arc_tiny",
     3,
-    (
-        ("--prompt_format", "compact"),
-        ("--layers_to_extract", "all"),
-        ("--max_output_tokens", 64),
-        ("--batch_size", 25),
-    ),
+    {
+        "--prompt_format": "compact",
+        "--layers_to_extract": "all",
+        "--max_output_tokens": 64,
+        "--batch_size": 25,
+    },
     16,
 )
 
@@ -94,8 +94,8 @@ def model_at(path: Path | None) -> Model:
     if path is None:
         return ARC_TINY
     layer = ModelConfig.from_hf(model_folder(path)).num_layers // 2
-    flags = (("--layers_to_extract", layer), ("--max_output_tokens", 128), ("--batch_size", 4))
-    return Model(path, layer, (*flags, ("--max_tasks", 16)), 4)
+    flags = {"--layers_to_extract": layer, "--max_output_tokens": 128, "--batch_size": 4}
+    return Model(path, layer, {**flags, "--max_tasks": 16}, 4)
 
 
 def build_parser() -> Parser:
@@ -190,7 +190,7 @@ def infer(signals: Signals, folder: Path, model: Model) -> None:
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
         ("--output_path", folder / "results" / "predictions.json"),
         ("--activations_dir", folder / "results" / "activations"),
-        *model.flags,
+        *model.flags.items(),
     )
 
 
@@ -355,9 +355,11 @@ def infer_on_mesh(signals: Signals, folder: Path, model: Model) -> None:
         ("--output_filepath", folder / "mesh" / "submission.json"),
         ("--activations_dir", folder / "mesh" / "activations"),
         ("--extract_activations",),
-        *model.flags,
-        ("--layers_to_extract", model.layer),
-        ("--max_tasks", model.mesh_tasks),
+        *{
+            **model.flags,
+            "--layers_to_extract": model.layer,
+            "--max_tasks": model.mesh_tasks,
+        }.items(),
         ("--mesh_shape", 2, 2),
         env=FOUR_CPUS,
     )
