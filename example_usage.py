@@ -8,6 +8,10 @@ example_run/report.html. Nothing is downloaded. To see what a run of your own st
 in a bucket:
 
     python example_usage.py --activations_dir gs://your-bucket/arc-activations
+
+To take the tour with a model of your own, on some of the tasks:
+
+    python example_usage.py --model_path YOUR_MODEL_PATH
 """
 
 import argparse
@@ -21,6 +25,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +58,44 @@ NAMES = {
     "": {"report.html"},
 }
 EXAMPLES = SCRIPTS / "examples"
-MODEL, ROWS = EXAMPLES / "arc_tiny", EXAMPLES / "tasks.jsonl"
-LAYER = 3  # the middle one of six
-MESH_TASKS = 16
+ROWS = EXAMPLES / "tasks.jsonl"
 FOUR_CPUS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the tour looks into: a folder, the layer in its middle, what a run of it is told, and
+    how many tasks the mesh is given."""
+
+    path: Path
+    layer: int
+    flags: dict[str, str | int]
+    mesh_tasks: int
+
+
+ARC_TINY = Model(
+    EXAMPLES / "arc_tiny",
+    3,
+    {
+        "--prompt_format": "compact",
+        "--layers_to_extract": "all",
+        "--max_output_tokens": 64,
+        "--batch_size": 25,
+    },
+    16,
+)
+
+
+def model_at(path: Path | None) -> Model:
+    """The model that ships, or one of the user's: larger, and so for fewer tasks and one layer."""
+    from utils.model.config import ModelConfig
+    from utils.model.files import model_folder
+
+    if path is None:
+        return ARC_TINY
+    layer = ModelConfig.from_hf(model_folder(path)).num_layers // 2
+    flags = {"--layers_to_extract": layer, "--max_output_tokens": 128, "--batch_size": 4}
+    return Model(path, layer, {**flags, "--max_tasks": 16}, 4)
 
 
 def build_parser() -> Parser:
@@ -68,6 +107,13 @@ def build_parser() -> Parser:
         "--overwrite",
         action="store_true",
         help="replace the files of an earlier run of this example; other files in the folder stay",
+    )
+    parser.add_argument(
+        "--model_path",
+        type=Path,
+        metavar="DIR",
+        help="a model of your own, to take the tour with on 16 of the tasks (default: the one that "
+        "ships, on all of them)",
     )
     parser.add_argument(
         "--activations_dir",
@@ -136,18 +182,15 @@ def script(
         raise UserError(f"{name} ended with exit code {code}, see above", exit_code=1)
 
 
-def infer(signals: Signals, folder: Path) -> None:
+def infer(signals: Signals, folder: Path, model: Model) -> None:
     script(
         signals,
         "simple_extraction_inference.py",
-        ("--model_path", shown(MODEL)),
+        ("--model_path", shown(model.path)),
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
         ("--output_path", folder / "results" / "predictions.json"),
         ("--activations_dir", folder / "results" / "activations"),
-        ("--prompt_format", "compact"),
-        ("--layers_to_extract", "all"),
-        ("--max_output_tokens", 64),
-        ("--batch_size", 25),
+        *model.flags.items(),
     )
 
 
@@ -196,7 +239,7 @@ def show_tokens(item: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> N
         print(line.rstrip())
 
 
-def show_results(folder: Path) -> None:
+def show_results(folder: Path, model: Model) -> None:
     from utils.prompt.codec import load_tokenizer
 
     show_shards(folder)
@@ -206,10 +249,10 @@ def show_results(folder: Path) -> None:
     show_item(item)
     print("Every token has one row in each activation array.")
     print("\nIts tokens where the test input begins, each with the cell that it holds:")
-    show_tokens(item, load_tokenizer(MODEL))
+    show_tokens(item, load_tokenizer(model.path))
 
 
-def show_loaders(folder: Path) -> None:
+def show_loaders(folder: Path, layer: int) -> None:
     """The same rows, selected and shuffled, as a program that trains on them reads them."""
     from utils.dataset import ActivationDataset, Selection
     from utils.dataset.stats import activation_stats
@@ -218,15 +261,16 @@ def show_loaders(folder: Path) -> None:
     print("  activation      rows  mean norm  highest")
     for name, stats in known.items():
         print(f"  {name:13} {stats.count:6}  {stats.norm_mean:9.2f}  {stats.norm_max:7.2f}")
-    red_outputs = Selection(layer=LAYER, role="output", colors=[2], correct=True)
+    solved = any(item["correct"] for item in iter_items(folder)) or None
+    red_outputs = Selection(layer, role="output", colors=[2], correct=solved)
     dataset = ActivationDataset(folder, red_outputs)
-    batch = next(dataset.batches(256, shuffle_buffer=2048))
-    print("\nOf solved tasks, the red cells of output grids, shuffled:")
+    batch = next(dataset.batches(64, shuffle_buffer=2048))
+    print(f"\nOf {'solved' if solved else 'all'} tasks, the red cells of output grids, shuffled:")
     print(f"  {dataset.name}: {batch.activations.dtype} {list(batch.activations.shape)}")
     print("  pair, role, row, col, color of the first: ", batch.cells[0].tolist())
 
 
-def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
+def train_sae(folder: Path, layer: int) -> tuple[Any, dict[str, float], dict[str, Any]]:
     """Features that a rule finds in an autoencoder, what was measured of it, and the cells that the
     features speak of."""
     from examples.features import find_features
@@ -234,11 +278,11 @@ def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
     from utils.dataset import ActivationDataset, Selection
 
     activations, config = folder / "results" / "activations", SaeConfig(steps=1200)
-    dataset = ActivationDataset(activations, Selection(LAYER, drop_special=True))
+    dataset = ActivationDataset(activations, Selection(layer, drop_special=True))
     sae, measured = fit(dataset, config)
     sae.save(folder / "sae", about(dataset, config, measured))
     print(f"{folder / 'sae'}: {describe(measured)} on held-out tasks")
-    by_cell = ActivationDataset(activations, Selection(LAYER, colors=range(10)))
+    by_cell = ActivationDataset(activations, Selection(layer, colors=range(10)))
     rows = by_cell.rows()
     features = find_features(sae, rows)
     print("\nLatents whose top cells share a color, a role or a position, found by a rule:")
@@ -301,20 +345,21 @@ def show_run(place: str) -> None:
     show_item(first)
 
 
-def infer_on_mesh(signals: Signals, folder: Path) -> None:
+def infer_on_mesh(signals: Signals, folder: Path, model: Model) -> None:
     """Some of the tasks on four virtual devices, and how far their states are from step 4's."""
     script(
         signals,
         "distributed_inference_with_activations.py",
-        ("--model_path", shown(MODEL)),
+        ("--model_path", shown(model.path)),
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
         ("--output_filepath", folder / "mesh" / "submission.json"),
         ("--activations_dir", folder / "mesh" / "activations"),
         ("--extract_activations",),
-        ("--prompt_format", "compact"),
-        ("--layers_to_extract", LAYER),
-        ("--max_output_tokens", 64),
-        ("--max_tasks", MESH_TASKS),
+        *{
+            **model.flags,
+            "--layers_to_extract": model.layer,
+            "--max_tasks": model.mesh_tasks,
+        }.items(),
         ("--mesh_shape", 2, 2),
         env=FOUR_CPUS,
     )
@@ -323,7 +368,7 @@ def infer_on_mesh(signals: Signals, folder: Path) -> None:
         for name in ("results/activations", "mesh/activations")
     )
     same = [key for key in mesh if np.array_equal(one[key]["input_ids"], mesh[key]["input_ids"])]
-    name = f"resid_post.{LAYER}"
+    name = f"resid_post.{model.layer}"
     worst = max(
         float((np.linalg.norm(a - b, axis=-1) / np.linalg.norm(a, axis=-1)).max())
         for key in same
@@ -352,6 +397,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     if args.activations_dir is not None:
         show_run(args.activations_dir)
         return
+    model = model_at(args.model_path)
     signals.hold()  # what was made is noted for --overwrite
     try:
         clear(folder, args.overwrite)
@@ -365,21 +411,22 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             ("--dataset", shown(ROWS)),
             ("--output_dir", folder / "arc_data"),
         )
-        heading("3. Predictions and activations, with the model that ships")
-        infer(signals, folder)
+        which = f"the model in {args.model_path}" if args.model_path else "the model that ships"
+        heading(f"3. Predictions and activations, with {which}")
+        infer(signals, folder, model)
         heading("4. What was stored")
-        show_results(folder / "results" / "activations")
+        show_results(folder / "results" / "activations", model)
         signals.check()
         heading("5. Load it as training data")
-        show_loaders(folder / "results" / "activations")
+        show_loaders(folder / "results" / "activations", model.layer)
         signals.check()
         heading("6. Train a sparse autoencoder")
-        found = train_sae(folder)
+        found = train_sae(folder, model.layer)
         signals.check()
         heading("7. A page of pictures")
         report(folder, *found)
         heading("8. On a mesh of devices, here four virtual ones")
-        infer_on_mesh(signals, folder)
+        infer_on_mesh(signals, folder, model)
         heading("9. With a model of your own")
         show_next()
         print(f"\nThe pictures: {folder / 'report.html'}")

@@ -134,7 +134,7 @@ def test_the_autoencoder_and_its_features_are_what_they_are_said_to_be(ran):
 
 
 def test_the_mesh_gives_the_same_answers(ran):
-    number = example_usage.MESH_TASKS
+    number = example_usage.ARC_TINY.mesh_tasks
     assert f"{number} of {number} answers are those of one device" in ran[1].stdout
 
 
@@ -253,6 +253,17 @@ def test_stopped_by_sigterm_what_it_made_can_be_overwritten(tmp_path):
     assert child.returncode == 143 and b"Traceback" not in errors
     example_usage.clear(folder, overwrite=True)
     assert contents(folder) == {}
+
+
+def test_a_model_of_one_s_own_is_looked_into_in_the_middle(tiny_model, tmp_path):
+    model = example_usage.model_at(tiny_model)
+    assert (model.path, model.layer) == (tiny_model, 2)
+    assert model.flags["--layers_to_extract"] == 2 and example_usage.model_at(None).layer == 3
+    result = run_script("example_usage.py", "--model_path", tmp_path / "none", cwd=tmp_path)
+    assert result.returncode == 2 and re.fullmatch(
+        r"error: .*none is not a folder.*\n", result.stderr
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_heavy_is_imported_before_parsing():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import random
 import subprocess
 import sys
@@ -375,10 +376,42 @@ def test_stop_id_of_a_template_with_a_token_of_its_own():
 
 def test_vocabulary_larger_than_the_embeddings():
     tokenizer = small.character_tokenizer()
-    check_vocabulary(tokenizer, 259)
-    check_vocabulary(tokenizer, 300)
-    with pytest.raises(UserError, match=r"ids up to 258.*vocab_size is 258"):
-        check_vocabulary(tokenizer, 258)
+    check_vocabulary(tokenizer, 256)
+    with pytest.raises(UserError, match=r"ids up to 255.*vocab_size is 255"):
+        check_vocabulary(tokenizer, 255)
+
+
+@pytest.mark.parametrize(("name", "token"), [("chat", "<|im_start|>"), ("compact", "<|im_end|>")])
+def test_added_tokens_beyond_the_embeddings(name, token):
+    """One that no prompt holds, such as one for padding, does no harm."""
+    tokenizer = small.character_tokenizer()
+    number = max(tokenizer.convert_tokens_to_ids(["<|im_end|>", token]))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    fmt = load_format(name, None, tokenizer)
+    check_vocabulary(tokenizer, number + 1)
+    assert len(Codec(tokenizer, fmt, (), "", number + 1).encode(SMALL_TASK, 0, 1).ids)
+    small_model = Codec(tokenizer, fmt, (), "", number)
+    with pytest.raises(
+        UserError, match=rf"holds the token .*whose id is {number}, .* {number} emb"
+    ):
+        small_model.encode(SMALL_TASK, 0, 1)
+
+
+@pytest.mark.parametrize("fields", [{"transformers_version": "4.40.0"}, {}])
+def test_no_alarm_about_what_no_flag_can_change(fields, tmp_path, caplog):
+    """transformers says of Mistral's large vocabularies that a pattern of theirs is wrong."""
+    small.character_tokenizer().save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["model"]["vocab"] |= {f"word {i}": i for i in range(1000, 102_000)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", **fields}))
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        load_tokenizer(tmp_path)
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert not caplog.messages
 
 
 def test_qwen2_vocabulary_fits_its_models():
@@ -405,8 +438,9 @@ def test_load_tokenizer_reads_what_was_saved(name, tmp_path):
         ({}, "no tokenizer; copy tokenizer.json"),
         ({"tokenizer.model": "x"}, "only a slow tokenizer"),
         ({"vocab.json": "{}", "merges.txt": ""}, "only a slow tokenizer"),
-        ({"tokenizer.json": "{"}, "cannot read the tokenizer"),
-        ({"tokenizer.json": "{}"}, "cannot read the tokenizer"),
+        ({"tokenizer.json": "{}"}, "no tokenizer_config.json"),
+        ({"tokenizer.json": "{", "tokenizer_config.json": "{}"}, "cannot read the tokenizer"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "cannot read the tokenizer"),
     ],
 )
 def test_folders_without_a_usable_tokenizer(tmp_path, files, message):

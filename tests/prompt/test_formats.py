@@ -276,6 +276,47 @@ def test_reasoning_is_switched_off(chatml):
     assert prompt.text.endswith("assistant\n<think>\n\n</think>\n\n")
 
 
+@pytest.mark.parametrize("opened", ["<think>\n", "<think>", "<think>\nOkay"])
+@pytest.mark.parametrize("name", ["chat", "turns"])
+def test_reasoning_that_the_prompt_opens(name, opened):
+    """As the templates of R1-Distill, QwQ and Qwen3-Thinking do."""
+    tokenizer = small.character_tokenizer()
+    tokenizer.chat_template += f"{{% if add_generation_prompt %}}{opened}{{% endif %}}"
+    fmt = load_format(name, None, tokenizer)
+    prompt = fmt.render(SMALL_TASK, 0).text
+    assert prompt.endswith(f"assistant\n{opened}")
+    cut_off = fmt.parse("The first input is\n12\n34\nso")
+    assert (cut_off.grid, cut_off.reason) == (None, "reasoning without an end")
+    assert len(cut_off.cells) == 0
+    assert fmt.parse("It says\n99\n</think>\n\n12\n34").grid == [[1, 2], [3, 4]]
+    answer = fmt.render_answer([[1, 2]])
+    assert (prompt + answer.text).endswith(f"{opened.rstrip()}\n\n</think>\n\n12")
+    found = fmt.parse(answer.text + fmt.end_of_turn)
+    assert found.grid == [[1, 2]]
+    np.testing.assert_array_equal(found.cells, answer.cells)
+
+
+@pytest.mark.parametrize("name", ["compact", "plain"])
+def test_a_format_without_the_chat_template_opens_no_reasoning(name):
+    tokenizer = small.character_tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    fmt = load_format(name, None, tokenizer)
+    assert not fmt.thinking and fmt.parse("12\n").grid == [[1, 2]]
+
+
+def test_a_jinja_file_may_open_or_close_the_reasoning(jinja):
+    tokenizer = small.character_tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    pairs = "{% for p in train %}{{ p.input }}={{ p.output }};{% endfor %}{{ test_input }}"
+    text = f"{{% set text %}}Do not say <think>. {pairs}{{% endset %}}"
+    text += "{{ chat([{'role': 'user', 'content': text}]) }}"
+    assert load_format(jinja(text), None, tokenizer).thinking
+    closed = load_format(jinja(text + "\n</think>\n\n"), None, tokenizer)
+    assert not closed.thinking and closed.render_answer([[1]]).text == "1"
+    assert not load_format(jinja(text), None, small.character_tokenizer()).thinking
+    assert load_format(jinja(pairs + "<think>"), None, small.character_tokenizer()).thinking
+
+
 @pytest.fixture
 def jinja(tmp_path):
     def write(text):
@@ -347,10 +388,20 @@ def test_chat_formats_need_a_chat_template(chatml, jinja):
     tokenizer = small.character_tokenizer()
     tokenizer.chat_template = None
     for name in ("chat", "turns", jinja("{{ chat([]) }}")):
-        with pytest.raises(UserError, match="compact and plain need none"):
+        with pytest.raises(UserError, match=r"copy chat_template\.jinja.* and plain need none"):
             load_format(name, None, tokenizer)
     for name in ("compact", "plain"):
         assert load_format(name, None, tokenizer).render(SMALL_TASK, 0).text
+
+
+def test_chat_templates_with_names():
+    tokenizer = small.character_tokenizer()
+    template = tokenizer.chat_template
+    tokenizer.chat_template = {"default": template, "rag": "{{ oops() }}"}
+    assert load_format("chat", None, tokenizer).render(SMALL_TASK, 0).text
+    tokenizer.chat_template = {"tool_use": template, "rag": template}
+    with pytest.raises(UserError, match="chat templates rag, tool_use, and none of the name defau"):
+        load_format("chat", None, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -1,53 +1,122 @@
-"""Hugging Face `config.json` -> `ModelConfig`. What it does not know, it refuses by name.
+"""Hugging Face `config.json` -> `ModelConfig`: each field is read, refused, or changes nothing.
 
-Reads the transformers 4 form (`rope_theta`, `rope_scaling`) and the 5 form (`rope_parameters`).
-Knows nothing of weights, devices or files other than `config.json`.
+What the architecture's class in transformers reads is read here too, with the class's default where
+the file is silent, or refused by name. What that class never reads cannot change the result: it is
+ignored, and named in the log. Reads the transformers 4 form (`rope_theta`, `rope_scaling`) and the
+5 form (`rope_parameters`). Knows nothing of weights, devices or files other than `config.json`.
 """
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.model.rope import Rope, parse_ropes
+from utils.model.rope import ROPE_FIELDS, Rope, parse_ropes, unread_rope_fields
 
-_QWEN = ("qwen2", "qwen3", "qwen3_moe")
-_GEMMA = ("gemma2", "gemma3_text")
-MODEL_TYPES = ("llama", "mistral", *_QWEN, *_GEMMA)
+log = logging.getLogger(__name__)
 
-# Fields that shape the computation; `ModelConfig.from_dict` reads every one of them.
-_READ = (
-    {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
-    | {"num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"}
-    | {"hidden_act", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings"}
-    | {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
-    | {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
-    | {"original_max_position_embeddings"}
-    | {
-        "hidden_activation",
-        "query_pre_attn_scalar",
-        "sliding_window_pattern",
-        "rope_local_base_freq",
-    }
-    | {"attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"}
-    | {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"}
-    | {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
-)
-# Fields of training, generation defaults or bookkeeping: they leave hidden states as they are.
+_EVERY_FAMILY = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")),
+    **dict.fromkeys(("num_attention_heads", "max_position_embeddings", "rms_norm_eps")),
+    **dict.fromkeys(ROPE_FIELDS),
+    "head_dim": None,
+    "tie_word_embeddings": False,
+}
+_SILU = {**_EVERY_FAMILY, "hidden_act": "silu"}
+_QWEN = {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+_GEMMA = {
+    **_EVERY_FAMILY,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+# model_type -> the fields that its class in transformers reads, with the class's defaults. None
+# stands for a value that follows from others (heads of their own for keys, a head's width), or that
+# has to be there, since a guess would go unnoticed (a size, the rotary base).
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_SILU,
+        "num_key_value_heads": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "mistral": {**_SILU, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {**_SILU, **_QWEN},
+    "qwen3": {**_SILU, **_QWEN, "head_dim": 128, "attention_bias": False},
+    "qwen3_moe": {
+        **_SILU,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_local_experts": None,  # another name of it
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    },
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": {
+        **_GEMMA,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "sliding_window_pattern": 6,
+    },
+}
+MODEL_TYPES = tuple(FAMILIES)
+
+# Fields of training, classifiers, generation and bookkeeping that nearly every file has: they leave
+# hidden states as they are, and are not worth a line. So do names with an underscore before them.
 _HARMLESS = (
-    {"attention_dropout", "initializer_range", "pretraining_tp", "problem_type", "num_labels"}
-    | {"finetuning_task", "id2label", "label2id", "task_specific_params"}
+    {"model_type", "architectures", "auto_map", "tokenizer_class", "transformers_version"}
+    | {"dtype", "torch_dtype", "use_bfloat16", "torchscript", "unsloth_fixed", "unsloth_version"}
     | {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "begin_suppress_tokens"}
-    | {"prefix", "use_cache", "output_attentions", "output_hidden_states"}
-    | {"return_dict", "keys_to_ignore_at_inference"}
-    | {"is_decoder", "is_encoder_decoder", "tie_encoder_decoder", "chunk_size_feed_forward"}
-    | {"model_max_length", "tokenizer_class", "architectures", "auto_map", "_name_or_path"}
-    | {"dtype", "torch_dtype", "use_bfloat16", "torchscript", "_attn_implementation"}
-    | {"_sliding_window_pattern", "router_aux_loss_coef", "output_router_logits"}
-    | {"_attn_implementation_autoset", "transformers_version", "unsloth_fixed", "unsloth_version"}
+    | {"attention_dropout", "initializer_range", "gradient_checkpointing", "pretraining_tp"}
+    | {"problem_type", "num_labels", "id2label", "label2id", "finetuning_task"}
+    | {"task_specific_params", "prefix", "model_max_length", "chunk_size_feed_forward"}
+    | {"is_decoder", "is_encoder_decoder", "tie_encoder_decoder", "tie_last_hidden_states"}
+    | {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+    | {"keys_to_ignore_at_inference", "output_router_logits", "router_aux_loss_coef"}
 )
+# Fields that transformers looks for in every architecture, or that say how the weights are stored,
+# and what to do about them. A family whose own class reads one has it in FAMILIES.
+_REFUSED = {
+    "quantization_config": "the weights are quantized: take the checkpoint that is not",
+    "quantization": "the weights are quantized by MLX: take the checkpoint that is not",
+    "sliding_window": "this model_type has no sliding window of its own, and transformers would "
+    "give one to the cache alone: remove it, or give the model_type of the model's training",
+    "layer_types": "this model_type has layers of one type, and transformers would heed the others "
+    "in the cache alone: remove it, or give the model_type of the model's training",
+    "attention_chunk_size": "attention here is not in chunks",
+    "per_layer_config": "all layers have one shape here",
+    "kv_sharing_modes": "each layer has its own keys and values here",
+    "fusion_config": "fused modules round otherwise: remove it",
+    "transformers_weights": "name the file that it gives model.safetensors, and remove it",
+    "is_causal": "attention here is to earlier tokens alone",
+    **dict.fromkeys(
+        ("text_config", "decoder", "generator"),
+        "this is a model of several parts: save its text model alone, and give that folder",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -163,60 +232,56 @@ class ModelConfig:
             raise UserError(
                 f"model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}"
             )
-        given = {name for name, value in fields.items() if value is not None}
-        if unknown := sorted(given - _READ - _HARMLESS):
-            raise UserError(
-                f"field {', '.join(unknown)} is not known to this decoder and could change its "
-                f"result; known: {', '.join(sorted(_READ))}"
-            )
+        read, ignored = dict(FAMILIES[model_type]), []
+        for name, value in fields.items():
+            if name in read:
+                read[name] = value
+            elif name not in _REFUSED:
+                if not (name in _HARMLESS or name.startswith("_") or value is None):
+                    ignored.append(name)
+            elif value is False if name == "is_causal" else value:
+                raise UserError(f"{name} is not supported: {_REFUSED[name]}")
+        fields = read
+        if ignored := [*ignored, *unread_rope_fields(fields)]:
+            told = "config.json: ignored, since transformers' class for %s never reads them: %s"
+            log.info(told, model_type, ", ".join(ignored))
 
         def size(name: str, default: int | None = None) -> int:
-            value = default if fields.get(name) is None else fields[name]
+            value = default if fields[name] is None else fields[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be a positive whole number, not {value!r}")
             return value
 
-        gemma = model_type in _GEMMA
-        act, known = ("hidden_act", ("silu", "swish"))
-        if gemma:  # `hidden_act` is there too, and not read
-            act, known = "hidden_activation", ("gelu_pytorch_tanh", "gelu_new")
-        if (fields.get(act) or known[0]) not in known:
+        gemma = "hidden_activation" in fields
+        act = "hidden_activation" if gemma else "hidden_act"
+        known = ("gelu_pytorch_tanh", "gelu_new") if gemma else ("silu", "swish")
+        if fields[act] not in known:
             raise UserError(f"{act} {fields[act]!r} is not supported; only {known[0]} is")
-        if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise UserError("partial_rotary_factor is not supported: all of a head is rotated")
         heads = size("num_attention_heads")
-        # Llama and Mistral files without the key/value count mean one per query head.
         kv_heads = size("num_key_value_heads", heads)
         if heads % kv_heads:
             raise UserError(
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
-        of_class = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
-        head_dim = size("head_dim", of_class.get(model_type, size("hidden_size") // heads))
+        head_dim = size("head_dim", size("hidden_size") // heads)
         if head_dim % 2:
             raise UserError(f"head_dim {head_dim} is odd; rotary embedding needs an even one")
-        eps = fields.get("rms_norm_eps")
+        eps = fields["rms_norm_eps"]
         if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
             raise UserError(f"rms_norm_eps must be a number of at least 0, not {eps!r}")
         attention_bias, mlp_bias = _flag(fields, "attention_bias"), _flag(fields, "mlp_bias")
-        if attention_bias and model_type in ("qwen2", "mistral"):
-            raise UserError(f"attention_bias is not a field of {model_type}")
-        if mlp_bias and model_type != "llama":
-            raise UserError(f"mlp_bias is not a field of {model_type}")
         num_layers = size("num_hidden_layers")
         rope, sliding_rope = parse_ropes(fields)
-        family: dict[str, Any] = {}
+        mixture, family = "num_experts" in fields, {}
         if gemma:
-            family = _of_gemma(fields)
-        elif model_type == "qwen3_moe":
+            family = _of_gemma(model_type, fields)
+        elif mixture:
             family = _of_mixture(fields, size)
         return cls(
             model_type=model_type,
             vocab_size=size("vocab_size"),
             hidden_size=size("hidden_size"),
-            intermediate_size=size(
-                "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size"
-            ),
+            intermediate_size=size("moe_intermediate_size" if mixture else "intermediate_size"),
             num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -228,47 +293,41 @@ class ModelConfig:
             out_bias=attention_bias,
             mlp_bias=mlp_bias,
             qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
-            tie_word_embeddings=_flag(fields, "tie_word_embeddings", default=gemma),
+            tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
             max_position_embeddings=size("max_position_embeddings"),
             sliding_windows=_sliding_windows(fields, num_layers),
-            query_scale=size("query_pre_attn_scalar", 256 if gemma else head_dim) ** -0.5,
+            query_scale=(size("query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
             **family,
         )
 
 
-def _of_gemma(fields: dict[str, Any]) -> dict[str, Any]:
+def _of_gemma(model_type: str, fields: dict[str, Any]) -> dict[str, Any]:
     """What Gemma 2 and 3 have and the others have not."""
     if _flag(fields, "use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention is not supported: attention is causal")
-    of_class = (50.0, 30.0) if fields["model_type"] == "gemma2" else (None, None)
-    caps = []
-    for name, default in zip(
-        ("attn_logit_softcapping", "final_logit_softcapping"), of_class, strict=True
-    ):
-        cap = fields.get(name, default)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        cap = fields[name]
         if cap is not None and (not isinstance(cap, int | float) or not 0 < cap < math.inf):
             raise UserError(f"{name} must be a positive number or null, not {cap!r}")
-        caps.append(cap)
-    if fields["model_type"] == "gemma3_text":
-        caps[0] = None  # there its class hands it to nobody
     return {
         "gated_by": "gelu_tanh",
         "out_norms": True,
         "unit_offset": True,
         "embedding_scale": float(fields["hidden_size"]) ** 0.5,
-        "score_softcap": caps[0],
-        "logit_softcap": caps[1],
+        # The class of Gemma 3 has the field, and hands it to nobody.
+        "score_softcap": fields["attn_logit_softcapping"] if model_type == "gemma2" else None,
+        "logit_softcap": fields["final_logit_softcapping"],
     }
 
 
 def _of_mixture(fields: dict[str, Any], size: Any) -> dict[str, Any]:
-    """The experts of qwen3_moe, of which every layer must be made."""
-    if fields.get("mlp_only_layers") or fields.get("decoder_sparse_step") not in (None, 1):
+    """The experts, of which every layer must be made."""
+    if fields["mlp_only_layers"] or fields["decoder_sparse_step"] not in (None, 1):
         raise UserError(
-            "mlp_only_layers and decoder_sparse_step: layers without experts are not supported"
+            "mlp_only_layers and decoder_sparse_step are not supported: each layer has experts"
         )
-    name = "num_local_experts" if fields.get("num_experts") is None else "num_experts"
-    experts, chosen = size(name), size("num_experts_per_tok")
+    experts = size("num_experts" if fields["num_local_experts"] is None else "num_local_experts")
+    chosen = size("num_experts_per_tok")
     if chosen > experts:
         raise UserError(f"num_experts_per_tok is {chosen}, and there are {experts} experts")
     return {
@@ -278,36 +337,26 @@ def _of_mixture(fields: dict[str, Any], size: Any) -> dict[str, Any]:
     }
 
 
-def _flag(fields: dict[str, Any], name: str, default: bool = False) -> bool:
-    value = default if fields.get(name) is None else fields[name]
+def _flag(fields: dict[str, Any], name: str) -> bool:
+    value = False if fields.get(name) is None else fields[name]  # also of a family without it
     if not isinstance(value, bool):
         raise UserError(f"{name} must be true or false, not {value!r}")
     return value
 
 
 def _sliding_windows(fields: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    model_type, window = fields["model_type"], fields.get("sliding_window")
-    gemma = model_type in _GEMMA
-    if gemma:
-        window = fields.get("sliding_window", 4096)
-    in_use = _flag(fields, "use_sliding_window")
-    if model_type == "llama" and (window is not None or in_use):
-        raise UserError("sliding_window is not a field of llama")
-    if model_type in _QWEN and not in_use:
+    window = fields.get("sliding_window")
+    if "use_sliding_window" in fields and not _flag(fields, "use_sliding_window"):
         window = None
     if window is not None and (not isinstance(window, int) or window < 1):
         raise UserError(f"sliding_window must be a positive whole number or null, not {window!r}")
-    layer_types = fields.get("layer_types")
-    if layer_types is None:
-        if model_type == "mistral" or model_type == "qwen3_moe":
-            return (window,) * num_layers
-        if gemma:
-            every = 2 if model_type == "gemma2" else fields.get("sliding_window_pattern", 6)
+    if (layer_types := fields.get("layer_types")) is None:
+        if "hidden_activation" in fields:  # Gemma: so many layers in turn, the last one without
+            every = fields.get("sliding_window_pattern", 2)
             if not isinstance(every, int) or every < 1:
                 raise UserError(f"sliding_window_pattern must be a whole number, not {every!r}")
             return tuple(window if (i + 1) % every else None for i in range(num_layers))
-        first = fields.get("max_window_layers")
-        first = 28 if first is None else first  # the default of Qwen2Config and Qwen3Config
+        first = fields.get("max_window_layers", 0)
         if window is not None and not isinstance(first, int):
             raise UserError(f"max_window_layers must be a whole number, not {first!r}")
         return tuple(window if window and i >= first else None for i in range(num_layers))
@@ -317,8 +366,6 @@ def _sliding_windows(fields: dict[str, Any], num_layers: int) -> tuple[int | Non
         raise UserError(
             f"layer_types must name one of {', '.join(known)} for each of the {num_layers} layers"
         )
-    if model_type == "mistral":
-        raise UserError("layer_types is not a field of mistral")
     if "sliding_attention" in layer_types and window is None:
         raise UserError("layer_types has sliding_attention, but no sliding_window is in use")
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)

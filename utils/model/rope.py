@@ -8,6 +8,8 @@ from utils.errors import UserError
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _LENGTH = "original_max_position_embeddings"
+# The fields of a `config.json` that are about the rotary embedding.
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", _LENGTH)
 _REQUIRED = {
     "default": set(),
     "linear": {"factor"},
@@ -40,21 +42,26 @@ def parse_ropes(fields: dict[str, Any]) -> tuple[Rope, Rope | None]:
 
     Raises UserError naming the field.
     """
-    if fields["model_type"] != "gemma3_text":
+    if "rope_local_base_freq" not in fields:
         return parse_rope(fields), None
+    full, sliding = map(parse_rope, _by_layer_type(fields))
+    return full, sliding
+
+
+def _by_layer_type(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields as the two kinds of layers of Gemma 3 have them, in one form."""
     both, scaling = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
-    rest = {name: value for name, value in fields.items() if not name.startswith("rope_")}
-    ropes = []
-    for layers, more, theta, of_class in (
-        ("full_attention", scaling, "rope_theta", 1e6),
-        ("sliding_attention", {}, "rope_local_base_freq", 1e4),
+    if not isinstance(both, dict) or not isinstance(scaling, dict):
+        raise UserError("rope_parameters and rope_scaling must each be an object or null")
+    apart = {**fields, "rope_theta": None, "rope_scaling": None}
+    kinds = []
+    for layers, more, theta in (
+        ("full_attention", scaling, fields["rope_theta"]),
+        ("sliding_attention", {}, fields["rope_local_base_freq"]),
     ):
-        parameters = {"rope_type": "default", **(both.get(layers) or {}), **more}
-        if parameters.get("rope_theta") is None:
-            given = fields.get(theta)
-            parameters["rope_theta"] = of_class if given is None else given
-        ropes.append(parse_rope({**rest, "rope_parameters": parameters}))
-    return ropes[0], ropes[1]
+        given = {**(both.get(layers) or {}), **more}
+        kinds.append({**apart, "rope_parameters": {"rope_theta": theta, **given}})
+    return kinds[0], kinds[1]
 
 
 def parse_rope(fields: dict[str, Any]) -> Rope:
@@ -62,42 +69,18 @@ def parse_rope(fields: dict[str, Any]) -> Rope:
 
     Raises UserError naming the field.
     """
-    new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
-    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"{name} must be an object or null, not {value!r}")
-    if new and old and new != old:
-        raise UserError("rope_parameters and rope_scaling are both there and differ")
-    scaling = dict(new or old or {})
-    if any(isinstance(value, dict) for value in scaling.values()):
-        raise UserError("rope_parameters per layer type are not supported")
-    thetas = [scaling.pop("rope_theta", None), fields.get("rope_theta")]
-    for value in thetas:
-        if value is not None and not _is_positive(value):
-            raise UserError(f"rope_theta must be a positive number, not {value!r}")
-    thetas = set(thetas) - {None}
-    if len(thetas) != 1:
-        what = "is missing" if not thetas else f"has two values, {sorted(thetas)}"
-        raise UserError(
-            f"rope_theta {what}; add to config.json the one value that the model was trained with"
-        )
-    kinds = [scaling.pop(name, None) for name in ("rope_type", "type")]
-    kinds = [kind for kind in kinds if kind is not None] or ["default"]
-    kind = kinds[0] if all(other == kinds[0] for other in kinds) else kinds
+    kind, theta, given = _stated(fields)
     if kind not in ROPE_TYPES:
         raise UserError(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if scaling.get("partial_rotary_factor") in (1, 1.0):
-        del scaling["partial_rotary_factor"]
-    scaling = {name: value for name, value in scaling.items() if value is not None}
-    if kind in ("llama3", "yarn"):
+    for factor in (fields.get("partial_rotary_factor"), given.get("partial_rotary_factor")):
+        if factor not in (None, 1):
+            raise UserError("partial_rotary_factor is not supported: all of a head is rotated")
+    scaling = {name: value for name, value in given.items() if name in _read_by(kind)}
+    if _LENGTH in _REQUIRED[kind]:
         # transformers lets the field outside of the rope parameters win, and falls back on the
         # model's length
         outside, length = fields.get(_LENGTH), scaling.get(_LENGTH)
         scaling[_LENGTH] = outside or length or fields.get("max_position_embeddings")
-    if kind == "default":  # a leftover that the default type does not read
-        scaling.pop(_LENGTH, None)
-    if unknown := sorted(scaling.keys() - _REQUIRED[kind] - _OPTIONAL.get(kind, set())):
-        raise UserError(f"rope field {', '.join(unknown)} is not known for rope_type {kind}")
     if missing := sorted(_REQUIRED[kind] - scaling.keys()):
         raise UserError(f"rope_type {kind} needs {', '.join(missing)}")
     for name, value in scaling.items():
@@ -111,7 +94,57 @@ def parse_rope(fields: dict[str, Any]) -> Rope:
             if mscale and mscale_all_dim
             else _yarn_mscale(factor, 1.0)
         )
-    return Rope(theta=float(thetas.pop()), type=kind, **scaling)
+    return Rope(theta=theta, type=kind, **scaling)
+
+
+def unread_rope_fields(fields: dict[str, Any]) -> list[str]:
+    """What stands within the rope parameters of a `config.json` and its rope type does not read."""
+    if "rope_local_base_freq" in fields:
+        return [name for part in _by_layer_type(fields) for name in _unread(part)]
+    return _unread(fields)
+
+
+def _unread(fields: dict[str, Any]) -> list[str]:
+    kind, _, given = _stated(fields)
+    if kind not in ROPE_TYPES:
+        return []
+    known = {*_read_by(kind), _LENGTH, "partial_rotary_factor"}
+    return [f"{name} of rope_type {kind}" for name in given if name not in known]
+
+
+def _read_by(kind: str) -> set[str]:
+    return _REQUIRED[kind] | _OPTIONAL.get(kind, set())
+
+
+def _stated(fields: dict[str, Any]) -> tuple[Any, float, dict[str, Any]]:
+    """The type, the base and the other parameters, in whichever form they are there; both forms may
+    be, if they say the same."""
+    thetas, forms = [fields.get("rope_theta")], []
+    for name in ("rope_parameters", "rope_scaling"):
+        form = fields.get(name) or {}
+        if not isinstance(form, dict):
+            raise UserError(f"{name} must be an object or null, not {form!r}")
+        if any(isinstance(value, dict) for value in form.values()):
+            raise UserError(f"{name} per layer type are not supported")
+        form = {key: value for key, value in form.items() if value is not None}
+        thetas.append(form.pop("rope_theta", None))
+        kinds = [form.pop(key) for key in ("rope_type", "type") if key in form]
+        if form or kinds:
+            kind = kinds[0] if kinds and kinds[0] == kinds[-1] else kinds or "default"
+            forms.append((kind, form))
+    if forms[1:] and forms[0] != forms[1]:
+        raise UserError("rope_parameters and rope_scaling are both there and differ: remove one")
+    thetas = [theta for theta in thetas if theta is not None]
+    for theta in thetas:
+        if not _is_positive(theta):
+            raise UserError(f"rope_theta must be a positive number, not {theta!r}")
+    if len(set(thetas)) != 1:
+        what = f"has two values, {sorted(set(thetas))}" if thetas else "is missing"
+        raise UserError(
+            f"rope_theta {what}; add to config.json the one value that the model was trained with"
+        )
+    kind, parameters = forms[0] if forms else ("default", {})
+    return kind, float(thetas[0]), parameters
 
 
 def _is_positive(value: Any) -> bool:

@@ -8,10 +8,9 @@ one row; what is missing, unexpected or mis-shaped is reported together.
 # D model width   F mlp width   N query heads   K key/value heads   H head width   V vocabulary
 # E experts
 
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -22,10 +21,11 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from utils.errors import UserError
 from utils.model.config import ModelConfig
+from utils.model.files import full_name, read_headers
 from utils.model.layout import Layout
 
 
@@ -187,10 +187,15 @@ class Checkpoint:
     def __init__(self, model_path: str | Path, config: ModelConfig):
         self.folder, self.config = Path(model_path), config
         self.shapes = abstract_params(config)
-        self._files: dict[str, Path] = {}  # checkpoint name -> file that holds it
+        self._files: dict[str, Path] = {}  # name in a whole model -> file that holds it
+        self._stored: dict[str, str] = {}  # and its name there
         paths = {name: path for path in self.shapes for name in hf_names(path, config)}
         problems = []
-        for name, file, shape, dtype in self._entries():
+        headers = list(read_headers(self.folder))
+        stored = {name for name, *_ in headers}
+        for stored_name, file, shape, dtype in headers:
+            name = full_name(stored_name, stored, config.tie_word_embeddings)
+            self._stored[name] = stored_name
             if _DERIVED.fullmatch(name):
                 continue
             if name not in paths:
@@ -217,39 +222,6 @@ class Checkpoint:
         if config.tie_word_embeddings and "lm_head.weight" in self._files:
             self._check_tied()
 
-    def _entries(self) -> Iterator[tuple[str, Path, tuple[int, ...], str]]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                names = json.loads(index.read_text())["weight_map"].values()
-                files = [self.folder / name for name in sorted(set(names))]
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                raise UserError(
-                    f"{index} is not a safetensors index ({error}): fetch it again"
-                ) from error
-        else:
-            files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            if any(self.folder.glob("*.bin")):
-                raise UserError(
-                    f"{self.folder} holds only .bin weights; convert them with transformers: "
-                    "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), "
-                    "which writes safetensors"
-                )
-            raise UserError(f"{self.folder} has no .safetensors weights: copy them there too")
-        for file in files:
-            if not file.exists():
-                raise UserError(f"{index} names {file.name}, which is not there: copy it too")
-            try:
-                with safe_open(file, "numpy") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                        entry = tensors.get_slice(name)
-                        yield name, file, tuple(entry.get_shape()), entry.get_dtype()
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{file} is damaged or not a safetensors file ({error}): fetch it again"
-                ) from error
-
     def _check_tied(self) -> None:
         head, embedding = (
             self._read(name, (slice(None),))
@@ -264,7 +236,7 @@ class Checkpoint:
     def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         # Opened for each tensor, so that the pages of a mapped file do not pile up in memory.
         with safe_open(self._files[name], "numpy") as tensors:
-            return tensors.get_slice(name)[index]
+            return tensors.get_slice(self._stored[name])[index]
 
     def digests(self, index: int = 0, count: int = 1) -> tuple[str, dict[int, str]]:
         """Of config and weights, block by block: sha256 over the first bytes of every block, and

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.arc.tasks import SUFFIXES, solutions_names, split_suffix
 from utils.errors import UserError
+from utils.model.files import model_folder
 from utils.plan.request import Request
 from utils.store.bucket import BucketFolder, is_uri
 from utils.store.copies import copied
@@ -16,14 +17,15 @@ log = logging.getLogger(__name__)
 
 
 def localized(request: Request) -> Request:
-    """The request with local paths for what it reads from buckets."""
+    """The request with local paths for what it reads from buckets, and for the model the folder
+    that holds its files."""
     for name in ("model_path", "dataset_path", "solutions_path"):
         uri = getattr(request, name)
         if uri is not None and is_uri(uri):
             local = str(model(uri) if name == "model_path" else tasks(uri, f"--{name}"))
             log.info("%s is read from its copy %s", uri, local)
             request = replace(request, **{name: local})
-    return request
+    return replace(request, model_path=str(model_folder(request.model_path)))
 
 
 def model(uri: str) -> Path:

@@ -9,6 +9,7 @@ whose text overlaps the cell. Several cells can share a token and a cell can tak
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +19,16 @@ import numpy as np
 
 from utils.arc.tasks import Grid, Task
 from utils.errors import UserError
-from utils.prompt.formats import Answer, Prompt, PromptFormat, assistant_turn, load_format
+from utils.model.files import model_folder
+from utils.prompt.chat import assistant_turn
+from utils.prompt.formats import Answer, Prompt, PromptFormat, load_format
 from utils.store.text import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Tokens that end a turn or a text wherever a vocabulary has them.
+log = logging.getLogger(__name__)
 END_TOKENS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
     *("<|end|>", "<|return|>", "<|end_of_turn|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
@@ -48,12 +52,14 @@ class Codec:
     """How tasks become token ids, and token ids answers; made by `load_codec`.
 
     stop_ids: every token that ends an answer, ascending. tokenizer_hash: see `hash_tokenizer`.
+    vocab_size: embeddings of the model, where a model is meant.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
     fmt: PromptFormat
     stop_ids: tuple[int, ...]
     tokenizer_hash: str
+    vocab_size: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -65,13 +71,20 @@ class Codec:
         """Test input `index` of a task behind its last `pairs` train pairs.
 
         forced: with the ground truth, which the test pair must have, as the answer. Raises
-        UserError where the vocabulary cannot write a cell.
+        UserError where the vocabulary cannot write a cell, or the model cannot read a token.
         """
         ids, cells = encode_prompt(self.fmt.render(task, index, pairs), self.tokenizer)
         P = len(ids)
         if forced:
             more, located = encode_answer(self.fmt, task.test[index].output, self.tokenizer, P)
             ids, cells = np.concatenate([ids, more]), np.concatenate([cells, located])
+        if self.vocab_size is not None and ids.max() >= self.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))
+            raise UserError(
+                f"the prompt holds the token {token!r}, whose id is {ids.max()}, and the model has "
+                f"{self.vocab_size} embeddings (vocab_size): use the tokenizer that belongs to the "
+                "model, or a --prompt_format without that token"
+            )
         return Encoded(ids, P, cells)
 
     def read(self, ids: Sequence[int], prompt_length: int = 0) -> Answer:
@@ -110,7 +123,12 @@ def load_codec(
     fmt = load_format(prompt_format, grid_encoding, tokenizer)
     configs = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
     stops = stop_ids(tokenizer, configs, fmt)
-    return Codec(tokenizer, fmt, stops, hash_tokenizer(folder, tokenizer))
+    if fmt.thinking:
+        log.info(
+            "the prompt ends within a block of reasoning: an answer counts from its </think> on, "
+            "and a forced answer begins with one"
+        )
+    return Codec(tokenizer, fmt, stops, hash_tokenizer(folder, tokenizer), vocab_size)
 
 
 def hash_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -137,8 +155,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def load_tokenizer(model_path: str | Path) -> "PreTrainedTokenizerFast":
-    """The fast tokenizer of a model folder, offline. Raises UserError where there is none."""
-    folder = Path(model_path)
+    """The fast tokenizer of a model folder, offline. Raises UserError where it is not there as a
+    whole."""
+    folder = model_folder(model_path)
     if not folder.is_dir():
         raise UserError(f"no model folder at {folder}; give the path of a local checkpoint")
     if not (folder / "tokenizer.json").is_file():
@@ -149,12 +168,21 @@ def load_tokenizer(model_path: str | Path) -> "PreTrainedTokenizerFast":
             if slow
             else f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json there"
         )
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(
+            f"{folder} has no tokenizer_config.json, which says how texts begin and end: copy it "
+            "there too, and chat_template.jinja if the model came with one"
+        )
     # Not AutoTokenizer: it imports torch where that is installed (1.6 s, 190 MB), and rebuilds
     # some tokenizers from their parts where tokenizer.json already says all.
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        # The last argument keeps transformers from an alarm about a pattern that some tokenizers
+        # of Mistral's split words by: they are read as AutoTokenizer reads them, digits one by one.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            folder, local_files_only=True, fix_mistral_regex=False
+        )
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
@@ -164,8 +192,10 @@ def load_tokenizer(model_path: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
-    """Raises UserError where the tokenizer has ids that the model, of vocab_size, does not."""
-    largest = max(tokenizer.get_vocab().values())
+    """Raises UserError where the tokenizer has ids that the model, of vocab_size, does not; tokens
+    that were added to it, often one for padding, are looked at where a prompt holds them."""
+    added = tokenizer.added_tokens_encoder
+    largest = max(id for token, id in tokenizer.get_vocab().items() if token not in added)
     if largest >= vocab_size:
         raise UserError(
             f"the tokenizer has token ids up to {largest}, but the model's vocab_size is "

@@ -20,6 +20,13 @@ import numpy as np
 
 from utils.arc.tasks import MAX_SIDE, Grid, Task
 from utils.errors import UserError
+from utils.prompt.chat import (
+    Message,
+    apply_chat,
+    assistant_turn,
+    generation_prompt,
+    template_error,
+)
 from utils.prompt.encodings import FENCE, GRID_ENCODINGS, NoGridError, read_grid, write_grid
 from utils.prompt.known import KNOWN, NVARC_END
 from utils.store.text import read_text
@@ -47,14 +54,7 @@ PLAIN_NOTE = "In each numbered pair below, the same hidden rule turns the input 
 # Private use characters: no template has them, and no Jinja filter trims or changes them.
 PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
-# A template that asks for today's date gets this one: the same run gives the same prompts any day.
-FIXED_DATE = (
-    "{%- macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%m', '07')"
-    " | replace('%b', 'Jul') | replace('%B', 'July') | replace('%Y', '2024') }}{% endmacro %}"
-)
 
-
-Message = dict[str, str]  # role and content
 Chat = Callable[[list[Message]], str]  # applies a chat template and opens the assistant's turn
 Composer = Callable[[list[str], Chat], str]  # (placeholders, chat) -> the text of a prompt
 
@@ -95,7 +95,8 @@ class PromptFormat:
     skeleton: number of train pairs -> prompt text with placeholders for the grids. lead, tail:
     text around the grid in an answer. opening: how much of the written grid the prompt's end
     already holds. end_of_turn: text after an answer, through the end-of-turn token. template_hash:
-    sha256 in hex of all that determines a prompt besides the task.
+    sha256 in hex of all that determines a prompt besides the task. thinking: the prompt's end has
+    opened a block of reasoning (`<think>`), which an answer has to close.
     """
 
     name: str
@@ -107,6 +108,7 @@ class PromptFormat:
     end_of_turn: str
     prepend_bos: bool
     template_hash: str
+    thinking: bool = False
 
     @property
     def ending(self) -> str:
@@ -134,7 +136,8 @@ class PromptFormat:
         return Prompt("".join(pieces), np.concatenate(cells), self.prepend_bos)
 
     def render_answer(self, grid: Grid) -> Prompt:
-        """The text that the assistant is expected to give, without its end of turn."""
+        """The text that the assistant is expected to give, without its end of turn. It first closes
+        a block of reasoning that the prompt has opened, and has no reasoning of its own."""
         text, spans = write_grid(grid, self.encoding)
         text = self.lead + text[len(self.opening) :] + self.tail
         return Prompt(text, _place(spans, len(self.lead) - len(self.opening), -1, 1))
@@ -143,7 +146,8 @@ class PromptFormat:
         """The grid in an answer; `parse(render_answer(grid).text).grid == grid` for every grid.
 
         A reasoning block (all through the last `</think>`), and all from the end-of-turn text on,
-        are dropped; `encodings.read_grid` says which grid of the rest counts.
+        are dropped; `encodings.read_grid` says which grid of the rest counts. One that has not
+        ended, whether the answer or the prompt opened it, holds no grid.
         """
         start = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
         end = self.end_of_turn.strip()
@@ -151,7 +155,7 @@ class PromptFormat:
         try:
             if not body.strip():
                 raise NoGridError("empty answer")
-            if body.lstrip().startswith("<think>"):
+            if body.lstrip().startswith("<think>") or (self.thinking and not start):
                 raise NoGridError("reasoning without an end")
             cells = read_grid(self.opening + body, self.encoding)
             shape = cells[-1, :2] + 1
@@ -231,8 +235,15 @@ def load_format(
     sample = skeleton(1)
     through_chat = bool(chats)
     lead, end = assistant_turn(tokenizer) if through_chat else ("", eos)
-    if through_chat and not sample.endswith(chats[-1]):
-        lead = ""  # the file goes on after the chat template: its own text leads to the answer
+    last = PLACEHOLDER.split(sample)[-1]  # the text by which the prompt asks for the answer
+    if through_chat:
+        last = generation_prompt(tokenizer)
+        if not sample.endswith(chats[-1]):
+            lead = ""  # the file goes on after the chat template: its own text leads to the answer
+            last += sample.rpartition(chats[-1])[2]
+    thinking = last.rfind("<think>") > last.rfind("</think>")
+    if thinking:  # an empty block, as the templates that know `enable_thinking` write it
+        lead = "\n" * (not last.endswith("\n")) + "\n</think>\n\n"
     opening = ""
     if encoding == "numbered":
         opening = next(FENCE[:k] for k in range(len(FENCE), -1, -1) if sample.endswith(FENCE[:k]))
@@ -249,7 +260,8 @@ def load_format(
     determining = [encoding, source, tokenizer.chat_template, sample, skeleton(2), written, parts]
     digest = hashlib.sha256(json.dumps([*determining, tokenizer.bos_token]).encode()).hexdigest()
     cached = functools.cache(skeleton)
-    return PromptFormat(name_or_path, encoding, cached, lead, tail, opening, end, bos, digest)
+    around = lead, tail, opening, end
+    return PromptFormat(name_or_path, encoding, cached, *around, bos, digest, thinking)
 
 
 def _chat(grids: list[str], chat: Chat, encoding: str) -> str:
@@ -288,45 +300,6 @@ def _placeholders(num_pairs: int) -> list[str]:
     return [f"\ue000{slot}\ue001" for slot in range(2 * num_pairs + 1)]
 
 
-def apply_chat(
-    tokenizer: "PreTrainedTokenizerFast", messages: list[Message], answering: bool = True
-) -> str:
-    """The chat template's text for messages; answering: with the assistant's turn opened."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            "this tokenizer has no chat template; --prompt_format compact and plain need none"
-        )
-    try:
-        template = tokenizer.get_chat_template()
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=FIXED_DATE * ("strftime_now" in template) + template,
-            tokenize=False,
-            add_generation_prompt=answering,
-            enable_thinking=False,
-        )
-    except Exception as error:  # a template is a program: it can raise anything
-        raise _template_error("the tokenizer's chat template", error) from error
-
-
-def assistant_turn(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
-    """What the chat template puts around an answer: the blanks before it (Llama 2 has one), and
-    the text after it through the first added token, the end of turn (EOS where there is none).
-    """
-    (answer,) = _placeholders(0)
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    opened = apply_chat(tokenizer, messages[:1])
-    before, _, after = apply_chat(tokenizer, messages, answering=False).partition(answer)
-    lead = before.removeprefix(opened)
-    if not lead.isspace():
-        lead = ""
-    added = [token for token in tokenizer.added_tokens_encoder if token.strip() and token in after]
-    if not added:
-        return lead, tokenizer.eos_token or ""
-    first = min(added, key=lambda token: (after.index(token), -len(token)))
-    return lead, after[: after.index(first) + len(first)]
-
-
 def train_pairs(grids: list[str]) -> list[tuple[str, str]]:
     """Placeholders in the order of their slots -> (input, output) of each train pair."""
     return list(zip(grids[:-1:2], grids[1::2], strict=True))
@@ -354,20 +327,9 @@ def jinja_file(path: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, Co
         except UserError:
             raise
         except Exception as error:  # a template is a program: it can raise anything
-            raise _template_error(f"the prompt template {path}", error) from error
+            raise template_error(f"the prompt template {path}", error) from error
 
     return source, compose
-
-
-def _template_error(which: str, error: Exception) -> UserError:
-    """One line with the template's line number, from the error or from Jinja's traceback."""
-    line, trace = getattr(error, "lineno", None), error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    message = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{which} fails{f' in line {line}' if line else ''}: {message}")
 
 
 def check_placeholders(text: str, num_pairs: int, name: str) -> None:
