@@ -23,6 +23,7 @@ _READ = (
     | {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
     | {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
     | {"original_max_position_embeddings"}
+    | {"quantization_config", "compression_config"}  # which `utils.model.quantized` reads
 )
 # Fields of training, generation defaults or bookkeeping: they leave hidden states as they are.
 _HARMLESS = (
@@ -77,12 +78,6 @@ class ModelConfig:
             raise UserError(
                 f"{model_path} is not a folder: give the path of a downloaded Hugging Face model "
                 "(hf download NAME --local-dir FOLDER)"
-            )
-        if (Path(model_path) / "adapter_config.json").exists():
-            raise UserError(
-                f"{model_path} holds a LoRA adapter, not a model: merge it first with peft, "
-                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
-                ".save_pretrained(folder), and give that folder"
             )
         try:
             fields = json.loads(path.read_text())

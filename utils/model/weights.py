@@ -7,6 +7,7 @@ one row; what is missing, unexpected or mis-shaped is reported together.
 
 # D model width   F mlp width   N query heads   K key/value heads   H head width   V vocabulary
 
+import itertools
 import json
 import math
 import re
@@ -24,8 +25,12 @@ from jax.sharding import PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
+from utils.model.adapters import EMBEDDING, HEAD, Adapter
 from utils.model.config import ModelConfig
 from utils.model.layout import Layout
+from utils.model.quantized import quantization_of
+from utils.model.schemes import Module
+from utils.model.stored import FLOATS, Stored
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,6 @@ _BY_PATH = {row.path: row for row in TABLE}
 # Buffers that old checkpoints carry and the configuration already determines.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 _BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
-_STORED_DTYPES = ("F32", "BF16", "F16")
 
 
 def row_at(path: str) -> Weight:
@@ -146,44 +150,83 @@ def placement(
 
 
 class Checkpoint:
-    """The tensors of a folder of safetensors files, checked against the configuration.
+    """The tensors of a folder of safetensors files, checked against the configuration, and the
+    adapter that is merged into them, if any.
 
-    shapes: Flax path -> shape of every parameter. Raises UserError for a folder without safetensors
-    files, and one error for all tensors that are missing, unexpected, mis-shaped or of an unknown
-    dtype.
+    shapes: Flax path -> shape of every parameter; quantization: the scheme that config.json names,
+    or None. Raises UserError for a folder without safetensors files, and one error for all tensors
+    that are missing, unexpected, mis-shaped or of an unknown dtype.
     """
 
-    def __init__(self, model_path: str | Path, config: ModelConfig):
-        self.folder, self.shapes = Path(model_path), abstract_params(config)
-        self._files: dict[str, Path] = {}  # checkpoint name -> file that holds it
-        paths = {hf_name(path): path for path in self.shapes}
+    def __init__(self, model_path: str | Path, config: ModelConfig, adapter: Adapter | None = None):
+        self.folder, self.shapes, self.adapter = Path(model_path), abstract_params(config), adapter
+        try:
+            self.quantization = quantization_of(json.loads(self._config_file.read_bytes()))
+        except UserError as error:
+            raise UserError(f"{self._config_file}: {error}") from None
+        self._stored: dict[str, Stored] = {}  # by its name in a whole model
         problems = []
-        for name, file, shape, dtype in self._entries():
-            if _DERIVED.fullmatch(name):
-                continue
-            if name not in paths:
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    self._files[name] = file
-                else:
-                    problems.append(f"unexpected {name}")
-                continue
-            want = row_at(paths[name]).stored_shape(self.shapes[paths[name]])
-            if shape != want:
-                problems.append(f"{name} has shape {list(shape)}, not {list(want)}")
-            elif dtype not in _STORED_DTYPES:
-                problems.append(f"{name} has dtype {dtype}, not one of {', '.join(_STORED_DTYPES)}")
-            elif name in self._files:
-                problems.append(f"{name} is there twice")
-            self._files[name] = file
-        problems += [f"missing {name}" for name in paths if name not in self._files]
+        for tensor in itertools.starmap(Stored, self._entries()):
+            if tensor.name in self._stored:
+                problems.append(f"{tensor.name} is there twice")
+            self._stored[tensor.name] = tensor
+        self._replaced = {} if adapter is None else adapter.replaced
+        wanted = {
+            hf_name(path): row_at(path).stored_shape(shape) for path, shape in self.shapes.items()
+        }
+        if adapter is not None:
+            self._check_adapter(adapter, wanted)
+            if HEAD in wanted and EMBEDDING in self._replaced and EMBEDDING in self._stored:
+                # A head that was tied, until the adapter replaced the embedding alone.
+                self._stored.setdefault(HEAD, self._stored[EMBEDDING])
+        used = [HEAD] if config.tie_word_embeddings else []
+        for name, shape in wanted.items():
+            names, wrong = self._check(name, shape)
+            used, problems = used + names, problems + wrong
+        problems += [
+            f"unexpected {name}"
+            for name, tensor in self._stored.items()
+            if name not in set(used)
+            and not _DERIVED.fullmatch(name)
+            and not (self.quantization is not None and self.quantization.ignores(tensor))
+        ]
         if problems:
-            shown = "; ".join(problems[:12])
-            more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
             raise UserError(
-                f"the weights in {self.folder} do not fit its config.json: {shown}{more}"
+                f"the weights in {self.folder} do not fit its config.json: {_some(problems)}"
             )
-        if config.tie_word_embeddings and "lm_head.weight" in self._files:
+        if config.tie_word_embeddings and HEAD in self._stored:
             self._check_tied()
+
+    @property
+    def _config_file(self) -> Path:
+        return self.folder / "config.json"
+
+    def _module(self, name: str, shape: tuple[int, ...]) -> Module | None:
+        """The linear layer of this weight, where it is quantised."""
+        if self.quantization is None or len(shape) != 2:
+            return None
+        module = Module(name.removesuffix("weight"), shape, self._stored)
+        return module if self.quantization.holds(module) else None
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> tuple[list[str], list[str]]:
+        """The names of the tensors that make a parameter, and what is wrong with them."""
+        if (module := self._module(name, shape)) is not None:
+            return self.quantization.check(module)
+        problems, tensor = [], self._stored.get(name)
+        if tensor is None:
+            problems = [] if name in self._replaced else [f"missing {name}"]
+        elif tensor.shape != shape:
+            problems = [f"{name} has shape {list(tensor.shape)}, not {list(shape)}"]
+        elif tensor.dtype not in FLOATS:
+            problems = [f"{name} has dtype {tensor.dtype}, not one of {', '.join(FLOATS)}"]
+        return [name], problems
+
+    def _check_adapter(self, adapter: Adapter, wanted: dict[str, tuple[int, ...]]) -> None:
+        if problems := adapter.misfits(wanted):
+            raise UserError(
+                f"the adapter in {adapter.folder} is of another model than {self.folder}: "
+                f"{_some(problems)}"
+            )
 
     def _entries(self) -> Iterator[tuple[str, Path, tuple[int, ...], str]]:
         index = self.folder / "model.safetensors.index.json"
@@ -219,19 +262,25 @@ class Checkpoint:
                 ) from error
 
     def _check_tied(self) -> None:
-        head, embedding = (
-            self._read(name, (slice(None),)) for name in ("lm_head.weight", hf_name("embedding"))
-        )
-        if head.shape != embedding.shape or not np.array_equal(head, embedding):
+        head, embedding = (self._stored[name] for name in (HEAD, EMBEDDING))
+        if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
             raise UserError(
-                f"{self.folder}/config.json ties the embeddings, but lm_head.weight differs from "
+                f"{self._config_file} ties the embeddings, but lm_head.weight differs from "
                 'them: set "tie_word_embeddings": false if the head was trained'
             )
 
-    def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        # Opened for each tensor, so that the pages of a mapped file do not pile up in memory.
-        with safe_open(self._files[name], "numpy") as tensors:
-            return tensors.get_slice(name)[index]
+    def _read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a weight of this name and shape; float32 where it is computed, else as it is
+        stored."""
+        if name in self._replaced:
+            values = self._replaced[name].read(*index)
+        elif (module := self._module(name, shape)) is not None:
+            values = self.quantization.read(module, *index)
+        else:
+            values = self._stored[name].read(*index)
+        if self.adapter is not None and name in self.adapter.added:
+            values = values.astype(np.float32) + self.adapter.added[name].part(*index)
+        return values
 
     def digests(self, index: int = 0, count: int = 1) -> tuple[str, dict[int, str]]:
         """Of config and weights, block by block: sha256 over the first bytes of every block, and
@@ -240,7 +289,7 @@ class Checkpoint:
         `fingerprint` makes one hash of the shares of all processes.
         """
         own, seen = {}, sha256()
-        files = [self.folder / "config.json", *sorted(set(self._files.values()))]
+        files = [self._config_file, *sorted({tensor.file for tensor in self._stored.values()})]
         blocks = [
             (file, start)
             for file in files
@@ -288,7 +337,7 @@ class Checkpoint:
             size = math.prod(shape[axis] for axis in inner)
             start, stop = block[outer]
             slices.append(slice(start * size, stop * size))
-        tensor = self._read(hf_name(path), tuple(slices))
+        tensor = self._read(hf_name(path), row.stored_shape(self.shapes[path]), tuple(slices))
         sizes = [stop - start for start, stop in block.values()]
         tensor = tensor.reshape(sizes)
         room = [(0, j - i - n) for (i, j), n in zip(wanted, tensor.shape, strict=True)]
@@ -299,3 +348,8 @@ def fingerprint(shares: Iterable[dict[Any, str]]) -> str:
     """sha256 over the sha256 of every block, from the shares that `Checkpoint.digests` gives."""
     digests = {int(number): digest for share in shares for number, digest in share.items()}
     return sha256("".join(digests[number] for number in sorted(digests)).encode()).hexdigest()
+
+
+def _some(problems: list[str], most: int = 12) -> str:
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
