@@ -225,6 +225,8 @@ def _low_rank(
             f"A {list(a.shape)} and B {list(b.shape)} of {module} are not of rank {rank}, as "
             f"{CONFIG} says"
         )
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"lora_alpha {alpha!r} of {module} is no number")
     scaling = alpha / math.sqrt(rank) if fields.get("use_rslora") else alpha / rank
     return LowRank(a, b, scaling, embedding)
 
