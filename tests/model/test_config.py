@@ -78,7 +78,6 @@ def test_head_dim_is_explicit_or_derived():
         ({"model_type": "gpt2"}, ("gpt2", *MODEL_TYPES)),
         ({"model_type": ...}, ("None", *MODEL_TYPES)),
         ({"num_experts": 8}, ("num_experts", "hidden_size")),
-        ({"quantization_config": {"bits": 4}}, ("quantization_config",)),
         ({"hidden_act": "gelu"}, ("gelu", "silu")),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, ("longrope", "yarn")),
