@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from utils.model.weights import Checkpoint
 
 FIELDS = {**TINY, "num_hidden_layers": 2, "tie_word_embeddings": False}
 WEIGHTS = "model.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "quantized.safetensors"
 
 
 UP = "model.layers.1.mlp.up_proj."
@@ -49,26 +51,33 @@ def load(folder, mesh=None):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_part_of_a_weight(case, tmp_path):
-    """Also where a part begins and ends within a byte, a word, a block and a group."""
-    weight = np.random.default_rng(1).standard_normal((48, 96), np.float32)
+    """Also where a part begins and ends within a byte, a word, a block and a group, and where the
+    last block is not full."""
+    weight = np.random.default_rng(1).standard_normal((40, 80), np.float32)
     fields, how = CASES[case]
     parts, worth = how(weight)
     save_file({f"m.{suffix}": part for suffix, part in parts.items()}, tmp_path / "m.safetensors")
     tensors = {tensor.name: tensor for tensor in stored_in(tmp_path / "m.safetensors")}
-    scheme, module = (
-        quantization_of({"quantization_config": fields}),
-        Module("m.", (48, 96), tensors),
-    )
+    scheme = quantization_of({"quantization_config": fields})
+    module = Module("m.", weight.shape, tensors)
     assert scheme.holds(module) and scheme.check(module)[1] == []
     assert np.abs(worth - weight).max() < 0.6
-    for rows, columns in [
-        ((0, 48), (0, 96)),
-        ((5, 31), (13, 90)),
-        ((16, 32), (0, 96)),
-        ((7, 8), (95, 96)),
-    ]:
-        found = scheme.read(module, slice(*rows), slice(*columns))
-        np.testing.assert_array_equal(found, worth[slice(*rows), slice(*columns)])
+    for rows in (slice(0, 40), slice(5, 31), slice(16, 32), slice(39, 40)):
+        for columns in (slice(0, 80), slice(13, 70), slice(64, 80)):
+            found = scheme.read(module, rows, columns)
+            np.testing.assert_array_equal(found, worth[rows, columns])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_bit_of_what_its_library_says(case):
+    """`tests/golden/make_quantized.py` stored it, in bfloat16."""
+    tensors = {tensor.name: tensor for tensor in stored_in(GOLDEN)}
+    expected = tensors[f"{case}.reference"].read()
+    scheme = quantization_of({"quantization_config": CASES[case][0]})
+    module = Module(f"{case}.", expected.shape, tensors)
+    assert scheme.check(module)[1] == []
+    found = scheme.read(module, *(slice(0, n) for n in expected.shape))
+    np.testing.assert_array_equal(found.astype(expected.dtype), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
