@@ -1,6 +1,8 @@
 """LoRA adapters: what they add, whom they fit, and the same states as peft's merged model."""
 
+import contextlib
 import copy
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from parity import TOLERANCE, load_engine, prefill, worst_error
 from safetensors.numpy import load_file, save_file
 
 from utils.errors import UserError
-from utils.model.adapters import base_and_adapter, read_adapter
+from utils.model.adapters import _KNOWN, base_and_adapter, read_adapter
 from utils.model.config import ModelConfig
 from utils.model.layout import Layout, make_mesh, single_device_mesh
 from utils.model.weights import Checkpoint
@@ -113,6 +115,14 @@ def test_a_damaged_adapter(base, tmp_path, change, message):
     change(tmp_path / "a")
     with pytest.raises(UserError, match=message):
         load(base, tmp_path / "a")
+
+
+def test_a_field_of_the_wrong_type_never_crashes(tmp_path):
+    wrong = (-1, 0, 1.5, True, "x", [], [[]], {}, {"(": 1}, {"up_proj": "x"}, None)
+    for field, value in itertools.product(sorted(_KNOWN), wrong):
+        write_adapter(tmp_path, {UP: (2, 3)}, **{field: value})
+        with contextlib.suppress(UserError):  # or it is a field that is not looked at
+            read_adapter(tmp_path)
 
 
 def test_a_folder_that_is_an_adapter_names_its_base(base, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Quantised checkpoints: the weights and states of what they are worth, and what misfits."""
 
+import contextlib
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -188,9 +190,18 @@ _INT8 = {"group_0": {"weights": {"type": "int", "num_bits": 8, "strategy": "chan
         (CASES["pack_quantized"][0] | {"sparsity_config": {"format": "sparse-24"}}, "sparse weig"),
         (CASES["pack_quantized"][0] | {"config_groups": {}}, "config_groups differ or are none"),
         ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported; supported: bitsandbytes"),
-        ([4], "must be a JSON object"),
+        ([4], "quantization_config holds what it cannot"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_named(fields, message):
     with pytest.raises(UserError, match=message):
         quantization_of({"quantization_config": fields})
+
+
+def test_a_field_of_the_wrong_type_never_crashes():
+    wrong = (-1, 0, 1.5, True, "x", [], [[]], {}, {"x": []}, {"format": []}, [{}] * 2, None)
+    for fields, _ in CASES.values():
+        extra = ("transform_config", "sparsity_config", "format", "version", "fmt", "pack_dtype")
+        for field, value in itertools.product((*fields, *extra), wrong):
+            with contextlib.suppress(UserError):  # or it is a field that is not looked at
+                quantization_of({"quantization_config": {**fields, field: value}})

@@ -220,7 +220,8 @@ def _low_rank(
     a, b = pair["A"], pair["B"]
     rank = _by_pattern(fields.get("rank_pattern"), module, fields.get("r"))
     alpha = _by_pattern(fields.get("alpha_pattern"), module, fields.get("lora_alpha"))
-    if not len(a.shape) == len(b.shape) == 2 or not a.shape[0] == b.shape[1] == rank:
+    fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank and rank > 0
+    if not fits:
         raise ValueError(
             f"A {list(a.shape)} and B {list(b.shape)} of {module} are not of rank {rank}, as "
             f"{CONFIG} says"

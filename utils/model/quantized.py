@@ -21,14 +21,15 @@ def quantization_of(fields: Mapping[str, Any]) -> Quantization | None:
     given = fields.get("quantization_config") or fields.get("compression_config")
     if not given:
         return None
-    if not isinstance(given, Mapping):
-        raise UserError("quantization_config must be a JSON object")
-    method = given.get("quant_method")
-    if method is None and ("load_in_4bit" in given or "load_in_8bit" in given):
-        method = "bitsandbytes"  # as its first versions say it
-    if method not in _READERS:
-        raise _unsupported(f"quant_method {method!r}")
-    return _READERS[method](given)
+    try:
+        method = given.get("quant_method")
+        if method is None and ("load_in_4bit" in given or "load_in_8bit" in given):
+            method = "bitsandbytes"  # as its first versions say it
+        if method not in _READERS:
+            raise _unsupported(f"quant_method {method!r}")
+        return _READERS[method](given)
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"quantization_config holds what it cannot: {error}") from error
 
 
 def _unsupported(what: str) -> UserError:

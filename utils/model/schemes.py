@@ -146,12 +146,13 @@ class BitsAndBytes(Quantization):
         blocks = slice(first // block_size, -(-last // block_size))
         scales = self._scales(module, state, blocks)
         code = module["weight.quant_map"].read()
-        pairs = np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=-1)  # of each byte
+        pairs = np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=-1)  # of each byte,
+        pairs = pairs.view(np.uint64)[:, 0]  # looked up as one value
 
         def block(part: slice) -> np.ndarray:
             start, stop = (first + row * width for row in (part.start, part.stop))
             begin = words.start * held
-            flat = pairs[packed[start // 2 - begin : -(-stop // 2) - begin]].reshape(-1)
+            flat = pairs[packed[start // 2 - begin : -(-stop // 2) - begin]].view(np.float32)
             begin = blocks.start
             spread = scales[start // block_size - begin : -(-stop // block_size) - begin]
             spread = np.repeat(spread, block_size)[start % block_size :]

@@ -179,17 +179,17 @@ class Checkpoint:
             if HEAD in wanted and EMBEDDING in self._replaced and EMBEDDING in self._stored:
                 # A head that was tied, until the adapter replaced the embedding alone.
                 self._stored.setdefault(HEAD, self._stored[EMBEDDING])
-        used = [HEAD] if config.tie_word_embeddings else []
-        for name, shape in wanted.items():
-            names, wrong = self._check(name, shape)
-            used, problems = used + names, problems + wrong
+        checked = [self._check(name, shape) for name, shape in wanted.items()]
+        used = {name for names, _ in checked for name in names}
+        used |= {HEAD} if config.tie_word_embeddings else set()
         problems += [
             f"unexpected {name}"
             for name, tensor in self._stored.items()
-            if name not in set(used)
+            if name not in used
             and not _DERIVED.fullmatch(name)
             and not (self.quantization is not None and self.quantization.ignores(tensor))
         ]
+        problems += [problem for _, wrong in checked for problem in wrong]
         if problems:
             raise UserError(
                 f"the weights in {self.folder} do not fit its config.json: {_some(problems)}"
@@ -310,11 +310,14 @@ class Checkpoint:
 
         def leaf(path: str) -> jax.Array:
             shape, spec = placement(path, self.shapes[path], layout)
-            return jax.make_array_from_callback(
-                shape,
-                layout.sharding(*spec),
-                lambda index: self._part(path, shape, index).astype(dtype),
-            )
+            parts: dict[str, np.ndarray] = {}  # which several devices may hold, computed once
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                if str(index) not in parts:
+                    parts[str(index)] = self._part(path, shape, index).astype(dtype)
+                return parts[str(index)]
+
+            return jax.make_array_from_callback(shape, layout.sharding(*spec), part)
 
         # Two readers: one converts while the other waits for the disk, and no more than two
         # tensors exist twice at any time.
