@@ -34,7 +34,8 @@ def model(uri: str, flag: str = "--model_path") -> Path:
     bucket = BucketFolder(uri, flag)
     wanted = {n: r for n, r in bucket.listing().items() if not n.endswith(OTHER_WEIGHTS)}
     if not {"config.json", CONFIG} & wanted.keys():
-        raise UserError(f"{flag} {uri} holds no config.json: check the path")
+        named = CONFIG if flag == "--adapter" else "config.json"
+        raise UserError(f"{flag} {uri} holds no {named}: check the path")
     return copied(bucket, wanted)
 
 
