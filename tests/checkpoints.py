@@ -53,3 +53,25 @@ def write_random_checkpoint(folder: str | Path, fields: dict[str, Any], seed: in
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_adapter(
+    folder: str | Path, shapes: dict[str, tuple[int, ...]], rank: int = 2, **fields: Any
+) -> dict[str, Any]:
+    """Writes a random LoRA adapter as peft stores it, and returns its tensors.
+
+    shapes: of the weights that it adds to, by the names of their modules. fields: of its
+    adapter_config.json, where they are not the usual ones.
+    """
+    random = np.random.default_rng(0)
+    tensors = {}
+    for module, (outputs, inputs) in shapes.items():
+        for letter, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            noise = random.standard_normal(shape, dtype=np.float32)
+            tensors[f"base_model.model.{module}.lora_{letter}.weight"] = noise * inputs**-0.25
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    usual = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "bias": "none", "use_dora": False}
+    (folder / "adapter_config.json").write_text(json.dumps({**usual, **fields}))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return tensors

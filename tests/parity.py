@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from utils.model.adapters import read_adapter
 from utils.model.capture import HOOK_POINTS, CaptureSpec
 from utils.model.config import ModelConfig
 from utils.model.decoder import Decoder
@@ -17,14 +18,19 @@ from utils.plan.batching import Batch, Length, pad_rows, prefill_passes
 TOLERANCE = 1e-4  # of a row's norm; for log-probabilities, absolute
 
 
-def load_engine(folder, names=None, positions="all", dtype=np.float32, mesh=None) -> Engine:
-    """An engine that captures `names`, or every hook point of every layer."""
+def load_engine(
+    folder, names=None, positions="all", dtype=np.float32, mesh=None, adapter=None
+) -> Engine:
+    """An engine that captures `names`, or every hook point of every layer; adapter: a folder."""
     config = ModelConfig.from_hf(folder)
+    if adapter is not None:
+        adapter = read_adapter(adapter)
+        config = adapter.untied(config)
     spec = CaptureSpec.from_flags(config.num_layers, ["all"], HOOK_POINTS, positions)
     if names is not None:
         spec = CaptureSpec(tuple(names), positions)
     layout = Layout.of(config, mesh or single_device_mesh())
-    params = Checkpoint(folder, config).load(layout, dtype)
+    params = Checkpoint(folder, config, adapter).load(layout, dtype)
     return Engine(Decoder(config, layout, spec), params, Outputs(logits=True, forced=True))
 
 

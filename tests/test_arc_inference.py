@@ -9,10 +9,14 @@ import textwrap
 
 import numpy as np
 import pytest
+from checkpoints import write_adapter
 from conftest import SHARED, TINY, NoSignals, run_script
 from parity import TOLERANCE, log_softmax, worst_error
 from runs import planned
 
+import simple_extraction_inference as script
+from utils.dataset import ActivationDataset, Selection
+from utils.dataset.contrast import contrast
 from utils.run.dry_run import plan_storage
 from utils.run.loop import run
 from utils.shards import iter_items
@@ -287,6 +291,44 @@ def test_float16_overflow_is_kept_as_float32(tiny_model, tasks_file, tmp_path):
         states = item["activations"]["resid_post.1"]
         assert states.dtype == np.float32
         assert np.isfinite(states).all() and np.abs(states).max() > 65504
+
+
+def test_a_run_with_an_adapter_beside_one_without(tiny_model, tasks_file, tmp_path, in_shell):
+    """Both have the same samples, tokens and cells, so their states can be paired; a run with the
+    adapter is not one without it."""
+    module, shape = "model.layers.2.mlp.down_proj", (32, 64)
+    write_adapter(tmp_path / "lora", {module: shape}, base_model_name_or_path=str(tiny_model))
+    flags = ["--teacher_forcing", "--layers_to_extract", "all", "--activation_dtype", "float32"]
+    plain, tuned, named = tmp_path / "plain", tmp_path / "tuned", tmp_path / "named"
+    items_of(tiny_model, tasks_file, plain, *flags)
+    items_of(tiny_model, tasks_file, tuned, *flags, "--adapter", tmp_path / "lora")
+    items_of(tmp_path / "lora", tasks_file, named, *flags)  # which names its base
+    manifests = [
+        json.loads((folder / "acts" / "metadata.json").read_text())
+        for folder in (plain, tuned, named)
+    ]
+    adapters = [manifest["model"].pop("adapter") for manifest in manifests]
+    assert adapters[0] is None and adapters[1] == adapters[2]
+    assert adapters[1]["path"] == str(tmp_path / "lora") and len(adapters[1]["hash"]) == 64
+    assert manifests[0]["model"] == manifests[1]["model"] == manifests[2]["model"]
+    for layer, changed in enumerate([False, False, True, True]):
+        rows = [
+            ActivationDataset(folder / "acts", Selection(layer)).rows()
+            for folder in (plain, tuned, named)
+        ]
+        for name in ("samples", "tokens", "token_ids", "cells"):
+            values = [getattr(row, name) for row in rows]
+            assert np.array_equal(values[0], values[1]), name
+        assert np.array_equal(rows[0].activations, rows[1].activations) is not changed
+        assert np.array_equal(rows[1].activations, rows[2].activations)
+    found = contrast(plain / "acts", tuned / "acts")
+    assert len(found.pairs) == 8 and all(one == two for one, two in found.pairs)
+    for (name, _), difference in found.differences.items():
+        assert difference.any() == (int(name.rpartition(".")[2]) >= 2)
+    paths = ["--model_path", tiny_model, "--dataset_path", tasks_file, "--dtype", "float32"]
+    paths += ["--output_path", tuned / "predictions.json", "--activations_dir", tuned / "acts"]
+    code, _, err = in_shell(script, [*paths, *flags, "--resume"])
+    assert code == 2 and "model.adapter was {'path'" in err and "is None" in err
 
 
 def test_the_manifest_says_what_was_run(tiny_model, tasks_file, tmp_path):

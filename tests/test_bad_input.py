@@ -488,7 +488,10 @@ MODELS = {
         both(remove(WEIGHTS), write("pytorch_model.bin", "")),
         r"only \.bin weights; convert them with transformers",
     ),
-    "adapter": (write("adapter_config.json", "{}"), "holds a LoRA adapter, .*merge it first"),
+    "adapter": (
+        write("adapter_config.json", "{}"),
+        r"a whole model and adapter_config\.json: move",
+    ),
     "misfits": (
         tensors,
         r"unexpected model\.layers\.9\.mlp\.up_proj\.weight"

@@ -209,7 +209,14 @@ def test_the_keys_of_the_manifest():
         row = next(line for line in rows.splitlines() if line.startswith(f"| `{name}`"))
         words = set(re.findall(r"\w+", row)) - {name}
         assert manifest[name].keys() <= words, name
-    for key in ("non_finite", "interventions", "adapter", "tokenizer_hash", "stop_ids"):
+    for key in (
+        "non_finite",
+        "interventions",
+        "adapter",
+        "quantization",
+        "tokenizer_hash",
+        "stop_ids",
+    ):
         assert f"`{key}`" in rows  # which runs of format 1 were without, as this one is
     row = next(line for line in rows.splitlines() if line.startswith("| `files`"))
     assert manifest["files"][0].keys() <= set(re.findall(r"\w+", row))

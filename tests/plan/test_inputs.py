@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from functools import partial
 from multiprocessing.pool import ThreadPool
 
 import pytest
@@ -131,6 +132,11 @@ def test_a_fetch_on_a_bad_network(filled, cache, tiny_model):
 
 BAD = [
     (model, "gs://bucket/nowhere", "--model_path gs://bucket/nowhere holds no config.json"),
+    (
+        partial(model, flag="--adapter"),
+        "gs://bucket/x",
+        "--adapter gs://bucket/x holds no adapter_",
+    ),
     (model, "gs://nowhere/x", "the bucket gs://nowhere does not exist"),
     (model, "gs://Bad/x", "--model_path gs://Bad/x: 'Bad' is no name of a bucket"),
     (tasks, "gs://bucket/data/no.json", "--dataset_path gs://bucket/data/no.json does not exist"),
@@ -142,7 +148,7 @@ BAD = [
     ("what", "uri", "message"), BAD, ids=lambda value: getattr(value, "__name__", str(value))
 )
 def test_what_is_not_there(filled, cache, what, uri, message):
-    arguments = (uri,) if what is model else (uri, "--dataset_path")
+    arguments = (uri,) if what is not tasks else (uri, "--dataset_path")
     with pytest.raises(UserError) as error:
         what(*arguments)
     assert message in str(error.value)

@@ -1,7 +1,8 @@
-"""Contrast sets: what differs inside the model between tasks that it solves and tasks it fails.
+"""Contrast sets: what differs inside the model between tasks that it solves and tasks it fails, or
+between two models on the same tasks.
 
-Failed and solved samples of like prompt length are paired, and the mean activations of the two are
-compared, layer by layer and role by role.
+Failed and solved samples of like prompt length are paired, or each sample with itself in another
+run, and the mean activations of the two are compared, layer by layer and role by role.
 """
 
 # N cells   T tokens   D model width   M pairs
@@ -26,12 +27,14 @@ FLIPS = 400  # draws of the signs that chance is measured with
 
 @dataclass(frozen=True)
 class Contrast:
-    """pairs: (failed, solved) sample keys; lengths: of their prompts, in tokens, int [M, 2].
+    """pairs: (failed, solved) sample keys, or (key, key) of two runs; lengths: of their prompts, in
+    tokens, int [M, 2].
 
     By (activation name, role), over the pairs of which both have tokens of that role: counts, how
-    many; differences, float32 [D], mean of solved minus failed; consistency, norm of the summed
-    differences over the root of their summed squared norms, 1 on average where they point anywhere,
-    sqrt(count) where they all agree; chance, what 95 of 100 draws of their signs stay below.
+    many; differences, float32 [D], mean of the second minus the first; consistency, norm of the
+    summed differences over the root of their summed squared norms, 1 on average where they point
+    anywhere, sqrt(count) where they all agree; chance, what 95 of 100 draws of their signs stay
+    below.
     """
 
     pairs: list[tuple[SampleKey, SampleKey]]
@@ -75,38 +78,62 @@ def pair_up(failed: dict[Any, int], solved: dict[Any, int]) -> list[tuple[Any, A
     return pairs
 
 
-def contrast(folder: str | Path) -> Contrast:
-    """The contrast of a run whose answers are known to be right or wrong; of an augmented run, of
-    the tasks themselves (view 0).
+@dataclass(frozen=True)
+class _Sample:
+    """length: of the prompt, in tokens; means: (activation name, role) -> float32 [D]."""
 
-    Holds a mean a sample, layer and role in memory, float32 [D]; rows that are not finite are left
-    out of it. Raises UserError where there are no solved or no failed samples.
-    """
-    known: dict[bool, dict[SampleKey, int]] = {True: {}, False: {}}
-    means: dict[SampleKey, dict[tuple[str, str], np.ndarray]] = {}
+    length: int
+    correct: bool | None
+    means: dict[tuple[str, str], np.ndarray]
+
+
+def _samples(folder: str | Path) -> dict[SampleKey, _Sample]:
+    """The samples of a run; of an augmented one, of the tasks themselves (view 0). Rows that are
+    not finite are left out."""
+    samples = {}
     for item in iter_items(folder):
-        if item["correct"] is None or item.get("view", {}).get("number"):
+        if item.get("view", {}).get("number"):
             continue
-        key = sample_key(item)
-        known[item["correct"]][key] = item["prompt_length"]
         roles = roles_of_tokens(item)
         roles = roles[item["positions"]] if "positions" in item else roles
-        means[key] = {}
+        means = {}
         for name, states in item["activations"].items():
             finite = np.isfinite(states).all(axis=1)
             for number, role in enumerate(ROLES):
                 if (chosen := finite & (roles == number)).any():
-                    means[key][name, role] = states[chosen].mean(axis=0, dtype=np.float32)
-    pairs = pair_up(known[False], known[True])
-    if not pairs:
-        raise UserError(
-            f"{folder} has {len(known[True])} solved and {len(known[False])} failed samples whose "
-            "answers were generated: a contrast needs both"
+                    means[name, role] = states[chosen].mean(axis=0, dtype=np.float32)
+        samples[sample_key(item)] = _Sample(item["prompt_length"], item["correct"], means)
+    return samples
+
+
+def contrast(folder: str | Path, other: str | Path | None = None) -> Contrast:
+    """The contrast of a run whose answers are known to be right or wrong; of an augmented run, of
+    the tasks themselves (view 0).
+
+    other: a run of the same tasks by another model, for instance with an adapter; each sample is
+    then paired with itself, and what is compared is `other` minus `folder`. Holds a mean a sample,
+    layer and role in memory, float32 [D]. Raises UserError where nothing can be paired.
+    """
+    first = second = _samples(folder)
+    if other is None:
+        failed, solved = (
+            {key: sample.length for key, sample in first.items() if sample.correct is known}
+            for known in (False, True)
         )
+        if not (pairs := pair_up(failed, solved)):
+            raise UserError(
+                f"{folder} has {len(solved)} solved and {len(failed)} failed samples whose answers "
+                "were generated: a contrast needs both"
+            )
+    else:
+        second = _samples(other)
+        if not (pairs := [(key, key) for key in first if key in second]):
+            raise UserError(f"{folder} and {other} have no sample in common: run the same tasks")
     found = defaultdict(list)
-    for failed, solved in pairs:
-        for place in means[failed].keys() & means[solved].keys():
-            found[place].append(means[solved][place] - means[failed][place])
+    for one, two in pairs:
+        before, after = first[one].means, second[two].means
+        for place in before.keys() & after.keys():
+            found[place].append(after[place] - before[place])
     random = np.random.default_rng(0)
     counts, differences, consistency, chance = {}, {}, {}, {}
     for place in sorted(found):
@@ -117,5 +144,5 @@ def contrast(folder: str | Path) -> Contrast:
         consistency[place] = float(np.linalg.norm(each.sum(axis=0))) / spread
         drawn = np.linalg.norm(signs @ each, axis=1) / spread
         chance[place] = float(np.quantile(drawn, 0.95))
-    lengths = np.array([[known[False][failed], known[True][solved]] for failed, solved in pairs])
+    lengths = np.array([[first[one].length, second[two].length] for one, two in pairs])
     return Contrast(pairs, lengths, counts, differences, consistency, chance)

@@ -97,10 +97,10 @@ _HARMLESS = (
     | {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
     | {"keys_to_ignore_at_inference", "output_router_logits", "router_aux_loss_coef"}
 )
+_OF_WEIGHTS = {"quantization_config", "compression_config"}  # which `utils.model.quantized` reads
 # Fields that transformers looks for in every architecture, or that say how the weights are stored,
 # and what to do about them. A family whose own class reads one has it in FAMILIES.
 _REFUSED = {
-    "quantization_config": "the weights are quantized: take the checkpoint that is not",
     "quantization": "the weights are quantized by MLX: take the checkpoint that is not",
     "sliding_window": "this model_type has no sliding window of its own, and transformers would "
     "give one to the cache alone: remove it, or give the model_type of the model's training",
@@ -203,12 +203,6 @@ class ModelConfig:
                 f"{model_path} is not a folder: give the path of a downloaded Hugging Face model "
                 "(hf download NAME --local-dir FOLDER)"
             )
-        if (Path(model_path) / "adapter_config.json").exists():
-            raise UserError(
-                f"{model_path} holds a LoRA adapter, not a model: merge it first with peft, "
-                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
-                ".save_pretrained(folder), and give that folder"
-            )
         try:
             fields = json.loads(path.read_text())
         except FileNotFoundError:
@@ -237,7 +231,7 @@ class ModelConfig:
             if name in read:
                 read[name] = value
             elif name not in _REFUSED:
-                if not (name in _HARMLESS or name.startswith("_") or value is None):
+                if not (name in _HARMLESS | _OF_WEIGHTS or name.startswith("_") or value is None):
                     ignored.append(name)
             elif value is False if name == "is_causal" else value:
                 raise UserError(f"{name} is not supported: {_REFUSED[name]}")

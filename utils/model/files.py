@@ -10,9 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from utils.errors import UserError, some
+from utils.model.stored import Stored, stored_in
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -116,18 +115,10 @@ def _nothing_to_read(folder: Path, names: list[str]) -> str:
     return f"{folder} has no .safetensors weights: copy them there too"
 
 
-def read_headers(folder: Path) -> Iterator[tuple[str, Path, tuple[int, ...], str]]:
-    """Name, file, shape and dtype, as safetensors spells it, of every tensor of the weights."""
+def read_headers(folder: Path) -> Iterator[Stored]:
+    """Every tensor of the weights."""
     for file in weight_files(folder):
-        try:
-            with safe_open(file, "numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    entry = tensors.get_slice(name)
-                    yield name, file, tuple(entry.get_shape()), entry.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file} is damaged or not a safetensors file ({error}): fetch it again"
-            ) from error
+        yield from stored_in(file)
 
 
 def full_name(name: str, names: set[str], tied: bool) -> str:

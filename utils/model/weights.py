@@ -8,6 +8,7 @@ one row; what is missing, unexpected or mis-shaped is reported together.
 # D model width   F mlp width   N query heads   K key/value heads   H head width   V vocabulary
 # E experts
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -21,12 +22,15 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec
-from safetensors import safe_open
 
 from utils.errors import UserError
+from utils.model.adapters import Adapter
 from utils.model.config import ModelConfig
-from utils.model.files import full_name, read_headers
+from utils.model.files import EMBEDDING, HEAD, full_name, read_headers
 from utils.model.layout import Layout
+from utils.model.quantized import quantization_of
+from utils.model.schemes import Module
+from utils.model.stored import FLOATS, Stored
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,6 @@ TABLE = (
 # Buffers that old checkpoints carry and the configuration already determines.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 _BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
-_STORED_DTYPES = ("F32", "BF16", "F16")
 
 
 def rows_of(config: ModelConfig) -> list[Weight]:
@@ -177,66 +180,110 @@ def placement(
 
 
 class Checkpoint:
-    """The tensors of a folder of safetensors files, checked against the configuration.
+    """The tensors of a folder of safetensors files, checked against the configuration, and the
+    adapter that is merged into them, if any.
 
-    shapes: Flax path -> shape of every parameter. Raises UserError for a folder without safetensors
-    files, and one error for all tensors that are missing, unexpected, mis-shaped or of an unknown
-    dtype.
+    shapes: Flax path -> shape of every parameter; quantization: the scheme that config.json names,
+    or None. Raises UserError for a folder without safetensors files, and one error for all tensors
+    that are missing, unexpected, mis-shaped or of an unknown dtype.
     """
 
-    def __init__(self, model_path: str | Path, config: ModelConfig):
-        self.folder, self.config = Path(model_path), config
+    def __init__(self, model_path: str | Path, config: ModelConfig, adapter: Adapter | None = None):
+        self.folder, self.config, self.adapter = Path(model_path), config, adapter
         self.shapes = abstract_params(config)
-        self._files: dict[str, Path] = {}  # name in a whole model -> file that holds it
-        self._stored: dict[str, str] = {}  # and its name there
-        paths = {name: path for path in self.shapes for name in hf_names(path, config)}
+        try:
+            self.quantization = quantization_of(json.loads(self._config_file.read_bytes()))
+        except UserError as error:
+            raise UserError(f"{self._config_file}: {error}") from None
+        self._stored: dict[str, Stored] = {}  # by its name in a whole model
         problems = []
-        headers = list(read_headers(self.folder))
-        stored = {name for name, *_ in headers}
-        for stored_name, file, shape, dtype in headers:
-            name = full_name(stored_name, stored, config.tie_word_embeddings)
-            self._stored[name] = stored_name
-            if _DERIVED.fullmatch(name):
-                continue
-            if name not in paths:
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    self._files[name] = file
-                else:
-                    problems.append(f"unexpected {name}")
-                continue
-            want = row_at(paths[name], config).stored_shape(self.shapes[paths[name]])
-            if shape != want:
-                problems.append(f"{name} has shape {list(shape)}, not {list(want)}")
-            elif dtype not in _STORED_DTYPES:
-                problems.append(f"{name} has dtype {dtype}, not one of {', '.join(_STORED_DTYPES)}")
-            elif name in self._files:
+        tensors = list(read_headers(self.folder))
+        names = {tensor.name for tensor in tensors}
+        for tensor in tensors:
+            name = full_name(tensor.name, names, config.tie_word_embeddings)
+            if name in self._stored:
                 problems.append(f"{name} is there twice")
-            self._files[name] = file
-        problems += [f"missing {name}" for name in paths if name not in self._files]
+            self._stored[name] = tensor
+        self._replaced = {} if adapter is None else adapter.replaced
+        wanted = {
+            name: row_at(path, config).stored_shape(shape)
+            for path, shape in self.shapes.items()
+            for name in hf_names(path, config)
+        }
+        if adapter is not None:
+            self._check_adapter(adapter, wanted)
+            if HEAD in wanted and EMBEDDING in self._replaced and EMBEDDING in self._stored:
+                # A head that was tied, until the adapter replaced the embedding alone.
+                self._stored.setdefault(HEAD, self._stored[EMBEDDING])
+        checked = [self._check(name, shape) for name, shape in wanted.items()]
+        used = {name for names, _ in checked for name in names}
+        used |= {HEAD} if config.tie_word_embeddings else set()
+        problems += [
+            f"unexpected {name}"
+            for name, tensor in self._stored.items()
+            if name not in used
+            and not _DERIVED.fullmatch(name)
+            and not (self.quantization is not None and self.quantization.ignores(tensor))
+        ]
+        problems += [problem for _, wrong in checked for problem in wrong]
         if problems:
-            shown = "; ".join(problems[:12])
-            more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
             raise UserError(
-                f"the weights in {self.folder} do not fit its config.json: {shown}{more}"
+                f"the weights in {self.folder} do not fit its config.json: {_some(problems)}"
             )
-        if config.tie_word_embeddings and "lm_head.weight" in self._files:
+        if config.tie_word_embeddings and HEAD in self._stored:
             self._check_tied()
 
-    def _check_tied(self) -> None:
-        head, embedding = (
-            self._read(name, (slice(None),))
-            for name in ("lm_head.weight", *hf_names("embedding", self.config))
-        )
-        if head.shape != embedding.shape or not np.array_equal(head, embedding):
+    @property
+    def _config_file(self) -> Path:
+        return self.folder / "config.json"
+
+    def _module(self, name: str, shape: tuple[int, ...]) -> Module | None:
+        """The linear layer of this weight, where it is quantised."""
+        if self.quantization is None or len(shape) != 2:
+            return None
+        module = Module(name.removesuffix("weight"), shape, self._stored)
+        return module if self.quantization.holds(module) else None
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> tuple[list[str], list[str]]:
+        """The names of the tensors that make a parameter, and what is wrong with them."""
+        if (module := self._module(name, shape)) is not None:
+            return self.quantization.check(module)
+        problems, tensor = [], self._stored.get(name)
+        if tensor is None:
+            problems = [] if name in self._replaced else [f"missing {name}"]
+        elif tensor.shape != shape:
+            problems = [f"{name} has shape {list(tensor.shape)}, not {list(shape)}"]
+        elif tensor.dtype not in FLOATS:
+            problems = [f"{name} has dtype {tensor.dtype}, not one of {', '.join(FLOATS)}"]
+        return [name], problems
+
+    def _check_adapter(self, adapter: Adapter, wanted: dict[str, tuple[int, ...]]) -> None:
+        if problems := adapter.misfits(wanted):
             raise UserError(
-                f"{self.folder}/config.json ties the embeddings, but lm_head.weight differs from "
+                f"the adapter in {adapter.folder} is of another model than {self.folder}: "
+                f"{_some(problems)}"
+            )
+
+    def _check_tied(self) -> None:
+        head, embedding = (self._stored[name] for name in (HEAD, EMBEDDING))
+        if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
+            raise UserError(
+                f"{self._config_file} ties the embeddings, but lm_head.weight differs from "
                 'them: set "tie_word_embeddings": false if the head was trained'
             )
 
-    def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        # Opened for each tensor, so that the pages of a mapped file do not pile up in memory.
-        with safe_open(self._files[name], "numpy") as tensors:
-            return tensors.get_slice(self._stored[name])[index]
+    def _read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a weight of this name and shape; float32 where it is computed, else as it is
+        stored."""
+        if name in self._replaced:
+            values = self._replaced[name].read(*index)
+        elif (module := self._module(name, shape)) is not None:
+            values = self.quantization.read(module, *index)
+        else:
+            values = self._stored[name].read(*index)
+        if self.adapter is not None and name in self.adapter.added:
+            values = values.astype(np.float32) + self.adapter.added[name].part(*index)
+        return values
 
     def digests(self, index: int = 0, count: int = 1) -> tuple[str, dict[int, str]]:
         """Of config and weights, block by block: sha256 over the first bytes of every block, and
@@ -245,7 +292,7 @@ class Checkpoint:
         `fingerprint` makes one hash of the shares of all processes.
         """
         own, seen = {}, sha256()
-        files = [self.folder / "config.json", *sorted(set(self._files.values()))]
+        files = [self._config_file, *sorted({tensor.file for tensor in self._stored.values()})]
         blocks = [
             (file, start)
             for file in files
@@ -266,11 +313,14 @@ class Checkpoint:
 
         def leaf(path: str) -> jax.Array:
             shape, spec = placement(path, self.shapes[path], layout)
-            return jax.make_array_from_callback(
-                shape,
-                layout.sharding(*spec),
-                lambda index: self._part(path, shape, index).astype(dtype),
-            )
+            parts: dict[str, np.ndarray] = {}  # which several devices may hold, computed once
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                if str(index) not in parts:
+                    parts[str(index)] = self._part(path, shape, index).astype(dtype)
+                return parts[str(index)]
+
+            return jax.make_array_from_callback(shape, layout.sharding(*spec), part)
 
         # Two readers: one converts while the other waits for the disk, and no more than two
         # tensors exist twice at any time.
@@ -287,16 +337,17 @@ class Checkpoint:
             axis: (min(start, shape[axis]), min(stop, shape[axis]))
             for axis, (start, stop) in zip(row.param_axes, wanted, strict=True)
         }
-        slices = []
         if row.of_experts:
             names = names[slice(*block["E"])]
+        slices = []
         for outer, *inner in row.stored_axes[row.of_experts :]:
             # Of an axis that is two in the parameter only the outer one is ever sharded.
             size = math.prod(shape[axis] for axis in inner)
             start, stop = block[outer]
             slices.append(slice(start * size, stop * size))
+        stored = row.stored_shape(self.shapes[path])
+        parts = [self._read(name, stored, tuple(slices)) for name in names]
         sizes = [stop - start for start, stop in block.values()]
-        parts = [self._read(name, tuple(slices)) for name in names]
         tensor = (np.stack(parts) if row.of_experts else parts[0]).reshape(sizes)
         room = [(0, j - i - n) for (i, j), n in zip(wanted, tensor.shape, strict=True)]
         return np.pad(tensor, room) if any(after for _, after in room) else tensor
@@ -306,3 +357,8 @@ def fingerprint(shares: Iterable[dict[Any, str]]) -> str:
     """sha256 over the sha256 of every block, from the shares that `Checkpoint.digests` gives."""
     digests = {int(number): digest for share in shares for number, digest in share.items()}
     return sha256("".join(digests[number] for number in sorted(digests)).encode()).hexdigest()
+
+
+def _some(problems: list[str], most: int = 12) -> str:
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more

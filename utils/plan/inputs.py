@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.arc.tasks import SUFFIXES, solutions_names, split_suffix
 from utils.errors import UserError
+from utils.model.adapters import CONFIG
 from utils.model.files import model_folder
 from utils.plan.request import Request
 from utils.store.bucket import BucketFolder, is_uri
@@ -19,21 +20,24 @@ log = logging.getLogger(__name__)
 def localized(request: Request) -> Request:
     """The request with local paths for what it reads from buckets, and for the model the folder
     that holds its files."""
-    for name in ("model_path", "dataset_path", "solutions_path"):
+    for name in ("model_path", "adapter", "dataset_path", "solutions_path"):
         uri = getattr(request, name)
         if uri is not None and is_uri(uri):
-            local = str(model(uri) if name == "model_path" else tasks(uri, f"--{name}"))
+            read = model if name in ("model_path", "adapter") else tasks
+            local = str(read(uri, f"--{name}"))
             log.info("%s is read from its copy %s", uri, local)
             request = replace(request, **{name: local})
     return replace(request, model_path=str(model_folder(request.model_path)))
 
 
-def model(uri: str) -> Path:
-    """The folder of a Hugging Face model; weights in other formats than safetensors are left."""
-    bucket = BucketFolder(uri, "--model_path")
+def model(uri: str, flag: str = "--model_path") -> Path:
+    """The folder of a Hugging Face model or of an adapter; weights in other formats than
+    safetensors are left."""
+    bucket = BucketFolder(uri, flag)
     wanted = {n: r for n, r in bucket.listing().items() if not n.endswith(OTHER_WEIGHTS)}
-    if "config.json" not in wanted:
-        raise UserError(f"--model_path {uri} holds no config.json: check the path")
+    if not {"config.json", CONFIG} & wanted.keys():
+        named = CONFIG if flag == "--adapter" else "config.json"
+        raise UserError(f"{flag} {uri} holds no {named}: check the path")
     return copied(bucket, wanted)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from utils.arc import tasks as arc
 from utils.arc.tasks import SampleKey
 from utils.errors import UserError
+from utils.model.adapters import Adapter, base_and_adapter, read_adapter
 from utils.model.capture import CaptureSpec
 from utils.model.config import ModelConfig
 from utils.model.layout import (
@@ -77,6 +78,11 @@ class Plan:
         return Path(request.activations_dir or f"{request.output_path}.run")
 
     @property
+    def adapter(self) -> Adapter | None:
+        """What is merged into the model's weights."""
+        return self.checkpoint.adapter
+
+    @property
     def train_pairs(self) -> dict[str, int]:
         """How many train pairs the samples' tasks have, how many their prompts keep, and how many
         samples keep fewer than there are, for want of room."""
@@ -105,17 +111,24 @@ class Plan:
     def settings(self, weights_hash: str) -> dict[str, Any]:
         """The manifest entries that decide what is computed; a resumed run must have the same."""
         request, config, codec = self.request, self.config, self.codec
+        # A --model_path that is an adapter names the folder of the model.
+        adapter, named = self.adapter, self.adapter is not None and request.adapter is None
+        quantization = self.checkpoint.quantization
         return {
             "model": {
-                "path": request.model_path,
+                "path": str(self.checkpoint.folder) if named else request.model_path,
                 "model_type": config.model_type,
                 "num_layers": config.num_layers,
                 "hidden_size": config.hidden_size,
                 "vocab_size": config.vocab_size,
                 "dtype": self.dtype,
                 "hash": weights_hash,
-                "adapter": None,
-                "quantization": None,
+                "adapter": None
+                if adapter is None
+                else {"path": request.adapter or request.model_path, "hash": adapter.hash},
+                "quantization": None
+                if quantization is None
+                else {"method": quantization.method, "format": quantization.format},
             },
             "dataset": {
                 "path": request.dataset_path,
@@ -195,7 +208,11 @@ def plan_meshes(
             if jax.process_index() == 0 and (warning := far_bucket(bucket)):
                 log.warning(warning)
     local = localized(request)
-    config = ModelConfig.from_hf(local.model_path)
+    folder, adapter_folder = base_and_adapter(local.model_path, local.adapter)
+    config, adapter = ModelConfig.from_hf(folder), None
+    if adapter_folder is not None:
+        adapter = read_adapter(adapter_folder)
+        config = adapter.untied(config)
     capture = CaptureSpec()
     if request.activations_dir is not None:
         capture = CaptureSpec.from_flags(
@@ -206,9 +223,15 @@ def plan_meshes(
             request.max_rows_per_sample,
             request.seed,
         )
-    checkpoint = Checkpoint(local.model_path, config)
+    checkpoint = Checkpoint(folder, config, adapter)
+    # An adapter's folder may hold the tokenizer that it was trained with.
+    own = (Path(local.model_path) / "tokenizer.json").exists()
     codec = load_codec(
-        local.model_path, request.prompt_format, request.grid_encoding, config.vocab_size
+        Path(local.model_path) if own else folder,
+        request.prompt_format,
+        request.grid_encoding,
+        config.vocab_size,
+        folder,
     )
     tasks, whole_hash = read_tasks(local)
     max_model_len = _max_model_len(request, config)

@@ -48,6 +48,12 @@ class Request:
         "gs://BUCKET/FILE",
         required=True,
     )
+    adapter: str | None = _input(
+        "folder of a LoRA adapter of peft's, which is merged into the model as it is loaded; a "
+        "--model_path that is an adapter names its base itself",
+        unset="none",
+        metavar="FOLDER",
+    )
     solutions_path: str | None = _input(
         "ground truth", unset="the file next to a transformed dataset, where there is one"
     )
@@ -254,7 +260,7 @@ class Request:
 
     def check(self) -> None:
         """Raises UserError for flags that are empty or contradict one another."""
-        for name in ("model_path", "dataset_path", "output_path", "activations_dir"):
+        for name in ("model_path", "adapter", "dataset_path", "output_path", "activations_dir"):
             path, is_output = getattr(self, name), name in ("output_path", "activations_dir")
             flag = self.output_flag if name == "output_path" else f"--{name}"
             if path == "":

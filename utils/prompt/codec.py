@@ -113,15 +113,22 @@ class Codec:
 
 
 def load_codec(
-    model_path: str | Path, prompt_format: str, grid_encoding: str, vocab_size: int
+    model_path: str | Path,
+    prompt_format: str,
+    grid_encoding: str,
+    vocab_size: int,
+    base_path: str | Path | None = None,
 ) -> Codec:
-    """The codec of a model folder, offline. Raises UserError for a tokenizer, template or end of
-    text that cannot be used, or that does not fit a model with `vocab_size` embeddings."""
+    """The codec of a model folder, offline. base_path: the folder whose configurations name the
+    ends of an answer, where another one holds the tokenizer. Raises UserError for a tokenizer,
+    template or end of text that cannot be used, or that does not fit a model with `vocab_size`
+    embeddings."""
     folder = Path(model_path)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size)
     fmt = load_format(prompt_format, grid_encoding, tokenizer)
-    configs = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
+    base = folder if base_path is None else Path(base_path)
+    configs = [_read_json(base / name) for name in ("generation_config.json", "config.json")]
     stops = stop_ids(tokenizer, configs, fmt)
     if fmt.thinking:
         log.info(

@@ -153,6 +153,8 @@ def print_plan(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
     lengths = [sample.length for sample in plan.samples]
     at_most = "at most " if request.generates else ""
     print(f"model         {request.model_path}: {plan.config.model_type}, {plan.dtype}")
+    if plan.adapter is not None:
+        print(f"adapter       {plan.adapter.folder}")
     print(f"tasks         {len(plan.tasks)}")
     print(f"samples       {len(plan.samples)}{views_of(plan)}")
     print_shortfalls(plan)

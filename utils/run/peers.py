@@ -306,12 +306,13 @@ def agree(plan: Plan, peers: Peers) -> None:
         "arguments": {
             f"--{name}": value
             for name, value in request.arguments.items()
-            if name not in own and not name.endswith(("_path", "_dir"))
+            if name not in own and not name.endswith(("_path", "_dir", "adapter"))
         },
         "tasks": tasks_hash(plan.tasks),
         "prompt": plan.codec.fingerprint,
         "tokens": sum(sample.length.total for sample in plan.samples),
         "config": asdict(plan.config),
+        "adapter": None if plan.adapter is None else plan.adapter.hash,
         "batches": hashlib.sha256(repr(plan.batches).encode()).hexdigest(),
     }
     everyone = peers.exchange("request", said)
