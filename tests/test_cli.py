@@ -435,7 +435,7 @@ def test_what_the_code_of_jax_raises_is_one_line(raised):
     with pytest.raises(type(raised)) as caught:
         module["ask"](raised)
     line, code = last_words(caught.value, begun=False)
-    assert code == 2 and line == f"error: JAX failed: {raised or 'AssertionError'}"
+    assert code == 2 and line == f"error: JAX failed: {str(raised) or 'AssertionError'}"
 
 
 def test_what_is_not_foreseen_is_a_traceback():
