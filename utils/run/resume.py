@@ -140,12 +140,15 @@ def settle(
     gone = _gone_from(bucket, listing, folder) if bucket else set()
     said = peers.exchange("samples", _holdings(folder, gone))
     owners = {owner: index for index, owner in enumerate(folder.writer.owners)}
+    unsound = {name for holdings in said for name in holdings["unsound"]}
+    for holdings in said:  # who shares a folder does not look at what others wrote
+        for kind in ("there", "files"):
+            holdings[kind] = [name for name in holdings[kind] if name not in unsound]
     _check_that_folders_fit(said, owners)
     there = {name for holdings in said for name in holdings["there"]}
     listed = {name: samples for h in said for name, (_, samples) in h["listed"].items()}
     lost = {name for holdings in said for name in holdings["missing"]}
     lost = (lost | {name for name in listed if stored.owner_of(name) in owners}) - there
-    lost |= {name for holdings in said for name in holdings["unsound"]}
     if lost and peers.index == 0:
         log.warning(
             "%d shards are missing or damaged, or lack answers, and their samples are computed "
