@@ -21,6 +21,7 @@ import numpy as np
 from utils.arc.tasks import MAX_SIDE, Grid, Task
 from utils.errors import UserError
 from utils.prompt.encodings import FENCE, GRID_ENCODINGS, NoGridError, read_grid, write_grid
+from utils.store.deadline import within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,6 +42,9 @@ ENCODING_NOTES = {
     "words": "A line is a row of the grid, and each word is the color of one cell.",
 }
 PLAIN_NOTE = "In each numbered pair below, the same hidden rule turns the input into the output."
+
+TEMPLATE_SECONDS = 20  # for a prompt without its grids, which takes milliseconds
+MOST_CHARACTERS = 10_000_000
 
 # Private use characters: no template has them, and no Jinja filter trims or changes them.
 PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
@@ -287,7 +291,8 @@ def apply_chat(
         raise UserError(
             "this tokenizer has no chat template; --prompt_format compact and plain need none"
         )
-    try:
+
+    def render() -> str:
         template = tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(
             messages,
@@ -296,8 +301,8 @@ def apply_chat(
             add_generation_prompt=answering,
             enable_thinking=False,
         )
-    except Exception as error:  # a template is a program: it can raise anything
-        raise _template_error("the tokenizer's chat template", error) from error
+
+    return _rendered(render, "the tokenizer's chat template")
 
 
 def assistant_turn(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
@@ -337,20 +342,32 @@ def jinja_file(path: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, Co
     )
 
     def compose(grids: list[str], chat: Chat) -> str:
-        try:
-            return environment.from_string(source).render(
-                train=[{"input": i, "output": o} for i, o in train_pairs(grids)],
-                test_input=grids[-1],
-                bos_token=tokenizer.bos_token or "",
-                eos_token=tokenizer.eos_token or "",
-                chat=chat,
-            )
-        except UserError:
-            raise
-        except Exception as error:  # a template is a program: it can raise anything
-            raise _template_error(f"the prompt template {path}", error) from error
+        given = {
+            "train": [{"input": i, "output": o} for i, o in train_pairs(grids)],
+            "test_input": grids[-1],
+            "bos_token": tokenizer.bos_token or "",
+            "eos_token": tokenizer.eos_token or "",
+            "chat": chat,
+        }
+        which = f"the prompt template {path}"
+        return _rendered(lambda: environment.from_string(source).render(given), which)
 
     return source, compose
+
+
+def _rendered(render: Callable[[], str], which: str) -> str:
+    """The text of a template, which is a program of a stranger's: it can raise anything, never end,
+    or fill the memory. Raises UserError for each; `which` is how the user calls the template."""
+    late = TimeoutError(f"it takes longer than {TEMPLATE_SECONDS} s")
+    try:
+        text = within(TEMPLATE_SECONDS, render, lambda: late)
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"it makes {len(text)} characters, and {MOST_CHARACTERS} at most do")
+        return text
+    except UserError:
+        raise
+    except Exception as error:
+        raise _template_error(which, error) from error
 
 
 def _template_error(which: str, error: Exception) -> UserError:
