@@ -207,10 +207,7 @@ class BucketUploads(Uploads):
                 bar.update(total - self._bytes_left() - bar.n)
         self._given_up = True
         self.check()
-        problems = [
-            f"{words} (restore the file, or start again with another --activations_dir and prefix)"
-            for words in self._damaged
-        ]
+        problems = [f"{words} (--resume computes its samples again)" for words in self._damaged]
         way_on = ""
         if self._left:
             problems.append(
