@@ -5,6 +5,7 @@ or needs a device of its own is a process of its own.
 """
 
 import contextlib
+import errno
 import gzip
 import itertools
 import json
@@ -672,7 +673,7 @@ def test_a_read_only_disk(refused, tmp_path):
 
 def test_too_small_a_disk_is_refused_before_the_run(refused, tmp_path):
     with small_disk(tmp_path / "disk", "200k") as disk:
-        message = r"needs at least 0\.00 GB|needs at least .* has .* free: free space, or take"
+        message = r"needs at least [\d.]+ MB and has 0\.\d\d MB free: free space, or take"
         assert re.search(message, refused(activations_dir=disk / "a"))
         assert not list(disk.iterdir())
 
@@ -778,13 +779,15 @@ def test_resume_does_not_replace_the_predictions_of_another_run(refused, run, tm
     assert "there is no run to resume in" in text and "choose another --output_path" in text
 
 
-@pytest.mark.parametrize("damage", ["cut short", "gone"])
+@pytest.mark.parametrize("damage", ["cut short", "gone", "answers gone"])
 def test_resume_computes_a_damaged_shard_again(shell, flags, run, damage, caplog):
     """It says which, and the predictions are those of before."""
     shard = run / "activations" / "activations_batch_000002.pkl"
     before = (run / "predictions.json").read_bytes()
     if damage == "gone":
         shard.unlink()
+    elif damage == "answers gone":
+        (shard.parent / "answers.jsonl").unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-100])
     code, _, stderr = shell(*line(flags), "--resume")
@@ -802,13 +805,16 @@ def test_a_damaged_manifest(refused, run):
         assert "metadata.json is not the manifest of a run, or damaged" in refused(**changed)
 
 
-def test_once_the_run_has_begun_the_exit_code_is_1(shell, flags, run):
+def test_once_the_run_has_begun_the_exit_code_is_1(shell, flags, run, monkeypatch):
+    def refuse(plan, answers):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), plan.request.output_path)
+
+    monkeypatch.setattr("utils.run.conclude.write_output", refuse)
     (run / "predictions.json").unlink()
-    (run / "activations" / "answers.jsonl").unlink()
     before = snapshot(run)
     code, stdout, stderr = shell(*line(flags), "--resume")
     assert (code, stdout) == (1, "") and "Traceback" not in stderr
-    assert re.search(r"error: .*answers\.jsonl lacks the answer to .*: put the file back", stderr)
+    assert re.search(r"error: Permission denied: .*json; what was written is intact", stderr)
     assert all(snapshot(run)[name] == before[name] for name in before if name.endswith(".pkl"))
 
 

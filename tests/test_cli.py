@@ -355,9 +355,15 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_work(tmp_path, stderr):
 
 def test_a_full_stdout_is_told():
     with open("/dev/full", "w") as full:
-        run = ended("print('text')", stdout=full, stderr=subprocess.PIPE, capture_output=False)
+        body = "signals.hold(); print('text')"
+        run = ended(body, stdout=full, stderr=subprocess.PIPE, capture_output=False)
     assert run.returncode == 1
     assert run.stderr == "error: No space left on device; what was written is intact\n"
+
+
+def test_what_a_terminal_cannot_show_is_escaped():
+    run = ended("print('gr\\u00fcn \\ud800')", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (run.returncode, run.stdout) == (0, "gr\\xfcn \\ud800\n"), run.stderr
 
 
 def test_a_bar_in_a_log_file_is_a_line_every_half_minute():
@@ -408,6 +414,7 @@ LINES = [
     ),
     (BrokenPipeError(32, "Broken pipe"), "", 141),
     (RuntimeError("a bug"), "", 1),
+    (AssertionError("a bug"), "", 1),
     (Interrupted(signal.SIGHUP), "stopped by SIGHUP; what was written is intact", 129),
 ]
 
@@ -415,16 +422,28 @@ LINES = [
 @pytest.mark.parametrize(("error", "line", "code"), LINES, ids=lambda v: type(v).__name__)
 def test_last_words(error, line, code):
     assert last_words(error) == (line, code)
+    if code == 1 and line:  # before anything was written
+        found = last_words(error, begun=False)
+        assert found == (line.removesuffix("; what was written is intact"), 2)
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("no backend"), AssertionError()])
+def test_what_the_code_of_jax_raises_is_one_line(raised):
+    """Not by its class, which is Python's own, but by where it comes from."""
+    code = compile("def ask(error): raise error", "xla_bridge.py", "exec")
+    exec(code, module := {"__name__": "jax._src.xla_bridge"})
+    with pytest.raises(type(raised)) as caught:
+        module["ask"](raised)
+    line, code = last_words(caught.value, begun=False)
+    assert code == 2 and line == f"error: JAX failed: {str(raised) or 'AssertionError'}"
 
 
 def test_what_is_not_foreseen_is_a_traceback():
     run = ended("raise ValueError('a bug')")
     assert run.returncode == 1 and "Traceback" in run.stderr
     run = ended("open('/nowhere/at/all')")
-    assert run.returncode == 1
-    assert run.stderr == (
-        "error: No such file or directory: /nowhere/at/all; what was written is intact\n"
-    )
+    assert run.returncode == 2
+    assert run.stderr == "error: No such file or directory: /nowhere/at/all\n"
 
 
 def test_a_long_line_keeps_its_advice():

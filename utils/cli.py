@@ -7,6 +7,7 @@ transformers and datasets after parsing.
 import argparse
 import contextlib
 import glob
+import io
 import logging
 import os
 import select
@@ -172,9 +173,10 @@ class Signals:
     garbage collector.
     """
 
+    held = False  # whether there is something to end in order
+
     def __init__(self) -> None:
         self.signum: int | None = None  # the signal that was noted
-        self._held = False
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -186,7 +188,7 @@ class Signals:
 
     def hold(self) -> None:
         """From here on there is something to end in order: signals are noted for `check`."""
-        self._held = True
+        self.held = True
 
     def check(self) -> None:
         """Raises Interrupted once a signal was noted."""
@@ -201,7 +203,7 @@ class Signals:
 
     def _wait(self, reader: int) -> None:
         signum = os.read(reader, 1)[0]
-        if self._held:
+        if self.held:
             self.signum = signum
             time.sleep(GRACE_SECONDS)
         leave(*last_words(Interrupted(signum)))
@@ -253,11 +255,14 @@ class LogFormatter(logging.Formatter):
         return one_line(record.message) if ours else record.message
 
 
-def last_words(error: BaseException) -> tuple[str, int]:
+def last_words(error: BaseException, begun: bool = True) -> tuple[str, int]:
     """The last line on stderr of a process that `error` ends, and its exit code.
 
     The line is empty where nothing needs to be said, and where only a traceback says what happened.
+    begun: whether the process had begun to write. Before that, what the machine refuses is taken
+    for a mistake of the user's, such as a path without permission, and the exit code is 2.
     """
+    intact, code = ("; what was written is intact", 1) if begun else ("", 2)
     if isinstance(error, UserError):
         return f"error: {one_line(str(error))}", error.exit_code
     if isinstance(error, Interrupted):
@@ -268,15 +273,23 @@ def last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         cause = error.strerror or str(error) or type(error).__name__
         where = "" if error.filename is None else f": {error.filename!s}"
-        return f"error: {one_line(cause + where)}; what was written is intact", 1
+        return f"error: {one_line(cause + where)}{intact}", code
     if isinstance(error, MemoryError):
-        return "error: this machine has not enough memory; what was written is intact", 1
+        return f"error: this machine has not enough memory{intact}", code
     if isinstance(error, RecursionError):
-        return "error: something that was read is nested too deeply (--verbose says where)", 1
-    library = type(error).__module__.partition(".")[0]
-    if isinstance(error, RuntimeError) and library in ("jax", "jaxlib"):
-        return f"error: JAX failed: {one_line(str(error))}; what was written is intact", 1
+        return "error: something that was read is nested too deeply (--verbose says where)", code
+    if isinstance(error, RuntimeError | AssertionError) and _is_of_jax(error):
+        return f"error: JAX failed: {one_line(str(error) or type(error).__name__)}{intact}", code
     return "", 1
+
+
+def _is_of_jax(error: BaseException) -> bool:
+    """Whether the error is of a class of JAX's, or was raised in its code."""
+    names, trace = [type(error).__module__], error.__traceback__
+    while trace is not None:
+        names[1:] = [trace.tb_frame.f_globals.get("__name__", "")]
+        trace = trace.tb_next
+    return any(name.partition(".")[0] in ("jax", "jaxlib") for name in names)
 
 
 def leave(line: str, code: int) -> NoReturn:
@@ -314,6 +327,8 @@ def _prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that a terminal lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not isinstance(sys.stderr, LogStream):
         sys.stderr = LogStream(sys.stderr)
     if not sys.stderr.isatty():  # read by tqdm when it is imported
@@ -373,13 +388,13 @@ def run(
         code = main(args, signals) or 0
         signals.check()
     except BaseException as error:
-        line, code = last_words(error)
+        line, code = last_words(error, signals.held)
         if args.verbose or not (line or isinstance(error, BrokenPipeError)):
             traceback.print_exc()
     try:
         sys.stdout.flush()
     except OSError as error:
         if not code and not isinstance(error, BrokenPipeError):
-            line, code = last_words(error)
+            line, code = last_words(error, signals.held)
     sys.stderr.flush()
     leave(line, code)

@@ -350,3 +350,12 @@ def test_real_rows():
     assert len(tasks) == 10 and all(errors == [] for _, errors in tasks)
     assert all((len(task.train), len(task.test)) == (9, 1) for task, _ in tasks)
     assert len({task.task_id for task, _ in tasks}) == 10
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    """As in a container without a home folder."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nowhere/datasets")
+    words = r"cannot write to /proc/nowhere/datasets: .*; choose another folder with HF_HOME"
+    with pytest.raises(UserError, match=words):
+        open_rows(str(tmp_path / "rows.jsonl"), "train", None, False)

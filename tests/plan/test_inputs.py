@@ -163,7 +163,17 @@ def test_a_damaged_object_is_refused(filled, cache):
 
 def test_a_disk_that_is_too_small(filled, cache, monkeypatch):
     monkeypatch.setattr("utils.store.copies.free_bytes", lambda folder: 1000)
-    with pytest.raises(UserError, match=r"takes 0\.00 GB .* set XDG_CACHE_HOME to another disk"):
+    words = r"takes \d\.\d\d MB .* where 1000 bytes are free: .* set XDG_CACHE_HOME to another disk"
+    with pytest.raises(UserError, match=words):
+        model("gs://bucket/models/tiny")
+
+
+def test_without_a_home_the_way_to_another_is_named(filled, monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", no_home)
+    with pytest.raises(UserError, match=r"no home folder to keep .*: set XDG_CACHE_HOME"):
         model("gs://bucket/models/tiny")
 
 

@@ -415,6 +415,27 @@ def test_a_chat_template_that_fails_is_one_line(template):
     assert "\n" not in str(caught.value)
 
 
+LOOPS = "{% for i in range(300) %}{% for j in range(300) %}{% for k in range(300) %}"
+LOOPS += "{% endfor %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ '{:>20000000}'.format('x') }}", "it makes 20000000 characters"),
+        ("{{ '{:>99999999999999}'.format('x') }}", "MemoryError"),
+        (LOOPS, "it takes longer than 0.2 s"),
+    ],
+)
+def test_a_template_without_bound_is_one_line(jinja, monkeypatch, template, message):
+    monkeypatch.setattr("utils.prompt.chat.TEMPLATE_SECONDS", 0.2)
+    tokenizer = small.character_tokenizer()
+    tokenizer.chat_template = template
+    for name in ("chat", jinja(template)):
+        with pytest.raises(UserError, match=f"template .*{message}"):
+            load_format(name, None, tokenizer)
+
+
 def test_unknown_names_list_what_there_is(chatml, tmp_path):
     for name in ("chatty", str(tmp_path), str(tmp_path / "none.jinja")):
         with pytest.raises(UserError, match="neither chat, turns, compact, plain, nvarc, "):

@@ -1,5 +1,6 @@
 """Random histories of a run: processes begin, seal, send, die, are told to stop, lose their disks,
-and another number of them resumes the run. Run by test_histories.py in a process of its own.
+and another number of them resumes the run, of which a file was damaged. Run by test_histories.py in
+a process of its own.
 
     python tests/run/histories.py HISTORIES SEED FOLDER
 
@@ -506,6 +507,7 @@ def history(root: Path, rng: random.Random) -> str:
             told.append(f"lost {folder.name}")
             (root / "submission.json").unlink(missing_ok=True)
     count = fixed if separate else rng.choice(SHAPES)
+    told += [damage(folder, rng) for folder in folders(root) if rng.random() < 0.5]
     last = Session(count, separate, 2, 2, False, True, sends, {}, {})
     codes = run_session(root, last)
     told.append(f"{count}: {codes}")
@@ -513,6 +515,23 @@ def history(root: Path, rng: random.Random) -> str:
     check(root, bucket)
     check_complete(root, bucket, count)
     return "; ".join(told)
+
+
+def damage(folder: Path, rng: random.Random) -> str:
+    """Changes a bit of a shard, or loses one or what is behind a place of the answers."""
+    if not (files := [*folder.glob("*.pkl"), *folder.glob("*.jsonl")]):
+        return "nothing to damage"
+    path = rng.choice(sorted(files))
+    content = bytearray(path.read_bytes())
+    place = rng.randrange(len(content) + 1)
+    if path.suffix == ".jsonl":
+        path.write_bytes(content[:place])
+    elif rng.random() < 0.5 and place < len(content):
+        content[place] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    return f"damaged {folder.name}/{path.name} at {place}"
 
 
 def _check_telling(root: Path, bucket: FolderBucket | None, told: list[str]) -> None:

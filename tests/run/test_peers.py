@@ -23,6 +23,7 @@ import distributed_inference_with_activations as script
 from utils.cli import Interrupted
 from utils.errors import UserError
 from utils.run import peers
+from utils.run.connect import connect, local_devices
 
 
 class Store:
@@ -106,6 +107,48 @@ def test_the_watch_does_not_die_in_silence(monkeypatch):
     time.sleep(0.3)
     with pytest.raises(UserError, match=r"looking after .* failed: ValueError\('a bug'\)"):
         first.check()
+
+
+SLURM = {"SLURM_STEP_TASKS_PER_NODE": "1(x2),4", "SLURM_NODEID": "2", "SLURM_LOCALID": "1"}
+FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),  # by hand, or on a pod: JAX takes all
+        ({**SLURM, "SLURM_NODEID": "0", **FOUR}, []),  # one process has the node, and all its GPUs
+        ({**SLURM, "SLURM_NODEID": "1"}, []),
+        ({**SLURM, **FOUR}, [1]),  # one GPU each, as JAX has it
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x3)", **FOUR}, [2, 3]),
+        ({**SLURM, **FOUR, "CUDA_VISIBLE_DEVICES": "2"}, []),  # Slurm gave it one of its own
+        ({**SLURM, **FOUR, "CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "1"}, []),
+        (SLURM, None),
+        ({**SLURM, **FOUR, "JAX_LOCAL_DEVICE_IDS": "3"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0", **FOUR}, []),
+    ],
+)
+def test_no_gpu_of_a_host_is_left_out(environ, expected):
+    assert local_devices(environ) == expected
+
+
+def test_slurm_that_waits_for_more_processes_is_named(monkeypatch):
+    """`srun --pty -n 4` opens a shell in which one command is one process."""
+
+    def initialize(**kwargs):
+        assert kwargs["local_device_ids"] == []
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    one = {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0"}
+    for name, value in (one | step).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: initialize(**kw))
+    monkeypatch.setattr("utils.run.connect._before_abort", lambda cause: None)
+    with pytest.raises(UserError) as error:
+        connect(None, None, None, timeout=5, silence=10, signals=NoSignals())
+    assert "Slurm says that there are 4" in str(error.value)
+    assert "env -u SLURM_STEP_NODELIST python" in str(error.value)
 
 
 def test_the_private_names_of_jax_are_there():

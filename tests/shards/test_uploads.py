@@ -162,6 +162,23 @@ def test_shards_are_sent_while_the_model_computes(gcs, flags, monkeypatch):
     assert_bucket_is_whole(gcs, flags)
 
 
+def test_no_object_is_written_twice_within_a_second(gcs, flags, monkeypatch):
+    """The last manifest, too, comes no sooner after the one before it."""
+    monkeypatch.setattr(uploads, "MANIFEST_SECONDS", 0.4)
+    written, put = [], cloud.BucketFolder.put
+
+    def noted(self, source, name, *args, **options):
+        written.append((name, time.monotonic()))
+        return put(self, source, name, *args, **options)
+
+    monkeypatch.setattr(cloud.BucketFolder, "put", noted)
+    run(plan_run(request_of(flags)), NoSignals())
+    for kind in ("metadata.json", "answers.jsonl"):
+        times = [at for name, at in written if name == kind]
+        assert len(times) >= 2 and np.diff(times).min() > 0.4, times
+    assert_bucket_is_whole(gcs, flags)
+
+
 def test_large_shards(gcs, flags, tasks, shell):
     """Above 8 MiB a shard is sent in chunks; here several at once, on a bad day."""
     flags |= {
@@ -266,24 +283,25 @@ def test_the_deadline_is_an_exit_code_and_a_line(gcs, flags, shell):
     assert shell.err.count("error: ") == 1
 
 
-def test_a_shard_damaged_on_disk_becomes_no_object(gcs, flags, shell):
-    gcs.fault(503, lambda r: r.name.endswith("2.pkl"), times=10**6)
-    process = start(flags, gcs)
-    process.communicate()
-    assert process.returncode == 1
-    gcs.faults.clear()
-    path = flags["activations_dir"] / SHARD.format(2)
-    content = bytearray(path.read_bytes())
-    content[1000] ^= 1
-    path.write_bytes(content)
-    code, line = shell({**flags, "resume": True})
+def test_a_shard_damaged_on_disk_becomes_no_object(gcs, flags, shell, monkeypatch):
+    path, submit = flags["activations_dir"] / SHARD.format(2), uploads.BucketUploads._submit
+
+    def damage(self, shard):
+        if shard.filename == path.name:
+            content = bytearray(path.read_bytes())
+            content[1000] ^= 1
+            path.write_bytes(content)
+        submit(self, shard)
+
+    monkeypatch.setattr(uploads.BucketUploads, "_submit", damage)
+    code, line = shell(flags)
     assert code == 1
     assert f"{path} is damaged: its crc32c is" in line and "it was not uploaded" in line
-    assert SHARD.format(2) not in there(gcs)
+    assert "--resume computes its samples again" in line
+    assert path.name not in there(gcs)
     assert any(r.name.endswith("2.pkl") and r.kind == "multipart" for r in gcs.requests)
-    content[1000] ^= 1
-    path.write_bytes(content)
     assert shell({**flags, "resume": True})[0] == 0
+    assert path.name not in there(gcs)
     assert_bucket_is_whole(gcs, flags)
 
 
@@ -460,13 +478,28 @@ def test_progress_within_a_shard_counts(gcs, flags, monkeypatch):
     assert len(read_manifest(flags["activations_dir"])["files"]) == 4
 
 
-def test_what_is_nowhere_any_more_is_named(gcs, flags, shell):
+def test_what_is_nowhere_any_more_is_computed_again(gcs, flags, shell):
     assert shell({**flags, "delete_after_upload": True})[0] == 0
     gcs.storage.objects["bucket"].pop(f"{PREFIX}/{SHARD.format(2)}")
-    code, line = shell({**flags, "resume": True})
-    assert code == 2 and f"{SHARD.format(2)} is neither in" in line
     code, line = shell({**flags, "resume": True, "cloud_bucket": "gs://bucket/other"})
     assert code == 2 and f"it was sent to gs://bucket/{PREFIX}/" in line
+    assert shell({**flags, "resume": True})[0] == 0
+    assert f"computed again: {SHARD.format(2)}" in shell.err
+    listed = [entry["filename"] for entry in read_manifest(f"gs://bucket/{PREFIX}")["files"]]
+    assert listed == [SHARD.format(number) for number in (1, 3, 4, 5)]
+    assert len({i["task_id"] for i in iter_items(f"gs://bucket/{PREFIX}")}) == 7
+
+
+def test_a_lost_journal_comes_back_from_the_bucket(gcs, flags, shell):
+    assert shell(flags)[0] == 0
+    journal = flags["activations_dir"] / "answers.jsonl"
+    answers = journal.read_bytes()
+    flags["output_path"].unlink()  # so that there is something to do
+    for content in (b"", answers[:100]):
+        journal.write_bytes(content)
+        assert shell({**flags, "resume": True})[0] == 0
+        assert "computed again" not in shell.err and journal.read_bytes() == answers
+        assert_bucket_is_whole(gcs, flags)
 
 
 def test_a_run_that_was_kept_here_is_sent_later(gcs, flags, shell):

@@ -314,8 +314,22 @@ def test_resume_allows_another_path_and_other_facts(tmp_path):
     assert writer.finish()["model"]["path"] == "/elsewhere"
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lose_an_answer(path):
+    journal = path.with_name("answers.jsonl")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([lines[0], b"\0" * len(lines[1][:-1]) + b"\n", *lines[2:]]))
+
+
 @pytest.mark.parametrize("finish", [True, False])
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x")])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_bytes(b"x"), flip_a_bit, lose_an_answer]
+)
 def test_what_is_gone_is_computed_again(tmp_path, damage, finish):
     """And its number is not given again."""
     write(tmp_path, range(3), finish=finish, save_every_n_samples=1)
@@ -329,6 +343,45 @@ def test_what_is_gone_is_computed_again(tmp_path, damage, finish):
     listed = [f["filename"] for f in read_manifest(tmp_path)["files"]]
     assert listed == [f"activations_batch_00000{i}.pkl" for i in (1, 3, 4)]
     check_consistent(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no JSON\n"])
+def test_a_lost_journal_is_noticed_at_once(tmp_path, content):
+    write(tmp_path, range(3), save_every_n_samples=2)
+    journal = tmp_path / "answers.jsonl"
+    journal.write_bytes(content) if content is not None else journal.unlink()
+    with begun(tmp_path, mode="resume", save_every_n_samples=2) as run:
+        assert run.done == set()
+        for index in range(3):
+            run.add(item(index), answer(index))
+        run.finish()
+    check_consistent(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, range(3))
+
+    def unreadable(file, most=None):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("utils.shards.held.checksum", unreadable)
+    with pytest.raises(UserError, match=r"000001\.pkl: Input/output error; .*delete it"):
+        opened(tmp_path, mode="resume")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_the_advice_is_about_space_only_where_space_lacks(tmp_path, monkeypatch, number):
+    run = write(tmp_path, range(2), finish=False)
+
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    run.add(item(3), answer(3))
+    monkeypatch.setattr(os, "fsync", refuse)
+    words = "make it writable" if number == errno.EACCES else "put that right"
+    with pytest.raises(UserError, match=rf"intact: {words} and --resume") as error:
+        run.seal()
+    assert "MB are free" not in str(error.value)
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
@@ -377,6 +430,56 @@ def test_a_metadata_json_that_is_no_manifest_is_left_alone(tmp_path, text):
         with pytest.raises(UserError, match=r"metadata\.json is not the manifest of a run"):
             opened(tmp_path, mode=mode)
     assert names(tmp_path) == ["metadata.json"]
+
+
+MISFITS = {
+    "status": [None, 1],
+    "skipped": [{}, [1], [{"task_id": 1, "sample_idx": 0}], [{"task_id": "x", "sample_idx": "0"}]],
+    "files": [None, {}, [1]],
+    "seconds": ["1", None],
+    "total_samples": ["3"],
+    "activations": [[], {"resid_post.0": 1}],
+    "model": ["m", {"path": 1}],
+    "dataset": [[], {"tasks": "3"}],
+    "prompt": [1, {"augmentations": "2"}],
+    "arguments": [None, {"num_shards": "2"}],
+    "capture": [{"token_positions": 1}],
+    "special_ids": [1],
+}
+ENTRY_MISFITS = {
+    "filename": [1, None, "x.pkl"],
+    "num_samples": ["2", -1, 1.5],
+    "num_tokens": [None],
+    "size_bytes": ["9"],
+    "crc32c": [1, None],
+    "samples": [1, [1], [["t"]], [[1, 0]], [["t", "0"]], [["t", -1]]],
+    "float16_overflows": ["0"],
+    "relative_error": [1, {"a": {"rows": "1"}}, {"a": {"other": 1}}],
+    "uploaded": [
+        None,
+        "gs://bucket/x",
+        {"uri": "/etc/passwd", "size": 1, "crc32c": "", "generation": 1},
+        {"uri": "gs://bucket/other.pkl", "size": 1, "crc32c": "", "generation": 1},
+        {"uri": 1},
+        {},
+    ],
+}
+
+
+def test_every_wrong_type_in_a_manifest_is_one_line(tmp_path):
+    """Where a file says that it lies decides what is read: never a path, or another's object."""
+    write(tmp_path, range(3))
+    path = tmp_path / "metadata.json"
+    manifest = json.loads(path.read_text())
+    wrong = [{**manifest, key: value} for key, values in MISFITS.items() for value in values]
+    entry = manifest["files"][0]
+    for key, values in ENTRY_MISFITS.items():
+        wrong += [{**manifest, "files": [{**entry, key: value}]} for value in values]
+    texts = [*map(json.dumps, wrong), "[" * 100_000]
+    for text in texts:
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"metadata\.json is not the manifest of a run"):
+            read_manifest(tmp_path)
 
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
@@ -821,10 +924,11 @@ def test_a_shard_under_another_s_name_is_refused(shard):
         load_shard(shard)
 
 
-@pytest.mark.parametrize("damage", ["lacks", "damaged"])
-def test_a_journal_that_was_tampered_with(shard, damage):
+def test_a_journal_that_was_tampered_with(shard):
     journal = shard.parent / "answers.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join(lines[:3]) if damage == "lacks" else "{\n" + "".join(lines))
-    with pytest.raises(UserError, match=rf"answers\.jsonl .*{damage}"):
+    journal.write_text("{\n" + "".join(lines))  # what is no answer is in nobody's way
+    assert len(read_answers(shard.parent)) == 4
+    journal.write_text("".join(lines[:3]))
+    with pytest.raises(UserError, match=r"answers\.jsonl lacks the answer to task1, sample 1"):
         read_answers(shard.parent)

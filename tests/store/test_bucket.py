@@ -1,5 +1,6 @@
 """One file to one object, whatever the server and the way to it do; on a server with faults."""
 
+import errno
 import io
 import os
 import random
@@ -110,6 +111,35 @@ def test_a_listing_is_of_the_folder_alone(folder, gcs, tmp_path):
         (tmp_path / "x").write_bytes(b"x")
         put(BucketFolder(uri), tmp_path / "x")
     assert folder.names() == ["x"]
+
+
+def test_no_name_of_a_listing_leads_out_of_the_folder(folder, monkeypatch):
+    """Names become files of a cache, and a server can say what it likes."""
+
+    class Blob:
+        size, crc32c, generation = 1, "AAAAAA==", 1
+
+        def __init__(self, name):
+            self.name = f"some/prefix/{name}"
+
+    class Client:
+        def list_blobs(self, *args, **options):
+            return map(Blob, ["x", "", "..", ".", "../x", "/../../x", "a/../../x", "/etc/passwd"])
+
+    monkeypatch.setattr(cloud, "_client", Client)
+    assert folder.names() == ["x"]
+
+
+def test_a_temporary_folder_that_is_full_is_named(folder, gcs, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    gcs.store("some/prefix/x", b"content")
+    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    words = r"cannot keep gs://bucket/some/prefix/x in .* No space left .*free space, or set TMPDIR"
+    with pytest.raises(UserError, match=words):
+        folder.read("x")
 
 
 # -------------------------------------------------------------------------------------- faults

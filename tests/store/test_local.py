@@ -4,9 +4,12 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from utils.errors import UserError
 from utils.shards.manifest import stem
@@ -15,6 +18,7 @@ from utils.store.local import (
     Draft,
     JsonFile,
     checksum,
+    in_words,
     json_lines,
     new_folder,
     remove_partial,
@@ -197,3 +201,36 @@ def test_a_json_file_in_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="cannot write") as error:
         JsonFile(tmp_path / "nowhere" / "x.json")
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(0, "0 bytes"), (7, "7 bytes"), (3e5, "0.30 MB"), (2.5e8, "0.25 GB"), (1.2e10, "12.00 GB")],
+)
+def test_no_size_is_told_as_nothing(size, words):
+    assert in_words(size) == words
+
+
+def test_a_folder_that_cannot_be_opened_is_written_to_all_the_same(tmp_path, monkeypatch):
+    """As on Windows, where no folder can be."""
+    opened = os.open
+
+    def refuse(path, *args, **options):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_what_reads_a_run_needs_no_locks():
+    """Which Windows has in another module: a run is read there, and written elsewhere."""
+    code = """
+import signal, sys
+sys.modules["fcntl"] = None
+del signal.SIGHUP
+import utils.shards, utils.dataset, utils.dataset.bridges, utils.dataset.contrast
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -28,6 +28,7 @@ from utils.arc import tasks as arc
 from utils.arc.tasks import Grid, Pair, Task, listed
 from utils.errors import UserError
 from utils.store import text
+from utils.store.local import check_writable
 from utils.store.text import Guarded, parse
 
 DEFAULT_DATASET = "barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems"
@@ -178,6 +179,10 @@ def _read(dataset: str, split: str, streaming: bool) -> Iterator[object]:
             os.environ["HF_HUB_OFFLINE"] = "1"  # what is in the local cache is found all the same
     import datasets
 
+    try:
+        check_writable(Path(datasets.config.HF_DATASETS_CACHE))  # where also local files go
+    except UserError as error:
+        raise UserError(f"{error} with HF_HOME") from error
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         for name in ("datasets", "huggingface_hub", "httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we say it in one line

@@ -213,7 +213,7 @@ def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None
 
 def single_device_mesh() -> Mesh:
     """A 1 x 1 mesh on the first device of this process."""
-    return make_mesh(1, 1, jax.local_devices()[:1])
+    return make_mesh(1, 1, find_devices(everywhere=False))
 
 
 def use_compilation_cache() -> None:

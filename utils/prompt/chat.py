@@ -1,8 +1,10 @@
 """A tokenizer's chat template: messages as text, and what stands around an answer."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError, some
+from utils.store.deadline import within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -13,6 +15,8 @@ FIXED_DATE = (
     " | replace('%b', 'Jul') | replace('%B', 'July') | replace('%Y', '2024') }}{% endmacro %}"
 )
 
+TEMPLATE_SECONDS = 20  # for a prompt without its grids, which takes milliseconds
+MOST_CHARACTERS = 10_000_000
 Message = dict[str, str]  # role and content
 
 
@@ -30,7 +34,8 @@ def apply_chat(
             f"this tokenizer has the chat templates {some(sorted(tokenizer.chat_template))}, and "
             "none of the name default: copy the one to be used to chat_template.jinja"
         )
-    try:
+
+    def render() -> str:
         template = tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(
             messages,
@@ -39,8 +44,8 @@ def apply_chat(
             add_generation_prompt=answering,
             enable_thinking=False,
         )
-    except Exception as error:  # a template is a program: it can raise anything
-        raise template_error("the tokenizer's chat template", error) from error
+
+    return rendered(render, "the tokenizer's chat template")
 
 
 def generation_prompt(tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -67,7 +72,22 @@ def assistant_turn(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
     return lead, after[: after.index(first) + len(first)]
 
 
-def template_error(which: str, error: Exception) -> UserError:
+def rendered(render: Callable[[], str], which: str) -> str:
+    """The text of a template, which is a program of a stranger's: it can raise anything, never end,
+    or fill the memory. Raises UserError for each; `which` is how the user calls the template."""
+    late = TimeoutError(f"it takes longer than {TEMPLATE_SECONDS} s")
+    try:
+        text = within(TEMPLATE_SECONDS, render, lambda: late)
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"it makes {len(text)} characters, and {MOST_CHARACTERS} at most do")
+        return text
+    except UserError:
+        raise
+    except Exception as error:
+        raise _template_error(which, error) from error
+
+
+def _template_error(which: str, error: Exception) -> UserError:
     """One line with the template's line number, from the error or from Jinja's traceback."""
     line, trace = getattr(error, "lineno", None), error.__traceback__
     while trace is not None:

@@ -25,7 +25,7 @@ from utils.prompt.chat import (
     apply_chat,
     assistant_turn,
     generation_prompt,
-    template_error,
+    rendered,
 )
 from utils.prompt.encodings import FENCE, GRID_ENCODINGS, NoGridError, read_grid, write_grid
 from utils.prompt.known import KNOWN, NVARC_END
@@ -50,6 +50,7 @@ ENCODING_NOTES = {
     "words": "A line is a row of the grid, and each word is the color of one cell.",
 }
 PLAIN_NOTE = "In each numbered pair below, the same hidden rule turns the input into the output."
+
 
 # Private use characters: no template has them, and no Jinja filter trims or changes them.
 PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
@@ -316,18 +317,15 @@ def jinja_file(path: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, Co
     )
 
     def compose(grids: list[str], chat: Chat) -> str:
-        try:
-            return environment.from_string(source).render(
-                train=[{"input": i, "output": o} for i, o in train_pairs(grids)],
-                test_input=grids[-1],
-                bos_token=tokenizer.bos_token or "",
-                eos_token=tokenizer.eos_token or "",
-                chat=chat,
-            )
-        except UserError:
-            raise
-        except Exception as error:  # a template is a program: it can raise anything
-            raise template_error(f"the prompt template {path}", error) from error
+        given = {
+            "train": [{"input": i, "output": o} for i, o in train_pairs(grids)],
+            "test_input": grids[-1],
+            "bos_token": tokenizer.bos_token or "",
+            "eos_token": tokenizer.eos_token or "",
+            "chat": chat,
+        }
+        which = f"the prompt template {path}"
+        return rendered(lambda: environment.from_string(source).render(given), which)
 
     return source, compose
 

@@ -5,8 +5,10 @@ and the list of clusters, neither of which has a public name yet.
 """
 
 import ctypes
+import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -65,7 +67,7 @@ def connect(
     lost = UserError(
         f"the coordinator {address or 'that the surroundings name'} does not answer within "
         f"{timeout} s, or other processes do not come: does process 0 run, is its address right "
-        "and the port open?"
+        f"and the port open?{_slurm_said() if address is None else ''}"
     )
     if index == 0:
         lost = UserError(
@@ -81,6 +83,7 @@ def connect(
         jax.distributed.initialize,
         initialization_timeout=timeout + 60,  # `timeout` is ours to keep: JAX would abort
         heartbeat_timeout_seconds=silence,
+        local_device_ids=local_devices(os.environ),
     )
     try:
         ThreadPoolExecutor(1).submit(start, address, count, index).result(timeout)
@@ -100,6 +103,46 @@ def _surrounded() -> bool:
     return any(
         not kind.opt_in_only_method and kind.is_env_present() for kind in ClusterEnv._cluster_types
     )
+
+
+def _slurm_said() -> str:
+    """What Slurm says of the number of processes, and the way to run without the others."""
+    if (count := os.environ.get("SLURM_NTASKS")) is None:
+        return ""
+    return (
+        f" Slurm says that there are {count}: start all of them with one `srun python ...`, or run "
+        "this one alone with `env -u SLURM_STEP_NODELIST python ...`"
+    )
+
+
+def local_devices(environ: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that this process sees are its own: their numbers, none for all of them.
+
+    By JAX's own rule, for which None stands, a process of Slurm's or Open MPI's has the GPU of its
+    number on the host, however many GPUs there are for each. Here the processes of a host share
+    what is there equally, and one that was given GPUs of its own has all that it sees.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in environ:
+        return None
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
+        count = int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
+        number = int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])
+    elif "SLURM_STEP_TASKS_PER_NODE" in environ:  # `2(x3),1` for 2, 2, 2 and 1
+        groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
+        tasks = [int(size) for size, times in groups for _ in range(int(times or 1))]
+        count = tasks[int(environ.get("SLURM_NODEID", 0))]
+        number = int(environ["SLURM_LOCALID"])
+    else:
+        return None
+    seen = environ.get("CUDA_VISIBLE_DEVICES")
+    if count == 1:
+        return []
+    if seen is None:
+        return None
+    visible = len(seen.split(","))
+    if visible < int(environ.get("SLURM_GPUS_ON_NODE", visible)):
+        return []
+    return [number * (visible // count) + i for i in range(visible // count)]
 
 
 def _before_abort(cause: Callable[[], BaseException]) -> None:

@@ -21,7 +21,7 @@ from utils.run.result import Result, to_item
 from utils.run.summary import print_shortfalls, views_of
 from utils.shards.filling import planned_shards
 from utils.shards.items import logits_dtype
-from utils.store.local import free_bytes
+from utils.store.local import free_bytes, in_words
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +140,8 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
         need = min(need, request.max_pending_gb * 1e9 + request.max_shard_mb * 1e6)
     if need > (free := free_bytes(plan.run_folder)):
         raise UserError(
-            f"{plan.run_folder} needs at least {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB "
-            "free: free space, or take fewer layers, --token_positions, --max_rows_per_sample or "
-            "tasks"
+            f"{plan.run_folder} needs at least {in_words(need)} and has {in_words(free)} free: "
+            "free space, or take fewer layers, --token_positions, --max_rows_per_sample or tasks"
         )
 
 
@@ -219,8 +218,8 @@ class DiskOutlook:
             self._told = True
             log.warning(
                 "the disk of %s will be full after about %d more of the %d samples that are left: "
-                "%.2f GB are free, %.2f GB are needed; free space, or stop and --resume with "
+                "%s are free, %s are needed; free space, or stop and --resume with "
                 "--delete_after_upload",
-                *(self._folder, free / a_sample, total - stored, free / 1e9),
-                a_sample * (total - stored) / 1e9,
+                *(self._folder, free / a_sample, total - stored, in_words(free)),
+                in_words(a_sample * (total - stored)),
             )

@@ -72,9 +72,10 @@ def opened(plan: Plan, peers: Peers) -> Iterator[tuple[RunFolder, Uploads, set[S
                     f"{output} exists, but there is no run to resume in {plan.run_folder}: choose "
                     f"another {request.output_flag}, or replace it with --overwrite"
                 )
-        done = settle(folder, peers)
+        done = settle(folder, peers, plan.bucket, plan.listing)
         with peers.together("checking the bucket"):
-            uploads = _uploads(plan, folder, list(shards_of(remote.values()).values()))
+            listed = shards_of(remote.values()).values()
+            uploads = _uploads(plan, folder, [s for s in listed if done.issuperset(s.samples)])
         yield folder, uploads, done
 
 
@@ -88,7 +89,7 @@ def stored_already(plan: Plan, peers: Peers) -> tuple[set[SampleKey], float]:
 def _uploads(plan: Plan, folder: RunFolder, listed: list) -> Uploads:
     """Of this process; checked against what the bucket holds already, nothing is sent yet.
 
-    listed: the shards that the bucket's manifests list.
+    listed: the shards that the bucket's manifests list, less those that are lost.
     """
     request = plan.request
     extracts = request.activations_dir is not None
@@ -126,6 +127,6 @@ def _versions() -> dict[str, str | None]:
     commit = None
     if (PROJECT / ".git").exists():  # else git would name a repository that contains this folder
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            ask = ["git", "rev-parse", "HEAD"]
-            commit = subprocess.check_output(ask, cwd=PROJECT, text=True, stderr=subprocess.DEVNULL)
+            ask = ["git", "--git-dir", PROJECT / ".git", "rev-parse", "HEAD"]
+            commit = subprocess.check_output(ask, text=True, stderr=subprocess.DEVNULL)
     return {"python": platform.python_version(), **libraries, "commit": commit and commit.strip()}

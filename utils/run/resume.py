@@ -77,8 +77,8 @@ def restored_from(
     Raises UserError where the bucket and the folders do not speak of one run.
     """
     local = stored.read_manifests(folder) if folder.exists() else {}
-    here = {name: shard.crc32c for name, shard in stored.shards_of(local.values()).items()}
-    said = peers.exchange("known", [sorted(local), here])
+    known_here = {name: shard.crc32c for name, shard in stored.shards_of(local.values()).items()}
+    said = peers.exchange("known", [sorted(local), known_here])
     known_manifests = {name for names, _ in said for name in names}
     known = {name: crc32c for _, files in said for name, crc32c in files.items()}
     listed = stored.shards_of(manifests.values())
@@ -103,16 +103,20 @@ def restored_from(
     restored: dict[str, bytes] = {}
     owners = {shard.owner for shard in listed.values()} | set(map(stored.owner_of, manifests))
     for owner in sorted(owners):
-        name = stored.manifest_name(owner)
-        if name in known_manifests or not writer.looks_after(owner):
+        name, journal = stored.manifest_name(owner), folder / stored.journal_name(owner)
+        elsewhere = name in known_manifests and name not in local
+        if elsewhere or not writer.looks_after(owner):
             continue
-        if name in manifests:
+        if name in local:
+            pass
+        elif name in manifests:
             restored[name] = bucket.read(name)
         elif owner == writer.owner:  # its shards were sent by another process, which lists them
             files = [shard for shard in listed.values() if shard.owner == owner]
             restored[name] = _manifest_of(next(iter(manifests.values())), files)
-        if (journal := stored.journal_name(owner)) in listing:
-            restored[journal] = bucket.read(journal)
+        here = stored.whole_size(journal) if journal.exists() else 0
+        if (there := listing.get(journal.name)) and there.size > here:
+            restored[journal.name] = bucket.read(journal.name)
     return restored
 
 
@@ -123,15 +127,23 @@ def _manifest_of(other: Manifest, shards: list[Shard]) -> bytes:
     return json_lines({**other, "status": "running", **sums, "files": files})
 
 
-def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:
+def settle(
+    folder: RunFolder, peers: Peers, bucket: BucketFolder | None, listing: Listing
+) -> set[SampleKey]:
     """The samples that are stored, in whichever process's folder; of several processes all call it.
 
-    Tells `folder` which shards are lost, and for which it speaks. Raises UserError where folders
-    hold the same sample, or one holds what another process is about to write: brought together,
-    one would hide the other.
+    bucket: where the run is sent, or None. listing: of its objects; a shard that was sent there and
+    is gone is lost. Tells `folder` which shards are lost, and for which it speaks. Raises UserError
+    where folders hold the same sample, or one holds what another process is about to write: brought
+    together, one would hide the other.
     """
-    said = peers.exchange("samples", _holdings(folder))
+    gone = _gone_from(bucket, listing, folder) if bucket else set()
+    said = peers.exchange("samples", _holdings(folder, gone))
     owners = {owner: index for index, owner in enumerate(folder.writer.owners)}
+    unsound = {name for holdings in said for name in holdings["unsound"]}
+    for holdings in said:  # who shares a folder does not look at what others wrote
+        for kind in ("there", "files"):
+            holdings[kind] = [name for name in holdings[kind] if name not in unsound]
     _check_that_folders_fit(said, owners)
     there = {name for holdings in said for name in holdings["there"]}
     listed = {name: samples for h in said for name, (_, samples) in h["listed"].items()}
@@ -139,7 +151,8 @@ def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:
     lost = (lost | {name for name in listed if stored.owner_of(name) in owners}) - there
     if lost and peers.index == 0:
         log.warning(
-            "%d shards are missing or damaged, and their samples are computed again: %s",
+            "%d shards are missing or damaged, or lack answers, and their samples are computed "
+            "again: %s",
             *(len(lost), some(sorted(lost))),
         )
     speaker: dict[str, int] = {}  # who wrote it; else the first who has the file, or lists it
@@ -153,15 +166,29 @@ def settle(folder: RunFolder, peers: Peers) -> set[SampleKey]:
     return {tuple(key) for name in listed.keys() - lost for key in listed[name]}
 
 
-def _holdings(folder: RunFolder) -> dict[str, Any]:
-    """What a process tells the others of its folder, in JSON."""
+def _gone_from(bucket: BucketFolder, listing: Listing, folder: RunFolder) -> set[str]:
+    """The shards that were sent to the bucket, are not there any more, and have no file here."""
+    return {
+        name
+        for name, shard in folder.held.shards.items()
+        if isinstance(shard.uploaded, dict)
+        and shard.uploaded["uri"] == bucket.uri_of(name)
+        and name not in listing
+        and not folder.held.has_file(shard)
+    }
+
+
+def _holdings(folder: RunFolder, gone: set[str]) -> dict[str, Any]:
+    """What a process tells the others of its folder, in JSON. gone: shards that are not where they
+    were sent."""
     held = folder.held
     return {
         "folder": str(folder.path),
         "listed": {name: [s.crc32c, s.samples] for name, s in held.shards.items()},
-        "there": sorted(held.there),
+        "there": sorted(held.there - gone),
         "files": sorted(name for name in held.there if (folder.path / name).is_file()),
-        "missing": sorted(held.missing),
+        "missing": sorted(held.missing | gone),
+        "unsound": sorted(held.unsound),
     }
 
 

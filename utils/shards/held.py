@@ -4,9 +4,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
+from utils.arc.tasks import SampleKey
 from utils.errors import UserError, some
 from utils.shards.manifest import (
     MANIFEST,
@@ -14,14 +18,18 @@ from utils.shards.manifest import (
     Manifest,
     Shard,
     changed_settings,
+    journal_name,
     owner_of,
     parse,
+    read_journal,
     read_manifests,
     shards_of,
     union_of,
 )
+from utils.store.local import checksum
 
 Mode = Literal["new", "resume", "overwrite"]
+THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,13 @@ class Writer:
 class Held:
     """What a folder, and what was restored for it from a bucket, holds of a run.
 
-    manifests: file name -> manifest. shards: of all that they list, by file name.
+    manifests: file name -> manifest. shards: of all that they list, by file name. unsound: those of
+    them that are damaged, or whose answers are lost; see `unsound_of`.
     """
 
     path: Path
     manifests: dict[str, Manifest] = field(default_factory=dict)
+    unsound: frozenset[str] = frozenset()
 
     @cached_property
     def shards(self) -> dict[str, Shard]:
@@ -77,17 +87,21 @@ class Held:
         """The shards that are on the disk, or were sent to a bucket."""
         found = set()
         for name, shard in self.shards.items():
-            path = self.path / name
-            whole = path.is_file() and path.stat().st_size == shard.size_bytes
-            if whole or (shard.uploaded and not path.is_file()):
+            if self.has_file(shard) or (shard.uploaded and not (self.path / name).is_file()):
                 found.add(name)
-        return found
+        return found - self.unsound
+
+    def has_file(self, shard: Shard) -> bool:
+        """Whether the shard's file is on the disk, of the right size."""
+        path = self.path / shard.filename
+        return path.is_file() and path.stat().st_size == shard.size_bytes
 
     @property
     def missing(self) -> set[str]:
-        """The shards whose writer has a manifest here, but which are not there."""
+        """The shards whose writer has a manifest here, but which are not there, or are unsound."""
         owners = set(map(owner_of, self.manifests))
-        return {n for n, shard in self.shards.items() if shard.owner in owners} - self.there
+        mine = {n for n, shard in self.shards.items() if shard.owner in owners}
+        return (mine - self.there) | self.unsound
 
 
 def held_in(
@@ -123,3 +137,44 @@ def held_in(
             "choose another folder, or --overwrite"
         )
     return Held(path, manifests)
+
+
+def unsound_of(held: Held, writer: Writer, restored: Mapping[str, bytes]) -> frozenset[str]:
+    """Of the shards that `writer` looks after, those whose file has not its checksum, and those of
+    which answers are lost though their manifest or their file is here.
+
+    Reads all of these shards, behind a bar. restored: as of `RunFolder`. Raises UserError for a
+    file that cannot be read.
+    """
+    shards = [shard for shard in held.shards.values() if writer.looks_after(shard.owner)]
+    files = list(filter(held.has_file, shards))
+    answered: dict[str, set[SampleKey]] = {}
+    for owner in {*map(owner_of, held.manifests), *(shard.owner for shard in files)}:
+        journal = held.path / journal_name(owner)
+        content = journal.read_bytes() if journal.exists() else b""
+        content = max(content, restored.get(journal.name, b""), key=len)
+        answered[owner] = set(read_journal(content)) if writer.looks_after(owner) else set()
+    found = {
+        shard.filename
+        for shard in shards
+        if shard.owner in answered and not answered[shard.owner].issuperset(shard.samples)
+    }
+
+    def is_damaged(shard: Shard) -> bool:
+        path = held.path / shard.filename
+        try:
+            with open(path, "rb") as file:
+                return checksum(file) != shard.crc32c
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path}: {error.strerror}; make it readable, or delete it, and its "
+                "samples are computed again"
+            ) from error
+
+    size = sum(shard.size_bytes for shard in files)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="verifying shards", delay=1)
+    with bar, ThreadPool(THREADS) as pool:
+        for shard, damaged in zip(files, pool.imap(is_damaged, files), strict=True):
+            found |= {shard.filename} if damaged else set()
+            bar.update(shard.size_bytes)
+    return frozenset(found)

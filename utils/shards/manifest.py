@@ -6,6 +6,7 @@ manifests list, wherever they lie: a process lists the shards that it wrote, and
 to a bucket lists it with its receipt.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,27 @@ _LATER = ("prompt.tokenizer_hash", "prompt.stop_ids")  # which the first manifes
 
 Manifest = dict[str, Any]  # the JSON object that `metadata.json` holds
 
+_WAY_ON = "put the file back, or --resume the run, which computes those samples again"
+_REQUIRED = {"status", "skipped", "files", *_TIMINGS}
+# Of what the programs here read of a manifest, the types: of an object those of its entries.
+_SCHEMA: dict[str, Any] = {
+    "status": str,
+    "skipped": list,
+    "files": list,
+    **dict.fromkeys(_TIMINGS, int | float),
+    **dict.fromkeys(("total_samples", "total_batches", "total_tokens"), int),
+    **dict.fromkeys(("versions", "generation"), dict),
+    "special_ids": list,
+    "activations": dict,
+    "model": {"path": str},
+    "dataset": {"hash": str, "tasks": int},
+    "prompt": {"augmentations": int},
+    "capture": {"token_positions": str},
+    "arguments": {"shard_id": int, "num_shards": int},
+}
+_RECEIPT = {"uri": str, "size": int, "crc32c": str, "generation": int}
+_ERROR = {"rows": int, "sum": int | float, "max": int | float}
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -58,23 +80,32 @@ class Shard:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Shard":
         """Raises KeyError, TypeError or ValueError for anything else than an entry of `files`."""
-        if not SHARD.fullmatch(entry["filename"]):
-            raise ValueError(entry["filename"])
-        return cls(
+        shard = cls(
             filename=entry["filename"],
-            num_samples=int(entry["num_samples"]),
-            num_tokens=int(entry["num_tokens"]),
-            size_bytes=int(entry["size_bytes"]),
+            num_samples=_count(entry["num_samples"]),
+            num_tokens=_count(entry["num_tokens"]),
+            size_bytes=_count(entry["size_bytes"]),
             crc32c=entry["crc32c"],
-            samples=tuple(map(tuple, entry["samples"])),
-            float16_overflows=int(entry.get("float16_overflows", 0)),
-            non_finite=int(entry.get("non_finite", 0)),
+            samples=tuple(map(_checked_key, entry["samples"])),
+            float16_overflows=_count(entry.get("float16_overflows", 0)),
+            non_finite=_count(entry.get("non_finite", 0)),
             relative_error={
                 name: RelativeError(**error)
                 for name, error in entry.get("relative_error", {}).items()
             },
             uploaded=entry["uploaded"],
         )
+        if not (SHARD.fullmatch(shard.filename) and isinstance(shard.crc32c, str)):
+            raise ValueError(shard.filename)
+        if not all(_fits(asdict(error), _ERROR) for error in shard.relative_error.values()):
+            raise ValueError(shard.relative_error)
+        sent = shard.uploaded
+        if not isinstance(sent, bool) and not (
+            # The receipt is followed where the file is not beside the manifest.
+            _fits(sent, _RECEIPT) and re.fullmatch(f"gs://.*/{shard.filename}", sent["uri"])
+        ):
+            raise ValueError(sent)
+        return shard
 
     def to_json(self) -> dict[str, Any]:
         entry = {**asdict(self), "samples": [list(key) for key in self.samples]}
@@ -90,6 +121,30 @@ class Shard:
     def short_name(self) -> str:
         """`batch_000001.pkl`: the name without its owner."""
         return f"batch_{SHARD.fullmatch(self.filename)[2]}.pkl"
+
+
+def _count(value: Any) -> int:
+    """`value`, a number of things. Raises ValueError for anything else."""
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def _checked_key(parts: Any) -> SampleKey:
+    """`parts`, of JSON, as a sample's key. Raises TypeError or ValueError for anything else."""
+    task_id, *numbers = parts
+    if not isinstance(task_id, str) or len(numbers) not in (1, 2):
+        raise ValueError(parts)
+    return (task_id, *map(_count, numbers))
+
+
+def _fits(value: Any, schema: Any) -> bool:
+    """Whether a value of JSON is of the type that `_SCHEMA` says, as far as it is there."""
+    if not isinstance(schema, dict):
+        return isinstance(value, schema)
+    return isinstance(value, dict) and all(
+        _fits(value[key], kind) for key, kind in schema.items() if key in value
+    )
 
 
 def stem(name: str) -> str | None:
@@ -139,14 +194,18 @@ def read_manifests(folder: str | Path) -> dict[str, Manifest]:
 
 def parse(path: str, content: bytes) -> Manifest:
     """The manifest in the file `path`. Raises UserError where `content` is none."""
+    version = FORMAT_VERSION
     try:
         manifest = json.loads(content)
         version = manifest["format_version"]
         for entry in manifest["files"]:
             Shard.from_json(entry)
-        valid = {"status", "skipped", *_TIMINGS} <= manifest.keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        valid, version = False, FORMAT_VERSION
+        for entry in manifest["skipped"]:
+            _checked_key(sample_key(entry))
+        valid = manifest.keys() >= _REQUIRED and _fits(manifest, _SCHEMA)
+        valid &= all(isinstance(entry, dict) for entry in manifest.get("activations", {}).values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        valid = False
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format {version!r}; this program reads {FORMAT_VERSION}")
     if not valid:
@@ -274,23 +333,24 @@ def answers_to(folder: str | Path, shards: Iterable[Shard]) -> dict[SampleKey, d
     for shard in shards:
         journal = Path(folder) / journal_name(shard.owner)
         if shard.owner not in journals:
-            journals[shard.owner] = _read_journal(journal)
+            try:
+                journals[shard.owner] = read_journal(journal.read_bytes())
+            except OSError as error:
+                raise UserError(f"cannot read {journal}: {error.strerror}; {_WAY_ON}") from error
         for key in shard.samples:
             if key not in journals[shard.owner]:
                 raise UserError(
-                    f"{journal} lacks the answer to {sample_name(key)}: put the file back, or "
-                    "--overwrite"
+                    f"{journal} lacks the answer to {sample_name(key)}, or is damaged: {_WAY_ON}"
                 )
             answers[key] = journals[shard.owner][key]
     return answers
 
 
-def _read_journal(path: Path) -> dict[SampleKey, dict[str, Any]]:
-    try:
-        *lines, _torn = path.read_bytes().split(b"\n")
-        answers = map(json.loads, lines)  # of a sample that was computed twice, the last counts
-        return {sample_key(answer): answer for answer in answers}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: put it back, or --overwrite") from error
+def read_journal(content: bytes) -> dict[SampleKey, dict[str, Any]]:
+    """The answers in a journal; a line that was cut short or is damaged holds none."""
+    answers = {}
+    for line in content.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            answer = json.loads(line)
+            answers[sample_key(answer)] = answer  # of a sample computed twice the last counts
+    return answers

@@ -108,6 +108,7 @@ class BucketUploads(Uploads):
         self._deadline = 0.0  # of what is sent after the last sample
         self._given_up = False  # the time for what is left is over
         self._stopping, self._hurry = threading.Event(), threading.Event()
+        self._put_at: dict[str, float] = {}  # when an object was last written
         self._threads = {"stopping": self._stopping, "trouble": self._tell}
 
     # ------------------------------------------------------------------------- the run's side
@@ -206,10 +207,7 @@ class BucketUploads(Uploads):
                 bar.update(total - self._bytes_left() - bar.n)
         self._given_up = True
         self.check()
-        problems = [
-            f"{words} (restore the file, or start again with another --activations_dir and prefix)"
-            for words in self._damaged
-        ]
+        problems = [f"{words} (--resume computes its samples again)" for words in self._damaged]
         way_on = ""
         if self._left:
             problems.append(
@@ -316,8 +314,8 @@ class BucketUploads(Uploads):
                 for name in sent:
                     del self._left[name], self._sent[name]
                 self._changed.notify_all()
-            time.sleep(MANIFEST_SECONDS)
-            self._hurry.wait(min(took / MANIFEST_SHARE, MAX_MANIFEST_SECONDS))
+            pause = min(took / MANIFEST_SHARE, MAX_MANIFEST_SECONDS)
+            self._hurry.wait(max(pause, MANIFEST_SECONDS))
 
     def _take_prefix(self) -> None:
         """By `metadata.json`, whatever the number of processes, and this process's manifest."""
@@ -352,6 +350,8 @@ class BucketUploads(Uploads):
                 "or take the one of the bucket",
                 exit_code=1,
             )
+        since = time.monotonic() - self._put_at.get(name, float("-inf"))
+        self._stopping.wait(max(0, MANIFEST_SECONDS - since))
         self._there[name] = self.bucket.put(
             source,
             name,
@@ -361,7 +361,7 @@ class BucketUploads(Uploads):
             exclusive=bool(MANIFEST.fullmatch(name)),
             **self._threads,
         )
-        self._healthy = time.monotonic()
+        self._healthy = self._put_at[name] = time.monotonic()
 
     def _delete(self, receipts: dict[str, Receipt]) -> None:
         for name, receipt in receipts.items():

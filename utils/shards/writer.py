@@ -17,7 +17,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.shards import manifest as stored
 from utils.shards.filling import OpenShard
-from utils.shards.held import Mode, Writer, held_in
+from utils.shards.held import Mode, Writer, held_in, unsound_of
 from utils.shards.int8 import quantized_item
 from utils.shards.items import (
     CELL_COLUMNS,
@@ -84,7 +84,9 @@ class RunFolder:
         self._locks = contextlib.ExitStack()
         try:
             self._take_lock()
-            self.held = held_in(self.path, settings, mode, self._restored)
+            held = held_in(self.path, settings, mode, self._restored)
+            unsound = unsound_of(held, self.writer, self._restored)
+            self.held = replace(held, unsound=unsound)
         except BaseException:
             self.close()
             raise
@@ -361,11 +363,11 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            need = f"the shard takes {shard_bytes(items) / 1e6:.1f} MB, " if items else ""
-            free = local.free_bytes(self.path) / 1e6
-            self._failure = UserError(
-                f"cannot write to {self.path}: {error.strerror}; {need}{free:.1f} MB are free. "
-                "What was written before is intact: free space and --resume",
-                exit_code=1,
-            )
+            words = f"cannot write to {self.path}: {error.strerror}"
+            if error.errno in local.NO_SPACE:
+                need = f"the shard takes {shard_bytes(items) / 1e6:.1f} MB, " if items else ""
+                words += f"; {need}{local.free_bytes(self.path) / 1e6:.1f} MB are free"
+            way_on = f"{local.remedy(error)} and --resume"
+            words += f". What was written before is intact: {way_on}"
+            self._failure = UserError(words, exit_code=1)
             raise self._failure from error

@@ -16,7 +16,6 @@ import os
 import random
 import re
 import secrets
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any, BinaryIO
 from utils.errors import UserError
 from utils.store.deadline import within
 from utils.store.errors import brief, code_of, explained, is_refusal, is_remote, retry
-from utils.store.local import checksum
+from utils.store.local import checksum, scratch_file
 
 SCHEME = "gs://"
 CHUNK_BYTES = 8 << 20  # of an upload; what is not larger goes in one request
@@ -177,8 +176,9 @@ class BucketFolder:
                 retry=retry(seconds),
             )
             found = {blob.name.removeprefix(self._start): self._receipt(blob) for blob in blobs}
-        # The empty name is what some tools make to stand for a folder; `..` could be no file's.
-        return {name: receipt for name, receipt in found.items() if name.strip(".")}
+        # The empty name is what some tools make to stand for a folder; `..` could be no file's, and
+        # no name below the folder has a slash, whatever a server says.
+        return {name: r for name, r in found.items() if name.strip(".") and "/" not in name}
 
     def read(self, name: str) -> bytes:
         """The content of a small object, as the server checksums it."""
@@ -187,13 +187,8 @@ class BucketFolder:
 
     def open(self, name: str) -> BinaryIO:
         """The content of an object, fetched to a temporary file that ends with its handle."""
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-        try:
+        with scratch_file(self.uri_of(name)) as file:
             self.save(name, file)
-        except BaseException:
-            file.close()
-            raise
-        file.seek(0)
         return file
 
     def save(self, name: str, file: BinaryIO, generation: int | None = None) -> None:

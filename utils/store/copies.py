@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.store.bucket import BucketFolder, Receipt
-from utils.store.local import checksum, free_bytes, new_folder
+from utils.store.local import checksum, free_bytes, in_words, new_folder
 
 THREADS = 4
 
@@ -24,10 +24,13 @@ def copied(bucket: BucketFolder, wanted: dict[str, Receipt]) -> Path:
     A copy that was made before is compared with the crc32c of the objects. Raises UserError for
     what cannot be read, is damaged, or does not fit on the disk.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "arc-activations"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        raise UserError(f"no home folder to keep {bucket} in: set XDG_CACHE_HOME") from error
     objects = sorted((name, receipt.generation) for name, receipt in wanted.items())
     state = sha256(repr(objects).encode()).hexdigest()[:16]
-    folder = cache / "gs" / bucket.bucket_name / bucket.prefix / state
+    folder = cache / "arc-activations" / "gs" / bucket.bucket_name / bucket.prefix / state
     try:
         if not folder.is_dir():
             _fetch(bucket, wanted, folder)
@@ -45,8 +48,8 @@ def _fetch(bucket: BucketFolder, wanted: dict[str, Receipt], folder: Path) -> No
     need, free = sum(receipt.size for receipt in wanted.values()), free_bytes(folder)
     if need > free:
         raise UserError(
-            f"{bucket} takes {need / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: "
-            "free space, or set XDG_CACHE_HOME to another disk"
+            f"{bucket} takes {in_words(need)} in {folder}, where {in_words(free)} are free: free "
+            "space, or set XDG_CACHE_HOME to another disk"
         )
     bar = tqdm(total=need, unit="B", unit_scale=True, desc=f"fetching {bucket}")
     try:

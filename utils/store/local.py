@@ -27,6 +27,7 @@ from utils.errors import UserError
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 _PARTIAL_NAME = re.compile(rf"(.+?)(\.[0-9a-f]{{16}})?{re.escape(PARTIAL)}", re.DOTALL)
 _CHUNK = 1 << 20  # bytes; checksummed, then written, while still in the cache
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_HARD_LINKS = _NO_SUCH_CALL | {errno.EPERM, errno.EMLINK}
 
@@ -78,6 +79,15 @@ class Draft:
             self._temporary.unlink(missing_ok=True)
 
 
+def remedy(error: OSError) -> str:
+    """What cures a disk that cannot be written to, in the imperative."""
+    if error.errno in NO_SPACE:
+        return "free space"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make it writable"
+    return "put that right"
+
+
 def whole_name(name: str) -> str:
     """The name that a partial file was to get; any other name as it is."""
     partial = _PARTIAL_NAME.fullmatch(name)
@@ -108,9 +118,12 @@ def _rename_to_new(source: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk. Where the file system has no such call, what the
-    files hold is on the disk all the same."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Brings the names in a folder to the disk. Where the file system has no such call, or the
+    folder cannot be opened, as on Windows, what the files hold is on the disk all the same."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(handle)
     except OSError as error:
@@ -150,6 +163,26 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def scratch_file(what: str) -> Iterator[BinaryIO]:
+    """A file without a name for the content of `what`, which the block fills: it stays open after
+    it, at its beginning, and ends with its handle. Raises UserError where it cannot be written."""
+    file = None
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        yield file
+        file.seek(0)
+    except BaseException as error:
+        if file:
+            file.close()
+        if isinstance(error, OSError):
+            raise UserError(
+                f"cannot keep {what} in a temporary file: {error.strerror}; {remedy(error)}, or "
+                "set TMPDIR to another folder"
+            ) from error
+        raise
 
 
 class Sink:
@@ -224,7 +257,7 @@ def write_json_atomic(path: str | Path, value: dict[str, Any]) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(path), value)
     except OSError as error:
-        why = f"{error.strerror}; put that right, then --resume"
+        why = f"{error.strerror}; {remedy(error)}, then --resume"
         raise UserError(f"cannot write {path}: {why}", exit_code=1) from error
 
 
@@ -246,7 +279,7 @@ class JsonFile(Draft):
         try:
             yield
         except OSError as error:
-            why = f"{error.strerror}; make room or choose another folder"
+            why = f"{error.strerror}; {remedy(error)}, or choose another folder"
             raise UserError(f"cannot write {self.path}: {why}", exit_code) from error
 
     def write(self, item: bytes) -> None:
@@ -281,6 +314,14 @@ def check_writable(folder: Path) -> None:
             probe.write(b"x")
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def in_words(size: float) -> str:
+    """Bytes in a unit in which they are not 0: `12.00 GB`, `0.30 MB`, `7 bytes`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit / 10:
+            return f"{size / unit:.2f} {name}"
+    return f"{size:.0f} bytes"
 
 
 def unwritable(folder: Path, error: OSError) -> UserError:
