@@ -1,6 +1,6 @@
 """Running our decoder on a checkpoint folder, and comparing with a reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -19,19 +19,27 @@ TOLERANCE = 1e-4  # of a row's norm; for log-probabilities, absolute
 
 
 def load_engine(
-    folder, names=None, positions="all", dtype=np.float32, mesh=None, adapter=None
+    folder,
+    names=None,
+    positions="all",
+    dtype=np.float32,
+    mesh=None,
+    adapter=None,
+    edits=(),
 ) -> Engine:
     """An engine that captures `names`, or every hook point of every layer; adapter: a folder."""
     config = ModelConfig.from_hf(folder)
     if adapter is not None:
         adapter = read_adapter(adapter)
         config = adapter.untied(config)
-    spec = CaptureSpec.from_flags(config.num_layers, ["all"], HOOK_POINTS, positions)
+    points = [p for p in HOOK_POINTS if not (config.num_experts and p == "mlp_act")]
+    spec = CaptureSpec.from_flags(config, ["all"], points, positions)
     if names is not None:
         spec = CaptureSpec(tuple(names), positions)
     layout = Layout.of(config, mesh or single_device_mesh())
     params = Checkpoint(folder, config, adapter).load(layout, dtype)
-    return Engine(Decoder(config, layout, spec), params, Outputs(logits=True, forced=True))
+    model = Decoder(config, layout, spec, edits=tuple(edits))
+    return Engine(model, params, Outputs(logits=True, forced=True))
 
 
 @dataclass
@@ -50,8 +58,13 @@ jax.tree_util.register_dataclass(
 )
 
 
-def prefill(engine, rows, length, answers=None, chunk=32, slots=256, used=None) -> Prefilled:
-    """Prefill of `rows` (lists of ids, None for a padding row) of at most `length` tokens."""
+def prefill(
+    engine, rows, length, answers=None, chunk=32, slots=256, used=None, changes=()
+) -> Prefilled:
+    """Prefill of `rows` (lists of ids, None for a padding row) of at most `length` tokens.
+
+    changes: of each edit its `mask` and `values`, of all rows and `length` tokens.
+    """
     answers, data = answers or [[]] * len(rows), engine.model.layout.data
     ids = [
         None if row is None else np.array([*row, *answer])
@@ -66,8 +79,12 @@ def prefill(engine, rows, length, answers=None, chunk=32, slots=256, used=None) 
     logprobs = np.zeros((len(rows), room), np.float32)
     for passed in prefill_passes(batch, [Length(int(n)) for n in lengths], data):
         places, starts = [row for row, _ in passed], np.array([k * chunk for _, k in passed])
+        here = tuple(
+            {name: _chunks(value, places, starts, chunk) for name, value in arrays.items()}
+            for arrays in changes
+        )
         part, state = engine.prefill(
-            state, padded, places, starts.astype(np.int32), prompts, lengths, shape
+            state, padded, places, starts.astype(np.int32), prompts, lengths, shape, here
         )
         for b, start, number in zip(places, starts, range(data), strict=True):
             for name, value in part.captures.items():
@@ -86,19 +103,38 @@ def prefill(engine, rows, length, answers=None, chunk=32, slots=256, used=None) 
     return Prefilled(captures, np.asarray(state[1]), forced, state)
 
 
-def generate(engine, rows, length, max_tokens, stops=(), temperature=0.0, keys=None, **chunks):
-    """Prefill and decode; (prefilled, decoded)."""
+def _chunks(array, rows, starts, chunk):
+    """[B, T, ...] -> [P, chunk, ...], zeros behind the end."""
+    found = np.zeros((len(rows), chunk, *array.shape[2:]), array.dtype)
+    for target, row, start in zip(found, rows, starts, strict=True):
+        part = array[row, start : start + chunk]
+        target[: len(part)] = part
+    return found
+
+
+def generate(
+    engine,
+    rows,
+    length,
+    max_tokens,
+    stops=(),
+    temperature=0.0,
+    keys=None,
+    answer_changes=(),
+    **chunks,
+):
+    """Prefill and decode; (prefilled, decoded). answer_changes: of each edit its mask, [B, A]."""
     prompts = np.array([1 if row is None else len(row) for row in rows], np.int32)
     first = prefill(engine, rows, length, **chunks)
     if keys is None:
         keys = [0 if row is None else i + 1 for i, row in enumerate(rows)]
     sampling = Sampling(max_tokens, tuple(stops))
     if engine.sampling not in (None, sampling):
-        engine = Engine(engine.model, engine.params, engine.outputs)
+        engine = replace(engine, _programs={})
     engine.sampling = sampling
     shape = Shape(len(rows), chunks.get("slots", 256), chunks.get("chunk", 32))
     decoded, first.state = engine.decode(
-        first.state, prompts, np.array(keys, np.uint32), temperature, shape
+        first.state, prompts, np.array(keys, np.uint32), temperature, shape, tuple(answer_changes)
     )
     return first, decoded
 
@@ -111,8 +147,10 @@ def log_softmax(logits):
 
 
 def worst_error(found, reference) -> float:
-    """Largest distance of a row of `found` from its row of `reference`, in norms of the latter."""
+    """Largest distance of a row of `found` from its row of `reference`, in norms of the latter, or
+    absolute where that is 0."""
     found, reference = np.asarray(found, np.float64), np.asarray(reference, np.float64)
     assert found.shape == reference.shape
     distance = np.linalg.norm(found - reference, axis=-1)
-    return float((distance / np.linalg.norm(reference, axis=-1)).max())
+    norm = np.linalg.norm(reference, axis=-1)
+    return float((distance / np.where(norm > 0, norm, 1)).max())

@@ -171,38 +171,76 @@ def save(model, folder: Path, dtype="float32", max_shard_size="5GB"):
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
 
 
-def hidden_states(model, input_ids) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Every hook point of every layer, {"<hook_point>.<layer>": [T, D]}, and logits [T, V]."""
-    found = {}
+def hidden_states(model, input_ids, changes=None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Every hook point of every layer, {"<hook_point>.<layer>": [T, W]}, and logits [T, V].
 
-    def keep(name, value):
-        value = value[0] if isinstance(value, tuple) else value
-        found[name] = value.detach()[0].float().numpy().copy()
+    changes: name -> what makes another value of one, float32 [T, W], before it goes on; not for
+    `resid_mid` of Gemma.
+    """
+    found, changes, T = {}, changes or {}, len(input_ids)
+
+    def seen(name, value):
+        """The value as it goes on."""
+        flat = value[0] if value.shape[0] == 1 else value
+        turned = flat.ndim == 3 and flat.shape[0] != T  # heads before tokens
+        flat = flat.transpose(0, 1) if turned else flat
+        array = flat.detach().float().numpy().reshape(T, -1).copy()
+        if name in changes:
+            array = np.asarray(changes[name](array), np.float32)
+            flat = torch.tensor(array).reshape(flat.shape)
+            value = (flat.transpose(0, 1) if turned else flat).reshape(value.shape)
+        found[name] = array
+        return value
 
     def hook_output(module, name):
-        return module.register_forward_hook(lambda m, args, out: keep(name, out))
+        def hook(m, args, out):
+            if isinstance(out, tuple):
+                return (seen(name, out[0]), *out[1:])
+            return seen(name, out)
+
+        return module.register_forward_hook(hook)
+
+    def hook_input(module, name):
+        def hook(m, args, kwargs):
+            if args:
+                return (seen(name, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": seen(name, kwargs["hidden_states"])}
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def hook_stream_through(module, i):
+        """What is changed in the middle of a layer is changed in what is added to get there."""
+
+        def hook(m, args, out):
+            before = torch.tensor(found[f"resid_pre.{i}"])
+            middle = changes[f"resid_mid.{i}"]((before + out[0][0]).detach().numpy())
+            return (torch.tensor(np.asarray(middle))[None] - before, *out[1:])
+
+        return module.register_forward_hook(hook)
 
     handles = []
     for i, layer in enumerate(model.model.layers):
         # Gemma norms what attention and mlp give before it is added.
-        normed = hasattr(layer, "pre_feedforward_layernorm")
+        attention, normed = layer.self_attn, hasattr(layer, "pre_feedforward_layernorm")
         before_mlp = "pre_feedforward" if normed else "post_attention"
         handles += [
-            layer.register_forward_pre_hook(
-                lambda m, args, kwargs, i=i: keep(
-                    f"resid_pre.{i}", args[0] if args else kwargs["hidden_states"]
-                ),
-                with_kwargs=True,
-            ),
-            getattr(layer, f"{before_mlp}_layernorm").register_forward_pre_hook(
-                lambda m, args, i=i: keep(f"resid_mid.{i}", args[0])
-            ),
-            hook_output(
-                layer.post_attention_layernorm if normed else layer.self_attn, f"attn_out.{i}"
-            ),
+            hook_input(layer, f"resid_pre.{i}"),
+            hook_input(attention, f"attn_in.{i}"),
+            hook_output(getattr(attention, "q_norm", attention.q_proj), f"q.{i}"),
+            hook_output(getattr(attention, "k_norm", attention.k_proj), f"k.{i}"),
+            hook_output(attention.v_proj, f"v.{i}"),
+            hook_input(attention.o_proj, f"z.{i}"),
+            hook_output(layer.post_attention_layernorm if normed else attention, f"attn_out.{i}"),
+            hook_input(layer.mlp, f"mlp_in.{i}"),
             hook_output(layer.post_feedforward_layernorm if normed else layer.mlp, f"mlp_out.{i}"),
             hook_output(layer, f"resid_post.{i}"),
         ]
+        if f"resid_mid.{i}" in changes:
+            handles.append(hook_stream_through(attention, i))
+        else:
+            handles.append(hook_input(getattr(layer, f"{before_mlp}_layernorm"), f"resid_mid.{i}"))
+        if hasattr(layer.mlp, "down_proj"):  # a mixture has no mlp_act
+            handles.append(hook_input(layer.mlp.down_proj, f"mlp_act.{i}"))
     try:
         with torch.no_grad():
             logits = model(torch.tensor(np.asarray(input_ids)[None], dtype=torch.long)).logits

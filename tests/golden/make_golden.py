@@ -2,8 +2,8 @@
 
     python tests/golden/make_golden.py
 
-One folder a case beside this file: a tiny checkpoint, and `reference.npz` with token ids, every
-hook point of every layer, logits, and the tokens that greedy `generate` adds.
+One folder a case beside this file: a tiny checkpoint, and `reference.npz` with token ids, the hook
+points of the residual stream in every layer, logits, and the tokens that greedy `generate` adds.
 """
 
 import sys
@@ -17,6 +17,7 @@ from reference import CASES, hidden_states, random_model, save
 
 HERE = Path(__file__).parent
 PROMPT, NEW = 20, 6
+STORED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 def main() -> None:
@@ -35,6 +36,7 @@ def main() -> None:
             pad_token_id=0,
         )[0].numpy()
         states, logits = hidden_states(model, ids)
+        states = {name: x for name, x in states.items() if name.partition(".")[0] in STORED}
         np.savez_compressed(
             folder / "reference.npz",
             ids=ids.astype(np.int32),

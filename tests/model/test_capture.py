@@ -44,14 +44,14 @@ def test_layers_that_do_not_exist(layers):
 
 
 def test_names_go_by_layer_then_along_the_block():
-    spec = CaptureSpec.from_flags(CONFIG.num_layers, ["-1", "0"], ["resid_post", "attn_out"], "all")
+    spec = CaptureSpec.from_flags(CONFIG, ["-1", "0"], ["resid_post", "attn_out"], "all")
     assert spec.names == ("resid_post.0", "attn_out.0", "resid_post.3", "attn_out.3")
     assert spec.last_layer == 3
 
 
 def test_unknown_hook_point():
     with pytest.raises(UserError, match="resid_mid"):
-        CaptureSpec.from_flags(CONFIG.num_layers, None, ["resid"], "all")
+        CaptureSpec.from_flags(CONFIG, None, ["resid"], "all")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_flags_offer_what_a_model_captures():
     choices = {action.dest: action.choices for action in parser._actions}
     layout = Layout.of(CONFIG, single_device_mesh())
     for tokens in choices["token_positions"]:
-        spec = CaptureSpec.from_flags(CONFIG.num_layers, ["1"], choices["hook_points"], tokens)
+        spec = CaptureSpec.from_flags(CONFIG, ["1"], choices["hook_points"], tokens)
         model = Decoder(CONFIG, layout, spec)
         ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
 

@@ -36,13 +36,12 @@ def test_stored_reference(case):
     """Prompt through prefill, answer through decode, beside batch mates and a padding row."""
     reference = np.load(GOLDEN / case / "reference.npz")
     ids, P = reference["ids"], int(reference["prompt"])
-    mate = [5, 6, 7, 8, 9]
+    mate, names = [5, 6, 7, 8, 9], set(reference.files) - {"ids", "prompt", "logits"}
     first, decoded = generate(
-        load_engine(GOLDEN / case), [mate, ids[:P].tolist(), None], 32, len(ids) - P
+        load_engine(GOLDEN / case, sorted(names)), [mate, ids[:P].tolist(), None], 32, len(ids) - P
     )
     assert decoded.tokens[1].tolist() == ids[P:].tolist()
     assert decoded.counts.tolist() == [len(ids) - P, len(ids) - P, 0]
-    names = set(reference.files) - {"ids", "prompt", "logits"}
     assert set(first.captures) == set(decoded.captures) == names
     for name in names:
         found = np.concatenate([first.captures[name][1, :P], decoded.captures[name][1]])

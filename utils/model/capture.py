@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.model.config import ModelConfig
 
-HOOK_POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+HOOK_POINTS = (
+    *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+    *("attn_in", "q", "k", "v", "z", "mlp_in", "mlp_act"),
+)
 TOKEN_POSITIONS = ("all", "prompt", "answer", "last", "cells")
 
 
@@ -33,7 +37,7 @@ class CaptureSpec:
     @classmethod
     def from_flags(
         cls,
-        num_layers: int,
+        config: ModelConfig,
         layers: Sequence[str] | None,
         hook_points: Sequence[str],
         tokens: str,
@@ -44,12 +48,17 @@ class CaptureSpec:
 
         Raises UserError when a layer or hook point does not exist.
         """
-        indices = resolve_layers(num_layers, layers)
+        indices = resolve_layers(config.num_layers, layers)
         for hook_point in hook_points:
             if hook_point not in HOOK_POINTS:
                 raise UserError(
                     f"hook point {hook_point!r} does not exist; there are {', '.join(HOOK_POINTS)}"
                 )
+        if config.num_experts and "mlp_act" in hook_points:
+            raise UserError(
+                "hook point mlp_act does not exist in a mixture of experts: each token has that of "
+                "several experts; take mlp_in and mlp_out"
+            )
         wanted = [point for point in HOOK_POINTS if point in hook_points]
         names = tuple(f"{point}.{i}" for i in indices for point in wanted)
         return cls(names, tokens, max_rows, seed)
@@ -111,6 +120,16 @@ class CaptureSpec:
     def last_layer(self) -> int:
         """Highest layer that is captured, or -1."""
         return max((int(name.rpartition(".")[2]) for name in self.names), default=-1)
+
+
+def width_of(config: ModelConfig, name: str) -> int:
+    """The width of what is captured under a name."""
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    heads["z"] = config.num_heads
+    hook_point = name.partition(".")[0]
+    if hook_point in heads:
+        return heads[hook_point] * config.head_dim
+    return config.intermediate_size if hook_point == "mlp_act" else config.hidden_size
 
 
 def tokens_in(spans: np.ndarray, tokens: int) -> np.ndarray:

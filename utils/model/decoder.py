@@ -16,15 +16,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from utils.model.attention import Past, attend, attend_cached, rotate, rotation
-from utils.model.capture import CaptureSpec
+from utils.model.capture import CaptureSpec, width_of
 from utils.model.config import ModelConfig
+from utils.model.interventions import Edit
 from utils.model.layout import INVALID_POSITION, Layout
 
 Cache = dict[str, Any]
+Changes = tuple[dict[str, Any] | None, ...]
 FEW_TOKENS = 16  # of a step of decoding
 # Rows, of which those of an expert follow those of another, times the kernels: [R, D], [E, F, D].
 _BY_EXPERT = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
@@ -75,14 +78,50 @@ def gated(config: ModelConfig, gate: Array, up: Array) -> Array:
     return act(gate) * up
 
 
-class Attention(nn.Module):
+class Hooked(nn.Module):
+    """A part of a layer, with the hook points at which its values are changed and captured.
+
+    Which ones is static, so that a program without them is as if there were none.
+    """
+
     config: ModelConfig
     layer: int
     layout: Layout
+    capture: CaptureSpec
+    edits: tuple[Edit, ...]
 
+    def at(self, hook_point: str, x: Array, changes: Changes) -> Array:
+        """x, [B, T, ...], as it goes on from a hook point, where it is changed by the edits in
+        their order and then captured: [B, T, W], sown as a bare array."""
+        name = f"{hook_point}.{self.layer}"
+        here = [
+            (edit, arrays)
+            for edit, arrays in zip(self.edits, changes, strict=True)
+            if edit.hook == name and arrays is not None
+        ]
+        if not here and name not in self.capture.names:
+            return x
+        width = width_of(self.config, name)  # x may have zeros behind it
+        flat = x.reshape(*x.shape[:2], -1)
+        value = flat[..., :width]
+        for edit, arrays in here:
+            value = edit.apply(value, arrays)
+        if name in self.capture.names:
+            self.sow("intermediates", hook_point, value, lambda _, new: new, lambda: None)
+        if not here:
+            return x
+        return jnp.concatenate([value, flat[..., width:]], axis=-1).reshape(x.shape)
+
+
+class Attention(Hooked):
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, cos_sin: tuple[Array, Array], past: Past | None
+        self,
+        x: Array,
+        positions: Array,
+        cos_sin: tuple[Array, Array],
+        past: Past | None,
+        changes: Changes,
     ) -> tuple[Array, Array | None]:
         """x: [B, T, D] -> [B, T, D], and the cache with the T tokens written into it.
 
@@ -92,6 +131,7 @@ class Attention(nn.Module):
         D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
         prompt = x.shape[1] > 1
         heads = layout.heads(prompt)
+        x = self.at("attn_in", x, changes)
         gather = layout.gathers_attention(prompt)
 
         def project(name: str, count: int) -> Array:
@@ -105,6 +145,9 @@ class Attention(nn.Module):
         if c.qk_norm:
             query = RMSNorm(c, name="query_norm")(query)
             key = RMSNorm(c, name="key_norm")(key)
+        query = layout.split(self.at("q", query, changes), *heads)
+        key = layout.split(self.at("k", key, changes), *heads)
+        value = layout.split(self.at("v", value, changes), *heads)
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
 
         scores, cache = c.scores(self.layer), None
@@ -116,7 +159,7 @@ class Attention(nn.Module):
             if not layout.by_heads:  # the tokens of all devices, in the order of the prompt
                 new = layout.collect(layout.whole_rows(new))
             y, cache = attend_cached(query, new.swapaxes(1, 2), past, positions, scores, layout)
-        y = layout.split(y, *heads)
+        y = layout.split(self.at("z", layout.split(y, *heads), changes), *heads)
 
         kernel = self.param("out", _kernel_init(2), (D, N, H))
         y = linear(y, layout.kernel(kernel, gather), 2, layout)
@@ -125,14 +168,12 @@ class Attention(nn.Module):
         return y, cache
 
 
-class Mlp(nn.Module):
-    config: ModelConfig
-    layout: Layout
-
+class Mlp(Hooked):
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, changes: Changes) -> Array:
         """[B, T, D] -> [B, T, D]."""
         layout = self.layout
+        x = self.at("mlp_in", x, changes)
         B, T, D = x.shape
         F = layout.padded(self.config.intermediate_size)
         gather = layout.gathers_mlp(B, T, F)
@@ -146,20 +187,19 @@ class Mlp(nn.Module):
 
         y = gated(self.config, project("gate", x, (F, D)), project("up", x, (F, D)))
         by = ("data", "model") if gather else ("data", None, "model")  # tokens, or width
-        return project("down", layout.split(y, *by), (D, F))
+        y = layout.split(self.at("mlp_act", layout.split(y, *by), changes), *by)
+        return project("down", y, (D, F))
 
 
-class Mixture(nn.Module):
+class Mixture(Hooked):
     """A mixture of experts (Shazeer et al. 2017), each an mlp without biases. Every device has all
     experts, and of each its share of the width, so that none waits for another's tokens."""
 
-    config: ModelConfig
-    layout: Layout
-
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, changes: Changes) -> Array:
         """The weighted sum of what a token's experts give; [B, T, D] -> [B, T, D]."""
         c, layout = self.config, self.layout
+        x = self.at("mlp_in", x, changes)
         E, F, D = c.num_experts, layout.padded(c.intermediate_size), x.shape[-1]
         router = self.param("router", _kernel_init(1), (E, D))
         kernels = [
@@ -198,18 +238,19 @@ class Mixture(nn.Module):
         return mapped(x, share, experts, *kernels)
 
 
-class Block(nn.Module):
-    config: ModelConfig
-    layer: int
-    capture: CaptureSpec
-    layout: Layout
-
+class Block(Hooked):
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, cos_sin: tuple[Array, Array], past: Past | None
+        self,
+        x: Array,
+        positions: Array,
+        cos_sin: tuple[Array, Array],
+        past: Past | None,
+        changes: Changes,
     ) -> tuple[Array, Array | None]:
         """The residual stream [B, T, D] after this layer, and the rest as `Attention` gives it."""
         c = self.config
+        part = c, self.layer, self.layout, self.capture, self.edits
 
         def split(y: Array) -> Array:
             return self.layout.split(y, *self.layout.stream(prompt=x.shape[1] > 1))
@@ -217,39 +258,30 @@ class Block(nn.Module):
         def to_add(y: Array, norm: str) -> Array:
             return RMSNorm(c, name=norm)(split(y)) if c.out_norms else split(y)
 
-        self._capture("resid_pre", x)
-        y, cache = Attention(c, self.layer, self.layout, name="attention")(
-            RMSNorm(c, name="attention_norm")(x), positions, cos_sin, past
+        x = self.at("resid_pre", x, changes)
+        y, cache = Attention(*part, name="attention")(
+            RMSNorm(c, name="attention_norm")(x), positions, cos_sin, past, changes
         )
-        y = to_add(y, "attention_out_norm")
-        self._capture("attn_out", y)
-        x = split(x + y)
-        self._capture("resid_mid", x)
-        mlp = Mixture if c.num_experts else Mlp
-        y = mlp(c, self.layout, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
-        y = to_add(y, "mlp_out_norm")
-        self._capture("mlp_out", y)
-        x = split(x + y)
-        self._capture("resid_post", x)
-        return x, cache
-
-    def _capture(self, hook_point: str, value: Array) -> None:
-        """Sows [B, T, D] as a bare array, if the spec asks for it."""
-        if f"{hook_point}.{self.layer}" in self.capture.names:
-            self.sow("intermediates", hook_point, value, lambda _, new: new, lambda: None)
+        y = self.at("attn_out", to_add(y, "attention_out_norm"), changes)
+        x = self.at("resid_mid", split(x + y), changes)
+        mlp = (Mixture if c.num_experts else Mlp)(*part, name="mlp")
+        y = to_add(mlp(RMSNorm(c, name="mlp_norm")(x), changes), "mlp_out_norm")
+        y = self.at("mlp_out", y, changes)
+        return self.at("resid_post", split(x + y), changes), cache
 
 
 class Decoder(nn.Module):
     """Token ids to hidden states, and hidden states to logits.
 
     num_layers_run: layers that are computed, from the first; all of them unless nothing after the
-    last captured layer is wanted.
+    last captured layer is wanted. edits: what is changed at hook points, in this order.
     """
 
     config: ModelConfig
     layout: Layout
     capture: CaptureSpec = CaptureSpec()
     num_layers_run: int | None = None
+    edits: tuple[Edit, ...] = ()
 
     def setup(self) -> None:
         c = self.config
@@ -257,7 +289,7 @@ class Decoder(nn.Module):
         V = self.layout.padded(c.vocab_size)
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (V, c.hidden_size))
-        self.layers = [Block(c, i, self.capture, self.layout) for i in range(n)]
+        self.layers = [Block(c, i, self.layout, self.capture, self.edits) for i in range(n)]
         if n == c.num_layers:
             self.final_norm = RMSNorm(c)
             if not c.tie_word_embeddings:
@@ -271,6 +303,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         row: Array | None = None,
         slot: Array | None = None,
+        changes: Changes = (),
     ) -> tuple[Array, Cache]:
         """Residual stream after the last layer that is run, [B, T, D], and the cache.
 
@@ -279,7 +312,9 @@ class Decoder(nn.Module):
         see what those rows hold: a chunk of a prompt, whose tokens are in the order of
         `Layout.deal`, or one generated token. What is written at slot 0 begins its row anew. Tokens
         at or behind their row's `lengths`, int32 [B], are padding, which nobody sees. Without a
-        cache the tokens see one another alone. Call through `apply(...,
+        cache the tokens see one another alone. changes: the arrays of every
+        edit, see `Edit.apply`, with tokens in the order of `tokens`; None where it changes nothing.
+        Call through `apply(...,
         mutable=["intermediates"])` to receive what the spec captures.
         """
         c = self.config
@@ -295,7 +330,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
             past = None if cache is None else Past(cache[layer.name], key_at, row, slot)
             rotated_by = cos_sin[c.rope_of(layer.layer)]
-            x, new[layer.name] = layer(x, positions, rotated_by, past)
+            x, new[layer.name] = layer(x, positions, rotated_by, past, changes)
         return x, new
 
     def _key_positions(
@@ -354,9 +389,6 @@ def split_cache(layout: Layout, cache: Cache) -> Cache:
 
 
 def captured(variables: dict[str, Any]) -> dict[str, Array]:
-    """What `apply` gave beside its result -> `{"<hook_point>.<layer>": [B, T, D]}`."""
-    return {
-        f"{hook_point}.{block.removeprefix('layers_')}": value
-        for block, points in variables.get("intermediates", {}).items()
-        for hook_point, value in points.items()
-    }
+    """What `apply` gave beside its result -> `{"<hook_point>.<layer>": [B, T, W]}`."""
+    sown = flatten_dict(variables.get("intermediates", {}))  # by module, a layer's first
+    return {f"{path[-1]}.{path[0].removeprefix('layers_')}": x for path, x in sown.items()}

@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from utils.model.decoder import Cache, Decoder, cache_arrays
+from utils.model.capture import width_of
+from utils.model.decoder import Cache, Changes, Decoder, cache_arrays
 from utils.model.generate import Chunk, Decoded, Outputs, Sampling, Shape, decode, prefill
 from utils.model.layout import INVALID_POSITION
 
@@ -33,14 +34,16 @@ class Engine:
     """The compiled programs of one model, each compiled once.
 
     params: arrays, or their specs where nothing is to be run. sampling: None where nothing is
-    generated. A batch begins with `begin`; each pass hands its state, cache and logits, to the
-    next, and takes the cache away from whoever holds it still.
+    generated. constants: of each of the model's edits the arrays that stay the same, on the
+    devices. A batch begins with `begin`; each pass hands its state, cache and logits, to the next,
+    and takes the cache away from whoever holds it still.
     """
 
     model: Decoder
     params: Any
     outputs: Outputs
     sampling: Sampling | None = None
+    constants: Sequence[dict[str, Any]] = ()
     _programs: dict[Any, Any] = field(default_factory=dict)
 
     def begin(self, shape: Shape, used: Cache | None = None) -> tuple[Cache, Array | None]:
@@ -69,10 +72,14 @@ class Engine:
         prompt_lengths: np.ndarray,
         lengths: np.ndarray,
         shape: Shape,
+        changes: Changes = (),
     ) -> tuple[Chunk, tuple[Cache, Array | None]]:
         """See `prefill`. ids: int32 [B, T], of the batch; rows: the row of each data group, by its
         place in the batch, whose chunk at `start`, int32 [P], is run. Lengths are those of all rows
-        of the batch, in every process. The chunk has no logits where no prompt ends in it."""
+        of the batch, in every process. The chunk has no logits where no prompt ends in it.
+        changes: of each of the model's edits what differs from pass to pass: `mask`, bool [P, C],
+        and `values`.
+        """
         if max(start) + shape.chunk > shape.slots:
             raise ValueError(f"a chunk at {max(start)} does not fit in {shape}")
         tokens = np.zeros((len(rows), shape.chunk + 1), np.int32)
@@ -85,7 +92,12 @@ class Engine:
         inputs = tokens[:, :-1], tokens[:, 1:], local, start, prompts, lengths[rows]
         cache, logits = state
         chunk, logits, cache = self.prefill_program(shape)(
-            self.params, cache, logits, *map(self.model.layout.put, inputs), ends
+            self.params,
+            cache,
+            logits,
+            *map(self.model.layout.put, inputs),
+            ends,
+            self._changes(changes),
         )
         return chunk if ends else replace(chunk, logits=None), (cache, logits)
 
@@ -96,6 +108,7 @@ class Engine:
         sample_keys: np.ndarray,
         temperature: float,
         shape: Shape,
+        changes: Changes = (),
     ) -> tuple[Decoded, tuple[Cache, Array]]:
         """See `decode`; prompt_lengths: of all rows, in every process."""
         first_slot = prompt_lengths.max()
@@ -111,8 +124,17 @@ class Engine:
             np.int32(first_slot),
             put(sample_keys),
             np.float32(temperature),
+            self._changes(changes),
         )
         return decoded, (cache, logits)
+
+    def _changes(self, changes: Changes) -> Changes:
+        """With the arrays that stay, on the devices."""
+        put = self.model.layout.put
+        return tuple(
+            arrays and {**constants, **{name: put(value) for name, value in arrays.items()}}
+            for constants, arrays in zip(self.constants, changes, strict=True)
+        )
 
     def prefill_program(self, shape: Shape) -> Any:
         """`prefill`, compiled for a shape."""
@@ -132,15 +154,35 @@ class Engine:
         rows = self.model.layout.data
         tokens = self._input(rows, shape.chunk)
         inputs = (tokens, tokens, *(self._input(rows) for _ in range(4)), self._scalar(jnp.bool_))
+        changes = self._abstract_changes(rows, shape.chunk)
         before = self.model, specs(self.params), *self.state(shape)
-        return _PREFILL.lower(*before, *inputs, outputs=self.outputs)
+        return _PREFILL.lower(*before, *inputs, changes, outputs=self.outputs)
 
     def lower_decode(self, shape: Shape) -> Any:
         """`decode` before it is compiled."""
         lengths, keys = self._input(shape.rows), self._input(shape.rows, dtype=jnp.uint32)
         inputs = lengths, self._scalar(jnp.int32), keys, self._scalar(jnp.float32)
         before = self.model, specs(self.params), *self.state(shape)
-        return _DECODE.lower(*before, *inputs, sampling=self.sampling)
+        changes = tuple(
+            None if edit.op == "patch" else arrays
+            for edit, arrays in zip(
+                self.model.edits,
+                self._abstract_changes(shape.rows, self.sampling.max_tokens),
+                strict=True,
+            )
+        )
+        return _DECODE.lower(*before, *inputs, changes, sampling=self.sampling)
+
+    def _abstract_changes(self, rows: int, tokens: int) -> Changes:
+        """What `_changes` makes for so many rows and tokens."""
+        found = []
+        for edit, constants in zip(self.model.edits, self.constants, strict=True):
+            arrays = {**specs(constants), "mask": self._input(rows, tokens, dtype=jnp.bool_)}
+            if edit.op == "patch":
+                width = width_of(self.model.config, edit.hook)
+                arrays["values"] = self._input(rows, tokens, width, dtype=jnp.float32)
+            found.append(arrays)
+        return tuple(found)
 
     def state(self, shape: Shape) -> tuple[dict[str, Any], Any]:
         """Shapes, dtypes and shardings of a batch's cache and logits, the latter None where they

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 
-from utils.model.decoder import Cache, Decoder, captured, split_cache
+from utils.model.capture import width_of
+from utils.model.decoder import Cache, Changes, Decoder, captured, split_cache
 from utils.model.layout import INVALID_POSITION
 
 LOGIT_ROWS = 64  # answer positions a device whose vocabulary-wide logits exist at once
@@ -106,6 +107,7 @@ def prefill(
     prompt_lengths: Array,
     lengths: Array,
     any_ends: Array,
+    changes: Changes,
     outputs: Outputs,
 ) -> tuple[Chunk, Array | None, Cache]:
     """A chunk of one row of every data group, against what the cache holds of that row, its prompt
@@ -115,11 +117,20 @@ def prefill(
     the data groups, int32 [P]; next_tokens: int32 [P, C], each token's successor. logits: float32
     [B, V] at the last prompt token of the rows whose prompts have ended, None unless `outputs` asks
     for them. prompt_lengths, lengths: int32 [P], without and with the forced answer. any_ends: bool
-    scalar, whether a prompt's last token is in its row's chunk.
+    scalar, whether a prompt's last token is in its row's chunk. changes: see `Decoder`,
+    tokens in the order of the prompt.
     """
     layout = model.layout
     C = tokens.shape[1]
     positions = start[:, None] + jnp.arange(C, dtype=jnp.int32)
+
+    def dealt(arrays: dict[str, Any] | None) -> dict[str, Any] | None:
+        by_token = {"mask", "values"}
+        return arrays and {
+            name: layout.deal(value) if name in by_token else value
+            for name, value in arrays.items()
+        }
+
     (x, cache), variables = model.apply(
         {"params": params},
         layout.deal(tokens),
@@ -128,6 +139,7 @@ def prefill(
         cache,
         row,
         start,
+        tuple(map(dealt, changes)),
         mutable=["intermediates"],
     )
 
@@ -171,6 +183,7 @@ def decode(
     first_slot: Array,
     sample_keys: Array,
     temperature: Array,
+    changes: Changes,
     sampling: Sampling,
 ) -> tuple[Decoded, Cache]:
     """Generates until every row has ended.
@@ -179,11 +192,12 @@ def decode(
     the cache holds behind it, of an answer to the same prompts, is forgotten. prompt_lengths: int32
     [B]; sample_keys: uint32 [B], 0 for padding rows. temperature: float32 scalar, 0 is greedy. Each
     step feeds one token a row, so the last token of an answer has been through the model too when
-    its states are captured. What a row draws depends on its own key and step alone.
+    its states are captured. What a row draws depends on its own key and step alone. changes: see
+    `Decoder`; each mask is bool [B, A], of the tokens of the answers.
     """
     layout = model.layout
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(sample_keys)
-    loop = _Loop(model, params, prompt_lengths, first_slot, keys, temperature, sampling)
+    loop = _Loop(model, params, prompt_lengths, first_slot, keys, temperature, changes, sampling)
     slots = jnp.arange(cache["positions"].shape[1], dtype=jnp.int32)
     kept = jnp.where(slots < first_slot, cache["positions"], INVALID_POSITION)
     state = loop.first({**cache, "positions": kept}, logits, sample_keys != 0)
@@ -210,6 +224,7 @@ class _Loop:
     first_slot: Array
     keys: Array
     temperature: Array
+    changes: Changes
     sampling: Sampling
 
     @property
@@ -221,14 +236,16 @@ class _Loop:
         """Each row's first token, from the logits of its prompt; real: bool [B], no padding row."""
         B, A = len(real), self.sampling.max_tokens
         whole_rows = self.model.layout.whole_rows
-        states = (B, A, self.model.config.hidden_size)
+        widths = {name: width_of(self.model.config, name) for name in self.names}
         dtype = jax.tree.leaves(self.params)[0].dtype
         token, logprob = self.choose(logits, jnp.int32(0))
         result = Decoded(
             tokens=jnp.zeros((B, A), jnp.int32).at[:, 0].set(token),
             counts=real.astype(jnp.int32),
             logprobs=jnp.zeros((B, A), jnp.float32).at[:, 0].set(logprob),
-            captures={name: whole_rows(jnp.zeros(states, dtype)) for name in self.names},
+            captures={
+                name: whole_rows(jnp.zeros((B, A, width), dtype)) for name, width in widths.items()
+            },
             steps=jnp.int32(0),
         )
         return DecodeState(token, self.to_run(real, token), cache, result)
@@ -250,6 +267,10 @@ class _Loop:
             state.cache,
             jnp.zeros(self.model.layout.data, jnp.int32),
             jnp.full(self.model.layout.data, self.first_slot + i),
+            tuple(
+                arrays and {**arrays, "mask": dynamic_slice_in_dim(arrays["mask"], i, 1, axis=1)}
+                for arrays in self.changes
+            ),
             mutable=["intermediates"],
         )
         token, logprob = self.choose(_logits(self.model, self.params, x[:, 0]), i + 1)

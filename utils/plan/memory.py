@@ -10,7 +10,7 @@ from math import prod
 
 import jax
 
-from utils.model.capture import CaptureSpec
+from utils.model.capture import CaptureSpec, width_of
 from utils.model.config import ModelConfig
 from utils.model.layout import Layout
 from utils.model.weights import abstract_params, placement
@@ -75,7 +75,7 @@ class Workload:
 
     def capture_bytes(self, layout: Layout, rows: int) -> int:
         """What a pass captures on one device: a chunk of a row, or the answers of its group's."""
-        width = self.config.hidden_size * len(self.capture.names) * self.itemsize
+        width = sum(width_of(self.config, name) for name in self.capture.names) * self.itemsize
         chunk = self.chunk if self.capture.in_prefill or not self.room else 0
         answers = rows // layout.data * self.room if self.capture.in_decode else 0
         return max(chunk, answers) * width

@@ -17,7 +17,7 @@ from utils.arc import tasks as arc
 from utils.arc.tasks import SampleKey
 from utils.errors import UserError
 from utils.model.adapters import Adapter, base_and_adapter, read_adapter
-from utils.model.capture import CaptureSpec
+from utils.model.capture import CaptureSpec, width_of
 from utils.model.config import ModelConfig
 from utils.model.layout import (
     Layout,
@@ -30,6 +30,7 @@ from utils.model.layout import (
 from utils.model.weights import Checkpoint
 from utils.plan.batching import Batch, Limits, cache_slots, chunk_tokens, plan_batches
 from utils.plan.inputs import localized
+from utils.plan.interventions import Intervention, check_interventions, read_interventions
 from utils.plan.memory import Workload, device_bytes, rows_that_fit
 from utils.plan.request import Request
 from utils.plan.samples import Sample, plan_samples, read_tasks, skip_reasons, tasks_hash
@@ -58,6 +59,7 @@ class Plan:
     checkpoint: Checkpoint
     codec: Codec
     capture: CaptureSpec
+    interventions: tuple[Intervention, ...]
     workload: Workload
     layout: Layout
     dtype: str
@@ -147,12 +149,12 @@ class Plan:
                 # Where there is but one view nothing is said, as in the manifests of earlier runs.
                 **({"augmentations": request.augmentations} if request.augmentations > 1 else {}),
             },
-            "interventions": [],
+            "interventions": [one.entry for one in self.interventions],
             "activations": {
                 name: {
                     "hook_point": name.rpartition(".")[0],
                     "layer": int(name.rpartition(".")[2]),
-                    "width": config.hidden_size,
+                    "width": width_of(config, name),
                     "dtype": request.activation_dtype,
                 }
                 for name in self.capture.names
@@ -216,13 +218,14 @@ def plan_meshes(
     capture = CaptureSpec()
     if request.activations_dir is not None:
         capture = CaptureSpec.from_flags(
-            config.num_layers,
+            config,
             request.layers_to_extract,
             request.hook_points,
             request.token_positions,
             request.max_rows_per_sample,
             request.seed,
         )
+    interventions = read_interventions(request.interventions, config, request.generates)
     checkpoint = Checkpoint(folder, config, adapter)
     # An adapter's folder may hold the tokenizer that it was trained with.
     own = (Path(local.model_path) / "tokenizer.json").exists()
@@ -242,6 +245,8 @@ def plan_meshes(
             + "; ".join(f"{reason} ({n})" for reason, n in skip_reasons(skipped)[:3])
             + ": lower --max_output_tokens, or raise --max_model_len where it is set"
         )
+    if interventions:
+        check_interventions(request, codec, samples, interventions)
     dtype = request.dtype or default_dtype(devices)
     # The memory of one of these devices, if possible of one that this process can ask.
     here = [device for device in devices if device.process_index == jax.process_index()]
@@ -258,6 +263,7 @@ def plan_meshes(
             checkpoint=checkpoint,
             codec=codec,
             capture=capture,
+            interventions=interventions,
             workload=work,
             layout=layout,
             dtype=dtype,

@@ -142,6 +142,13 @@ class Request:
         "run prompt and ground truth in one pass instead of generating", default=False
     )
 
+    interventions: str | None = _answers(
+        "JSON list of changes made to hidden states while the model runs, in prompts and answers: "
+        "what, at which hook, for which cells; see docs/causes.md",
+        unset="none",
+        metavar="FILE.json",
+    )
+
     layers_to_extract: Sequence[str] | None = _extracted(
         "layers from 0, negative from the end, or `all`",
         unset="first, middle, last",

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from utils.model.decoder import Decoder
+from utils.model.capture import width_of
+from utils.model.decoder import Changes, Decoder
 from utils.model.engine import Engine, for_every_shape
 from utils.model.generate import Chunk, Decoded, Outputs, Sampling, Shape
 from utils.model.layout import use_compilation_cache
@@ -83,14 +84,22 @@ class Computation:
         if not with_logits and not request.teacher_forcing:
             layers = plan.capture.last_layer + 1
         self.layout = plan.layout
-        if params is None:
+        abstract = params is not None
+        if not abstract:
             use_compilation_cache()
             params = plan.checkpoint.load(self.layout, np.dtype(plan.dtype))
         self.engine = Engine(
-            Decoder(plan.config, self.layout, plan.capture, layers),
+            Decoder(
+                plan.config,
+                self.layout,
+                plan.capture,
+                layers,
+                tuple(one.edit for one in plan.interventions),
+            ),
             params,
             Outputs(with_logits, request.teacher_forcing),
             Sampling(request.max_output_tokens, plan.codec.stop_ids) if generates else None,
+            [self._on_devices(one.constants, abstract) for one in plan.interventions],
         )
         self.temperatures = request.temperatures if generates else []
         self.keeps_logits = not request.no_logits and request.activations_dir is not None
@@ -98,6 +107,18 @@ class Computation:
         self.compile_seconds = 0.0
         self._batch: _Batch | None = None  # the one whose passes are being launched
         self._unfinished: dict[int, _Unfinished] = {}  # by place, the rows that are being fetched
+
+    def _on_devices(self, arrays: dict[str, Any], abstract: bool) -> dict[str, Any]:
+        """Whole on every device, or their specs."""
+        sharding = self.layout.sharding()
+
+        def put(x: Any) -> Any:
+            x = np.asarray(x)
+            if abstract:
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+        return jax.tree.map(put, arrays)
 
     def compile(self, batches: Sequence[Batch]) -> None:
         """Every program that the batches need, before the first is launched."""
@@ -156,6 +177,7 @@ class Computation:
                     np.array(keys, np.uint32),
                     self.temperatures[job.prediction],
                     shape,
+                    self._changes_of_answers(batch),
                 )
                 if job.prediction:  # of several predictions only the first is captured
                     part = replace(part, captures={})
@@ -166,7 +188,14 @@ class Computation:
         places = [place for place, _ in job.chunks]
         start = np.array([number * chunk for _, number in job.chunks], np.int32)
         part, state = self.engine.prefill(
-            batch.state, batch.ids, places, start, batch.prompts, batch.totals, batch.shape
+            batch.state,
+            batch.ids,
+            places,
+            start,
+            batch.prompts,
+            batch.totals,
+            batch.shape,
+            self._changes(batch, places, start),
         )
         kept = [
             _within(self.plan.capture.rows(*lengths_of(batch.rows[place][1])), begin, chunk)
@@ -178,6 +207,39 @@ class Computation:
         if not self.keeps_logits:
             part = replace(part, logits=None)
         return part, state
+
+    def _changes(self, batch: "_Batch", places: Sequence[int], start: np.ndarray) -> Changes:
+        """What the interventions need of the chunks of a pass."""
+        rows, chunk, found = len(places), batch.shape.chunk, []
+        for one in self.plan.interventions:
+            arrays = {"mask": np.zeros((rows, chunk), bool)}
+            if one.donor:
+                width = width_of(self.plan.config, one.edit.hook)
+                arrays["values"] = np.zeros((rows, chunk, width), np.float32)
+            for number, (place, begin) in enumerate(zip(places, start, strict=True)):
+                if (sample := batch.samples[place]) is None:
+                    continue
+                encoded = batch.encoded[place]
+                mask = one.mask(sample, encoded)
+                mask[:begin] = mask[begin + chunk :] = False
+                here = slice(begin, begin + chunk)
+                arrays["mask"][number, : len(mask[here])] = mask[here]
+                if one.donor:
+                    values = one.donor.values(mask, sample, encoded)[here]
+                    arrays["values"][number, : len(values)] = values
+            found.append(arrays)
+        return tuple(found)
+
+    def _changes_of_answers(self, batch: "_Batch") -> Changes:
+        """What they need of generated tokens, of which there are none to patch from."""
+        room, found = self.plan.request.max_output_tokens, []
+        for one in self.plan.interventions:
+            mask = np.zeros((len(batch.samples), room), bool)
+            for place, sample in enumerate(batch.samples):
+                if sample:
+                    mask[place] = one.answer_mask(sample, int(batch.prompts[place]), room)
+            found.append(None if one.donor else {"mask": mask})
+        return tuple(found)
 
     def fetch(self, launched: Launched) -> list[Result]:
         """Waits for the pass; the results of its batch, where it ends with it."""
@@ -260,8 +322,8 @@ class _Batch:
     """A batch while its passes are launched.
 
     ids: int32 [B, T] of the rows that the devices of this process compute with; prompts, totals:
-    int32 [B], tokens of every row without and with a forced answer. samples: of the same rows, None
-    for padding. rows, owned: see `Launched`. state: the engine's, after the last pass.
+    int32 [B], tokens of every row without and with a forced answer. samples, encoded: of the same
+    rows, None for padding. rows, owned: see `Launched`. state: the engine's, after the last pass.
     """
 
     shape: Shape
@@ -269,6 +331,7 @@ class _Batch:
     prompts: np.ndarray
     totals: np.ndarray
     samples: list[Sample | None]
+    encoded: list[Encoded | None]
     rows: dict[int, tuple[Sample, Encoded]]
     owned: dict[jax.Device, list[int]]
     state: Any
@@ -288,6 +351,7 @@ class _Batch:
             np.array([length.prompt for length in lengths], np.int32),
             np.array([length.total for length in lengths], np.int32),
             samples,
+            encoded,
             {b: (samples[b], encoded[b]) for held in owned.values() for b in held if samples[b]},
             owned,
             state,

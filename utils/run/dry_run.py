@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from utils.arc.tasks import MAX_SIDE, SampleKey
 from utils.errors import UserError
+from utils.model.capture import width_of
 from utils.model.weights import abstract_params, placement
 from utils.plan.batching import padding_share
 from utils.plan.plan import Plan
@@ -59,8 +60,10 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
     )
     item = to_item(result, plan, said)[0]
     rows = len(item.get("positions", item["input_ids"]))
-    states = np.zeros((rows, config.hidden_size), request.activation_dtype)  # takes no memory
-    item["activations"] = dict.fromkeys(plan.capture.names, states)
+    item["activations"] = {  # which takes no memory
+        name: np.zeros((rows, width_of(config, name)), request.activation_dtype)
+        for name in plan.capture.names
+    }
     if request.activation_dtype == "int8":
         item["scales"] = dict.fromkeys(plan.capture.names, np.zeros(rows, np.float32))
     return item
@@ -133,7 +136,8 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
         np.dtype(name).itemsize
         for name in (request.activation_dtype, logits_dtype(request.activation_dtype))
     )
-    need = kept * plan.config.hidden_size * len(plan.capture.names) * dtype * share
+    widths = sum(width_of(plan.config, name) for name in plan.capture.names)
+    need = kept * widths * dtype * share
     if plan.capture.names and not request.no_logits:
         need += len(todo) * plan.config.vocab_size * logits * share
     if request.delete_after_upload:
