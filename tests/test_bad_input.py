@@ -26,6 +26,7 @@ from conftest import ROOT, TINY, random_task, run_script
 
 import simple_extraction_inference as script
 from utils.errors import UserError
+from utils.model.capture import HOOK_POINTS
 from utils.model.config import FAMILIES, MODEL_TYPES, ModelConfig
 from utils.shards import iter_items, load_shard
 from utils.shards.manifest import read_answers, read_manifest
@@ -97,6 +98,8 @@ BAD_VALUES = [
     ({"dataset_path": ""}, "--dataset_path is empty"),
     ({"dataset_path": None}, "required: --dataset_path"),
     ({"dataset_path": "nowhere.json"}, r"nowhere\.json does not exist; check the path"),
+    ({"adapter": "nowhere"}, r"nowhere has no adapter_config\.json"),
+    ({"interventions": "nowhere.json"}, r"nowhere\.json"),
     ({"solutions_path": "nowhere.json"}, r"nowhere\.json does not exist"),
     ({"output_path": ""}, "--output_path is empty"),
     ({"output_path": "."}, "is a folder: give --output_path the path of a file"),
@@ -303,7 +306,7 @@ def test_help_shows_choices_in_braces_also_beside_a_file():
         "--dtype {float32,bfloat16}",
         "--token_positions {all,prompt,answer,last,cells}",
         "--activation_dtype {float16,float32,int8}",
-        "--hook_points {resid_pre,resid_mid,resid_post,attn_out,mlp_out}",
+        f"--hook_points {{{','.join(HOOK_POINTS)}}}",
     ):
         assert f"\n  {choices}" in text
 

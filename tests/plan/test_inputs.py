@@ -145,7 +145,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    ("what", "uri", "message"), BAD, ids=lambda value: getattr(value, "__name__", str(value))
+    ("what", "uri", "message"), BAD, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_what_is_not_there(filled, cache, what, uri, message):
     arguments = (uri,) if what is not tasks else (uri, "--dataset_path")

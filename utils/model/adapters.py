@@ -6,7 +6,6 @@ plain LoRA is refused by name.
 
 # O outputs, rows of a weight   I inputs, its columns   R rank
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from utils.errors import UserError
 from utils.model.config import ModelConfig
 from utils.model.files import EMBEDDING, HEAD, model_folder
 from utils.model.stored import FLOATS, Stored, stored_in
+from utils.store.text import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -188,10 +188,7 @@ def _fields(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise UserError(f"--adapter {folder} has no {CONFIG}: give the folder of a peft adapter")
-    try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    fields = read_json(path)
     if not isinstance(fields, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return fields

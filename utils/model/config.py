@@ -6,7 +6,6 @@ ignored, and named in the log. Reads the transformers 4 form (`rope_theta`, `rop
 5 form (`rope_parameters`). Knows nothing of weights, devices or files other than `config.json`.
 """
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.model.rope import ROPE_FIELDS, Rope, parse_ropes, unread_rope_fields
+from utils.store.text import read_json
 
 log = logging.getLogger(__name__)
 
@@ -203,14 +203,11 @@ class ModelConfig:
                 f"{model_path} is not a folder: give the path of a downloaded Hugging Face model "
                 "(hf download NAME --local-dir FOLDER)"
             )
-        try:
-            fields = json.loads(path.read_text())
-        except FileNotFoundError:
+        if not path.exists():
             raise UserError(
                 f"{model_path} has no config.json: give the folder of a Hugging Face model"
-            ) from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} cannot be read as JSON: {error}") from error
+            )
+        fields = read_json(path)
         if not isinstance(fields, dict):
             raise UserError(f"{path} does not hold a JSON object")
         try:

@@ -8,7 +8,6 @@ one row; what is missing, unexpected or mis-shaped is reported together.
 # D model width   F mlp width   N query heads   K key/value heads   H head width   V vocabulary
 # E experts
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -31,6 +30,7 @@ from utils.model.layout import Layout
 from utils.model.quantized import quantization_of
 from utils.model.schemes import Module
 from utils.model.stored import FLOATS, Stored
+from utils.store.text import read_json
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Checkpoint:
         self.folder, self.config, self.adapter = Path(model_path), config, adapter
         self.shapes = abstract_params(config)
         try:
-            self.quantization = quantization_of(json.loads(self._config_file.read_bytes()))
+            self.quantization = quantization_of(read_json(self._config_file))
         except UserError as error:
             raise UserError(f"{self._config_file}: {error}") from None
         self._stored: dict[str, Stored] = {}  # by its name in a whole model

@@ -8,7 +8,6 @@ to them is `utils.model.interventions`.
 # T tokens of a sample   A answer tokens that may be generated   C cells   W width of a hook point
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from utils.plan.donors import Donor
 from utils.plan.request import Request
 from utils.plan.samples import Sample
 from utils.prompt.codec import Codec, Encoded
+from utils.store.text import read_json
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +98,7 @@ def read_interventions(
     generated, whose cells are not known. Raises UserError naming the file and the entry."""
     if path is None:
         return ()
-    try:
-        entries = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    entries = read_json(Path(path))
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} must hold a list of interventions, at least one")
     found = []
