@@ -222,10 +222,15 @@ def test_whole_runs(computed, tmp_path):
 def test_a_run_that_answers_and_is_resumed_with_others(computed, tmp_path):
     """Captures of generated tokens see the value after the change; `--resume` compares the list."""
     zeroed = {"hook": "mlp_out.3", "op": "zero", "where": {"part": "answer"}}
-    flags = {"hook_points": "mlp_out", "max_output_tokens": 5, "generates": True}
-    found, _ = computed("answers", [zeroed], **flags)
+    points = ["mlp_out", "k", "mlp_act"]
+    flags = {"hook_points": points, "max_output_tokens": 5, "generates": True}
+    found, manifest = computed("answers", [zeroed], **flags)
+    widths = {"mlp_out.3": 32, "k.3": 16, "mlp_act.3": 64}
+    assert {name: manifest["activations"][name]["width"] for name in widths} == widths
     for item in found.values():
         states, P = item["activations"]["mlp_out.3"], item["prompt_length"]
+        shapes = {name: item["activations"][name].shape for name in widths}
+        assert shapes == {name: (len(states), width) for name, width in widths.items()}
         assert states[:P].any(axis=1).all() and not states[P:].any() and len(states) > P
         assert item["activations"]["mlp_out.2"].any(axis=1).all()
     with pytest.raises(UserError, match="interventions"):
