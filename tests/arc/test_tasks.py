@@ -225,7 +225,7 @@ def with_train(pairs: object) -> dict:
         ("t.jsonl", json.dumps(TASK).encode("utf-16-le"), ["UTF-16"]),
         ("t.json", "version https://git-lfs.github.com/spec/v1\n", ["Git LFS", "git lfs pull"]),
         ("t.json", b"\x00\x05\x16\x07\x00\x02", ["AppleDouble"]),
-        ("t.json", gzip.compress(b"{}"), ["gzip", ".gz"]),
+        ("t.json", gzip.compress(b"{}", mtime=0), ["gzip", ".gz"]),
         ("t.json", "<!DOCTYPE html><html>", ["web page"]),
         ("t.json", '{"a": {"train": [', ["not JSON"]),
         ("t.json", '{"a": {"train": [NaN]}}', ["not JSON"]),
