@@ -97,6 +97,30 @@ def test_live_reference(case, tmp_path):
     np.testing.assert_allclose(decoded.logprobs[0], expected, atol=TOLERANCE)
 
 
+def test_the_text_model_of_one_of_text_and_images(tmp_path):
+    """As the larger models of Gemma 3 are saved, with a vision tower that nobody reads."""
+    pytest.importorskip("torch", reason="torch is not installed: requirements-torch.txt")
+    import reference
+    import torch
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28}
+    config = transformers.Gemma3Config(
+        text_config=reference.CASES["gemma3_text"][0].to_dict(),
+        vision_config={**sizes, "num_attention_heads": 2, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = np.random.default_rng(2).integers(3, 150, 40).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)[None]).logits[0, -1].numpy()
+    found = prefill(load_engine(tmp_path, ["resid_post.0"]), [ids], 40)
+    np.testing.assert_allclose(
+        log_softmax(found.logits[0, :160]), log_softmax(expected), atol=TOLERANCE
+    )
+
+
 @pytest.mark.parametrize("case", ["llama3", "qwen2_sliding_yarn"])
 def test_a_prompt_of_nine_thousand_tokens(case, tmp_path):
     """In chunks of 1,024, with a full and with a sliding window, and an answer behind it."""

@@ -77,6 +77,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": {
         **_GEMMA,
+        # The files of larger models leave these out.
+        **{"vocab_size": 262_208, "num_attention_heads": 8, "max_position_embeddings": 131_072},
+        "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
         "sliding_window_pattern": 6,
@@ -218,6 +221,10 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
         """From the parsed fields of a `config.json`. Raises UserError naming the field."""
+        if fields.get("model_type") == "gemma3" and isinstance(fields.get("text_config"), dict):
+            log.info("config.json: of this model of text and images the text model alone is read")
+            tied = {k: v for k, v in fields.items() if k == "tie_word_embeddings"}
+            fields = {**fields["text_config"], **tied, "model_type": "gemma3_text"}
         model_type = fields.get("model_type")
         if model_type not in MODEL_TYPES:
             raise UserError(

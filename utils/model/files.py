@@ -125,8 +125,13 @@ def full_name(name: str, names: set[str], tied: bool) -> str:
     """The name that a tensor of a checkpoint has in a whole model, `names` being all of them.
 
     A model saved without its head lacks the `model.` before every name; and of a head and the
-    embedding that it is tied to, a checkpoint may hold the head alone.
+    embedding that it is tied to, a checkpoint may hold the head alone. The text model of one of
+    text and images is a part with a name of its own.
     """
+    if name.startswith("language_model."):
+        return name.removeprefix("language_model.")
+    if name.startswith("model.language_model."):
+        return name.replace("language_model.", "", 1)
     bare = EMBEDDING.removeprefix("model.")
     if name == HEAD:
         return EMBEDDING if tied and not names & {EMBEDDING, bare} else HEAD

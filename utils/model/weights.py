@@ -105,8 +105,11 @@ TABLE = (
         for row in _OF_A_LAYER
     ),
 )
-# Buffers that old checkpoints carry and the configuration already determines.
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+# Buffers that old checkpoints carry and the configuration already determines, and what a model of
+# text and images has besides its text model.
+_NOT_READ = re.compile(
+    r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*"
+)
 _BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
 
 
@@ -222,7 +225,7 @@ class Checkpoint:
             f"unexpected {name}"
             for name, tensor in self._stored.items()
             if name not in used
-            and not _DERIVED.fullmatch(name)
+            and not _NOT_READ.fullmatch(name)
             and not (self.quantization is not None and self.quantization.ignores(tensor))
         ]
         problems += [problem for _, wrong in checked for problem in wrong]
