@@ -55,6 +55,7 @@ NAMES = {
 EXAMPLES = SCRIPTS / "examples"
 MODEL, ROWS = EXAMPLES / "arc_tiny", EXAMPLES / "tasks.jsonl"
 LAYER = 3  # the middle one of six
+PROBED = ("color", "row", "col", "role", "boundary")
 MESH_TASKS = 16
 FOUR_CPUS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 
@@ -226,10 +227,10 @@ def show_loaders(folder: Path) -> None:
     print("  pair, role, row, col, color of the first: ", batch.cells[0].tolist())
 
 
-def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
-    """Features that a rule finds in an autoencoder, what was measured of it, and the cells that the
-    features speak of."""
-    from examples.features import find_features
+def train_sae(folder: Path) -> dict[str, Any]:
+    """What the report shows of an autoencoder: what was measured of it, its input's name, the cells
+    of the run, its latents there, and those of them that a program names."""
+    from examples.features import chosen, encoded, name_latents, read_cells
     from examples.sae import SaeConfig, about, describe, fit
     from utils.dataset import ActivationDataset, Selection
 
@@ -238,16 +239,32 @@ def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
     sae, measured = fit(dataset, config)
     sae.save(folder / "sae", about(dataset, config, measured))
     print(f"{folder / 'sae'}: {describe(measured)} on held-out tasks")
-    by_cell = ActivationDataset(activations, Selection(LAYER, colors=range(10)))
-    rows = by_cell.rows()
-    features = find_features(sae, rows)
-    print("\nLatents whose top cells share a color, a role or a position, found by a rule:")
+    cells = read_cells(activations, dataset.name)
+    latents = encoded(sae.encode, cells.rows.activations)
+    features = chosen(name_latents(latents, cells))
+    print("\nLatents that are active where a program says, and only there:")
     for feature in features:
         print(f"  {feature}")
-    return features, measured, {"rows": rows, "samples": by_cell.samples, "name": by_cell.name}
+    found = {"sae": measured, "name": dataset.name, "cells": cells}
+    return {**found, "latents": latents, "features": features}
 
 
-def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[str, Any]) -> None:
+def read_off(folder: Path) -> dict[str, Any]:
+    """Target -> what a linear classifier reads off each layer."""
+    from examples.probe import probe
+
+    found = {target: probe(folder, target) for target in PROBED}
+    print("  activation " + "".join(f"{target:>18}" for target in found))
+    for name in found[PROBED[0]]:
+        lines = (
+            f"{line[name]['score']:.0%} ({line[name]['chance']:.0%})" for line in found.values()
+        )
+        print(f"  {name:11}" + "".join(f"{line:>18}" for line in lines))
+    return found
+
+
+def report(folder: Path, found: dict[str, Any]) -> None:
+    """found: what `read_off` and `train_sae` give, by the names of `Findings`."""
     from tqdm import tqdm
 
     from examples.report import Findings, write_report
@@ -262,16 +279,14 @@ def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[
         task, _ = to_task(row, "examples")
         about[task.task_id] = row["source"].splitlines()[1].removeprefix("# description: ")
     both = {item["correct"] for item in items} >= {True, False}
-    found = Findings(
+    findings = Findings(
         manifest=read_manifest(activations),
         items=items,
         about=about,
-        sae=measured,
-        features=features,
         contrast=contrast(activations) if both else None,
-        **cells,
+        **found,
     )
-    write_report(folder / "report.html", found)
+    write_report(folder / "report.html", findings)
     print(f"{folder / 'report.html'}: open it in a browser")
 
 
@@ -373,14 +388,17 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         heading("5. Load it as training data")
         show_loaders(folder / "results" / "activations")
         signals.check()
-        heading("6. Train a sparse autoencoder")
-        found = train_sae(folder)
+        heading("6. What can be read off each layer, and by chance")
+        found = {"probes": read_off(folder / "results" / "activations")}
         signals.check()
-        heading("7. A page of pictures")
-        report(folder, *found)
-        heading("8. On a mesh of devices, here four virtual ones")
+        heading("7. Train a sparse autoencoder")
+        found |= train_sae(folder)
+        signals.check()
+        heading("8. A page of pictures")
+        report(folder, found)
+        heading("9. On a mesh of devices, here four virtual ones")
         infer_on_mesh(signals, folder)
-        heading("9. With a model of your own")
+        heading("10. With a model of your own")
         show_next()
         print(f"\nThe pictures: {folder / 'report.html'}")
     except BrokenPipeError:
