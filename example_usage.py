@@ -50,7 +50,7 @@ NAMES = {
     "mesh/activations": set(),
     "mesh": {"submission.json"},
     "sae": {"config.json", "sae.safetensors"},
-    "": {"report.html"},
+    "": {"report.html", "lens.json", "lens.html"},
 }
 EXAMPLES = SCRIPTS / "examples"
 MODEL, ROWS = EXAMPLES / "arc_tiny", EXAMPLES / "tasks.jsonl"
@@ -396,11 +396,19 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         signals.check()
         heading("8. A page of pictures")
         report(folder, found)
-        heading("9. On a mesh of devices, here four virtual ones")
+        heading("9. What each layer would say, if it were the last")
+        script(
+            signals,
+            "examples/logit_lens.py",
+            ("--model_path", shown(MODEL)),
+            ("--activations_dir", folder / "results" / "activations"),
+            ("--output", folder / "lens.json"),
+        )
+        heading("10. On a mesh of devices, here four virtual ones")
         infer_on_mesh(signals, folder)
-        heading("10. With a model of your own")
+        heading("11. With a model of your own")
         show_next()
-        print(f"\nThe pictures: {folder / 'report.html'}")
+        print(f"\nThe pictures: {folder / 'report.html'} and {folder / 'lens.html'}")
     except BrokenPipeError:
         raise
     except OSError as error:

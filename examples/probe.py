@@ -162,8 +162,8 @@ def shuffled_labels(
     labels: np.ndarray, target: str, seen: list[int], random: np.random.Generator
 ) -> np.ndarray:
     """int [R, L]: the labels of an item's rows, then SHUFFLES times in another order. The one label
-    that `correct` has of an item is exchanged for one drawn from `seen`, those of the run so far,
-    which it is added to."""
+    that `correct` has of an item is exchanged for one drawn from `seen`, those of its part of the
+    run so far, which it is added to."""
     if target == "correct":
         seen += labels.tolist()
         drawn = random.choice(seen, (len(labels), SHUFFLES)) if seen else np.zeros((0, SHUFFLES))
@@ -210,17 +210,18 @@ def probe(
     columns = classes * (SHUFFLES + 1)
     sums = {name: Sums(manifest["activations"][name]["width"], columns) for name in names}
     kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    kept_labels, seen = [], []
+    kept_labels, seen = [], {True: [], False: []}
     total = manifest["total_samples"]
     for item in tqdm(iter_items(folder), total=total, desc="probing", unit=" samples"):
         rows, labels = labelled_rows(item, target)
-        sets = shuffled_labels(labels, target, seen, random)
+        is_held_out = item["task_id"] in held_out
+        sets = shuffled_labels(labels, target, seen[is_held_out], random)
         states = item["activations"]
         wanted = random.random(len(rows)) < share
         for name in names:
             wanted &= np.isfinite(states[name][rows]).all(axis=1)
         rows, sets = rows[wanted], sets[wanted]
-        if item["task_id"] in held_out:
+        if is_held_out:
             kept_labels.append(sets)
             for name in names:
                 kept[name].append(states[name][rows])

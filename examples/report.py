@@ -106,13 +106,17 @@ def write_report(path: Path, findings: Findings) -> None:
         features(findings),
         contrast(findings),
     ]
-    page = (
+    write_result(path, page("Inside a model that solves ARC tasks", "".join(parts)))
+
+
+def page(title: str, body: str, more: str = "") -> bytes:
+    """A whole page, which fetches nothing. more: HTML that comes last, such as a script."""
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Inside a model that solves ARC tasks</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
-    write_result(path, page.encode())
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}</main>{more}</body></html>\n"
+    ).encode()
 
 
 def picture(
@@ -122,9 +126,11 @@ def picture(
     strength: np.ndarray | None = None,
     rings: Iterable[tuple[int, int]] = (),
     words: str = "",
+    notes: Sequence[Sequence[str]] | None = None,
 ) -> str:
     """An SVG grid, [R, C] of CSS colors; strength: float [R, C], how much of its place a cell
-    fills, from 0 (a third) to 1 (all); rings: cells with a frame."""
+    fills, from 0 (a third) to 1 (all); rings: cells with a frame; notes: [R, C], what is said of a
+    cell that one points at."""
     R, C = len(fills), len(fills[0])
     width, height = C * cell + 2, R * cell + 2
     parts = [
@@ -138,9 +144,10 @@ def picture(
         for c in range(C):
             side = (cell - 1) * (1 if strength is None else (1 + 2 * strength[r, c]) / 3)
             x, y = (at * cell + (cell - side) / 2 for at in (c, r))
+            note = f' data-note="{html.escape(notes[r][c])}"' if notes else ""
             parts.append(
                 f'<rect x="{x:.3g}" y="{y:.3g}" width="{side:.3g}" height="{side:.3g}" '
-                f'fill="{fills[r][c]}"/>'
+                f'fill="{fills[r][c]}"{note}/>'
             )
     for r, c in rings:
         parts.append(
