@@ -8,9 +8,9 @@ score, the harmonic mean of precision (of the cells where the latent is active, 
 recall (of the cells that are so, on how many it is active).
 
 Of so many predicates one always fits a little. So the same search is made 19 times with the tasks
-shuffled, so that each task's cells are said to be those of another one, and `chance` is the highest
-F1 score of all 19. A latent is named where its score is higher: one that has nothing to do with the
-cells is named one time in 20.
+shuffled: what is so of a cell is said of one in another task, as many cells further on in the run
+for all of them. `chance` is the highest F1 score of all 19. A latent is named where its score is
+higher: one that has nothing to do with the cells is named one time in 20.
 
 A predicate of your own is one more line of PREDICATES: a name, and a function of a `Scene`.
 """
@@ -346,18 +346,17 @@ def encoded(encode: Callable[[Array], Any], states: Array) -> Any:
 
 
 def shuffled(samples: Array, random: np.random.Generator) -> Array:
-    """int [N]: for each row, of another sample's rows the one whose predicates it is said to have.
+    """int [N]: for each row, the row of another sample whose predicates it is said to have.
 
-    samples: int [N], ascending. Each sample is given another one, whose rows are taken in order,
-    and again from the first where it has fewer.
+    samples: int [N], ascending. All rows are moved on by one draw, from the last to the first, and
+    by so many that none stays in its sample. So the cells of a grid stay together, and what is true
+    of the run as it is would be as likely in any other place. Raises UserError where there is no
+    room for that.
     """
-    _, starts, counts = np.unique(samples, return_index=True, return_counts=True)
-    other = random.permutation(len(starts))
-    taken = [
-        start + np.arange(count) % size
-        for start, count, size in zip(starts[other], counts, counts[other], strict=True)
-    ]
-    return np.concatenate(taken)
+    longest = np.bincount(samples).max()
+    if len(samples) < 2 * longest + SHUFFLES:
+        raise UserError("the cells are of too few samples to be shuffled: extract more tasks")
+    return np.roll(np.arange(len(samples)), random.integers(longest, len(samples) - longest))
 
 
 def best_fits(active: Any, masks: Any) -> tuple[Array, Array, Array]:
@@ -375,13 +374,11 @@ def name_latents(
 ) -> list[Feature]:
     """The best predicate of every latent that is active on LEAST cells or more.
 
-    active: sparse [N, L], not zero where a latent is active. Raises UserError for cells of one
-    sample, which cannot be shuffled.
+    active: sparse [N, L], not zero where a latent is active. Raises UserError for cells of too few
+    samples.
     """
     from tqdm import tqdm
 
-    if len(np.unique(cells.rows.samples)) < 2:
-        raise UserError("the cells are of one sample, and have to be shuffled: extract more tasks")
     names, kinds, masks = with_conjunctions(cells.masks)
     fires = (active != 0).sum(axis=0)
     tried = np.flatnonzero(fires >= LEAST)

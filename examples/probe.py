@@ -229,18 +229,18 @@ def probe(
         ones = (sets[:, :, None] == np.arange(classes)).reshape(len(rows), columns).astype(float)
         for name in names:
             sums[name].add(states[name][rows], ones)
-    _check(sums[names[0]], kept_labels, target, classes)
-    truth = np.concatenate(kept_labels)
+    truth = np.concatenate(kept_labels) if kept_labels else np.zeros((0, SHUFFLES + 1), int)
+    _check(sums[names[0]].y[:classes], truth[:, 0], target)
+    if TARGETS[target].label is None:  # all of them are here, and can change places
+        truth[:, 1:] = random.permuted(np.repeat(truth[:, :1], SHUFFLES, axis=1), axis=0)
     found = {}
     for name in names:
-        right = np.zeros(SHUFFLES + 1)
         weights, constants = sums[name].fit(SHUFFLES + 1)
-        for x, labels in zip(kept.pop(name), kept_labels, strict=True):
-            scores = (x.astype(np.float64) @ weights + constants).reshape(
-                len(x), SHUFFLES + 1, classes
-            )
-            right += (scores.argmax(axis=2) == labels).sum(axis=0)
-        right /= len(truth)
+        told = []
+        for x in kept.pop(name):
+            scores = x.astype(np.float64) @ weights + constants
+            told.append(scores.reshape(len(x), SHUFFLES + 1, classes).argmax(axis=2))
+        right = (np.concatenate(told) == truth).mean(axis=0)
         found[name] = {
             "score": float(right[0]),
             "chance": float(right[1:].mean()),
@@ -251,9 +251,9 @@ def probe(
     return found
 
 
-def _check(sums: Sums, held_out: Sequence[np.ndarray], target: str, classes: int) -> None:
-    there = np.flatnonzero(sums.y[:classes])
-    if len(there) >= 2 and sum(map(len, held_out)):
+def _check(fitted: np.ndarray, held_out: np.ndarray, target: str) -> None:
+    """fitted: rows of each class, [K]; held_out: labels, [R]."""
+    if (fitted > 0).sum() >= 2 and len(held_out):
         return
     if target == "correct":
         raise UserError(

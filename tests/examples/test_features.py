@@ -183,14 +183,23 @@ def test_scores_are_those_of_a_plain_count(cells):
             assert np.array_equal(mask, known[one] & known[other]), name
 
 
-def test_shuffled_tasks_are_whole_tasks():
-    samples = np.repeat([0, 1, 2], [3, 5, 2])
-    for seed in range(5):
+def test_shuffled_cells_are_of_other_tasks_and_stay_side_by_side():
+    samples = np.repeat(np.arange(6), [9, 5, 7, 9, 8, 8])
+    for seed in range(20):
         order = shuffled(samples, np.random.default_rng(seed))
-        taken = [samples[order[samples == s]] for s in range(3)]
-        assert sorted({int(part[0]) for part in taken}) == [0, 1, 2]
-        assert all((part == part[0]).all() for part in taken)
-    assert shuffled(np.array([4, 4, 4]), np.random.default_rng(0)).tolist() == [0, 1, 2]
+        assert sorted(order) == list(range(46)) and (samples[order] != samples).all()
+        assert (np.diff(order) == 1).sum() == 44
+    with pytest.raises(UserError, match="of too few samples"):
+        shuffled(samples[:36], np.random.default_rng(0))
+
+
+def test_latents_of_shuffled_tasks_are_named_as_often_as_stated(cells):
+    """What has the structure of real latents, but of other tasks."""
+    random = np.random.default_rng(0)
+    parts = [cells.rows.activations[shuffled(cells.rows.samples, random)] for _ in range(20)]
+    moved = csr_array(np.concatenate([part[:, :3] for part in parts], axis=1))
+    named = [feature.named for feature in name_latents(moved, cells, seed=1)]
+    assert len(named) == 60 and sum(named) <= 9  # 3 are stated
 
 
 def test_the_script_names_latents_of_an_autoencoder(planted, tmp_path, in_shell):
@@ -230,6 +239,6 @@ def test_what_cannot_be_named_is_said(planted, cells, tmp_path):
         read_cells(planted, "resid_post.3")
     one = made_run(tmp_path / "one", states, tasks=1)
     alone = read_cells(one, "resid_post.0")
-    with pytest.raises(UserError, match="of one sample"):
+    with pytest.raises(UserError, match="of too few samples"):
         name_latents(encoded(lambda x: x, alone.rows.activations), alone)
     assert len(read_cells(planted, "resid_post.0", max_rows=2000).rows) < 0.8 * len(cells.rows)
