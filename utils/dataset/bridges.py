@@ -20,6 +20,7 @@ import numpy as np
 
 from utils.dataset import ActivationDataset
 from utils.errors import UserError
+from utils.model.autoencoder import hook_name
 from utils.store.local import check_writable, new_folder
 
 try:
@@ -87,12 +88,6 @@ class DictionaryLearningBuffer:
 
     def __next__(self) -> Any:
         return torch.from_numpy(next(self._batches).activations).to(self.device)
-
-
-def hook_name(name: str) -> str:
-    """`resid_post.11` as TransformerLens, and with it SAELens, calls it."""
-    point, _, layer = name.rpartition(".")
-    return f"blocks.{layer}.hook_{point}"
 
 
 def export_for_saelens(
