@@ -220,10 +220,6 @@ class Cells:
     keys: Sequence[tuple[Any, ...]]
     masks: Array
 
-    @property
-    def width(self) -> int:
-        return self.rows.activations.shape[1]
-
 
 @dataclass(frozen=True)
 class Feature:
@@ -442,6 +438,7 @@ def build_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
     from utils.model.autoencoder import load_autoencoder
+    from utils.shards.manifest import read_manifest
 
     check_writable(args.output.parent)
     sae = load_autoencoder(args.sae)
@@ -450,9 +447,11 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
         raise UserError(f"{args.sae} does not say what it is of: give --hook_point resid_post.11")
     if sae.hook not in (None, name):
         raise UserError(f"{args.sae} is of {sae.hook}, not of {name}")
+    there = read_manifest(args.activations_dir)["activations"]
+    if name in there and there[name]["width"] != sae.width:
+        width = there[name]["width"]
+        raise UserError(f"{args.sae} is for an input {sae.width} wide, and {name} is {width}")
     cells = read_cells(args.activations_dir, name, args.max_rows, args.seed)
-    if cells.width != sae.width:
-        raise UserError(f"{args.sae} is for an input {sae.width} wide, and {name} is {cells.width}")
     features = name_latents(encoded(sae.encode, cells.rows.activations), cells, args.seed)
     named = sum(feature.named for feature in features)
     found = {

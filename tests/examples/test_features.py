@@ -223,7 +223,7 @@ def test_the_script_names_latents_of_an_autoencoder(planted, tmp_path, in_shell)
     assert code == 2 and "is of resid_post.0, not of resid_post.1" in err
     save_identity(tmp_path / "wide", D + 1)
     code, _, err = in_shell(script, [*flags, "--sae", tmp_path / "wide"])
-    assert code == 2 and "49 wide, and resid_post.0 is 48" in err and err.count("\n") < 4
+    assert code == 2 and "49 wide, and resid_post.0 is 48" in err and err.count("\n") == 1
 
 
 def save_identity(folder, width):
