@@ -249,11 +249,14 @@ def train_sae(folder: Path) -> dict[str, Any]:
     return {**found, "latents": latents, "features": features}
 
 
-def read_off(folder: Path) -> dict[str, Any]:
+def read_off(signals: Signals, folder: Path) -> dict[str, Any]:
     """Target -> what a linear classifier reads off each layer."""
     from examples.probe import probe
 
-    found = {target: probe(folder, target) for target in PROBED}
+    found = {}
+    for target in PROBED:
+        found[target] = probe(folder, target)
+        signals.check()
     print("  activation " + "".join(f"{target:>18}" for target in found))
     for name in found[PROBED[0]]:
         lines = (
@@ -389,8 +392,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         show_loaders(folder / "results" / "activations")
         signals.check()
         heading("6. What can be read off each layer, and by chance")
-        found = {"probes": read_off(folder / "results" / "activations")}
-        signals.check()
+        found = {"probes": read_off(signals, folder / "results" / "activations")}
         heading("7. Train a sparse autoencoder")
         found |= train_sae(folder)
         signals.check()

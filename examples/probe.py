@@ -120,14 +120,14 @@ class Sums:
         self.x, self.y = np.zeros(width), np.zeros(columns)
         self.xx, self.xy = np.zeros((width, width)), np.zeros((width, columns))
 
-    def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        """x: [R, D]; y: float64 [R, L K], one column a class and set of labels."""
+    def add(self, x: np.ndarray, y: Any) -> None:
+        """x: [R, D]; y: sparse float64 [R, L K], one column a class and set of labels."""
         x = x.astype(np.float64)
         self.rows += len(x)
         self.x += x.sum(axis=0)
         self.y += y.sum(axis=0)
         self.xx += x.T @ x
-        self.xy += x.T @ y
+        self.xy += (y.T @ x).T
 
     def fit(self, sets: int) -> tuple[np.ndarray, np.ndarray]:
         """Weights float64 [D, L K] and constants [L K] by which the scores of the classes are
@@ -172,6 +172,16 @@ def shuffled_labels(
     return np.concatenate([labels[:, None], drawn], axis=1).astype(int)
 
 
+def one_hot(sets: np.ndarray, classes: int) -> Any:
+    """Labels int [R, L] -> sparse float64 [R, L K], a one in each row for each set of labels."""
+    from scipy.sparse import csr_array
+
+    R, L = sets.shape
+    columns = (sets + classes * np.arange(L)).reshape(-1)
+    starts = np.arange(0, R * L + 1, L)
+    return csr_array((np.ones(R * L), columns, starts), shape=(R, L * classes))
+
+
 def names_of(manifest: dict[str, Any], layers: Sequence[int] | None) -> list[str]:
     """The activations of a run, of these layers or all. Raises UserError where there are none."""
     there = manifest["activations"]
@@ -207,8 +217,8 @@ def probe(
     held_out = held_out_tasks(key[0] for entry in manifest["files"] for key in entry["samples"])
     random, classes = np.random.default_rng(seed), TARGETS[target].classes
     share = min(1.0, max_rows / max(1, manifest["total_tokens"])) if target != "correct" else 1.0
-    columns = classes * (SHUFFLES + 1)
-    sums = {name: Sums(manifest["activations"][name]["width"], columns) for name in names}
+    widths = {name: manifest["activations"][name]["width"] for name in names}
+    sums = {name: Sums(width, classes * (SHUFFLES + 1)) for name, width in widths.items()}
     kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
     kept_labels, seen = [], {True: [], False: []}
     total = manifest["total_samples"]
@@ -226,7 +236,7 @@ def probe(
             for name in names:
                 kept[name].append(states[name][rows])
             continue
-        ones = (sets[:, :, None] == np.arange(classes)).reshape(len(rows), columns).astype(float)
+        ones = one_hot(sets, classes)
         for name in names:
             sums[name].add(states[name][rows], ones)
     truth = np.concatenate(kept_labels) if kept_labels else np.zeros((0, SHUFFLES + 1), int)

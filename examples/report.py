@@ -65,8 +65,9 @@ svg { display: block; max-width: 100%; height: auto; }
 .bar { height: 10px; border-radius: 2px; background: #3b5bdb; min-width: 1px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
 @media (max-width: 720px) { .two, .layer { grid-template-columns: minmax(0, 1fr); }
   h1 { font-size: 1.5rem; } .card { padding: 12px; } }
 """

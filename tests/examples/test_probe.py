@@ -7,7 +7,7 @@ import pytest
 from runs import made_run
 
 from examples import probe as script
-from examples.probe import SHUFFLES, Sums, labelled_rows, probe
+from examples.probe import SHUFFLES, Sums, labelled_rows, one_hot, probe
 from utils.errors import UserError
 
 D = 24
@@ -56,10 +56,11 @@ def test_it_fits_what_numpy_fits():
     x, noise = random.standard_normal((400, 6)) * 3 + 5, random.standard_normal((400, 1))
     x = np.concatenate([x, np.full((400, 1), 7.0)], axis=1)  # one component never changes
     labels = (x[:, :1] + noise > 5).astype(int)
-    y = (labels == np.arange(2)).astype(float)
+    y = one_hot(labels, 2).toarray()
+    assert np.array_equal(y, labels == np.arange(2))
     sums = Sums(7, 2)
     for part in np.split(np.arange(400), 8):
-        sums.add(x[part], y[part])
+        sums.add(x[part], one_hot(labels[part], 2))
     weights, constants = sums.fit(1)
     scaled = (x[:, :6] - x[:, :6].mean(axis=0)) / x[:, :6].std(axis=0)
 
