@@ -55,10 +55,11 @@ NAMES = {
     "mesh/activations": set(),
     "mesh": {"submission.json"},
     "sae": {"config.json", "sae.safetensors"},
-    "": {"report.html"},
+    "": {"report.html", "lens.json", "lens.html"},
 }
 EXAMPLES = SCRIPTS / "examples"
 ROWS = EXAMPLES / "tasks.jsonl"
+PROBED = ("color", "row", "col", "role", "boundary")
 FOUR_CPUS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 
 
@@ -270,10 +271,10 @@ def show_loaders(folder: Path, layer: int) -> None:
     print("  pair, role, row, col, color of the first: ", batch.cells[0].tolist())
 
 
-def train_sae(folder: Path, layer: int) -> tuple[Any, dict[str, float], dict[str, Any]]:
-    """Features that a rule finds in an autoencoder, what was measured of it, and the cells that the
-    features speak of."""
-    from examples.features import find_features
+def train_sae(folder: Path, layer: int) -> dict[str, Any]:
+    """What the report shows of an autoencoder: what was measured of it, its input's name, the cells
+    of the run, its latents there, and those of them that a program names."""
+    from examples.features import chosen, encoded, name_latents, read_cells
     from examples.sae import SaeConfig, about, describe, fit
     from utils.dataset import ActivationDataset, Selection
 
@@ -282,16 +283,35 @@ def train_sae(folder: Path, layer: int) -> tuple[Any, dict[str, float], dict[str
     sae, measured = fit(dataset, config)
     sae.save(folder / "sae", about(dataset, config, measured))
     print(f"{folder / 'sae'}: {describe(measured)} on held-out tasks")
-    by_cell = ActivationDataset(activations, Selection(layer, colors=range(10)))
-    rows = by_cell.rows()
-    features = find_features(sae, rows)
-    print("\nLatents whose top cells share a color, a role or a position, found by a rule:")
+    cells = read_cells(activations, dataset.name)
+    latents = encoded(sae.encode, cells.rows.activations)
+    features = chosen(name_latents(latents, cells))
+    print("\nLatents that are active where a program says, and only there:")
     for feature in features:
         print(f"  {feature}")
-    return features, measured, {"rows": rows, "samples": by_cell.samples, "name": by_cell.name}
+    found = {"sae": measured, "name": dataset.name, "cells": cells}
+    return {**found, "latents": latents, "features": features}
 
 
-def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[str, Any]) -> None:
+def read_off(signals: Signals, folder: Path) -> dict[str, Any]:
+    """Target -> what a linear classifier reads off each layer."""
+    from examples.probe import probe
+
+    found = {}
+    for target in PROBED:
+        found[target] = probe(folder, target)
+        signals.check()
+    print("  activation " + "".join(f"{target:>18}" for target in found))
+    for name in found[PROBED[0]]:
+        lines = (
+            f"{line[name]['score']:.0%} ({line[name]['chance']:.0%})" for line in found.values()
+        )
+        print(f"  {name:11}" + "".join(f"{line:>18}" for line in lines))
+    return found
+
+
+def report(folder: Path, found: dict[str, Any]) -> None:
+    """found: what `read_off` and `train_sae` give, by the names of `Findings`."""
     from tqdm import tqdm
 
     from examples.report import Findings, write_report
@@ -306,16 +326,14 @@ def report(folder: Path, features: Any, measured: dict[str, float], cells: dict[
         task, _ = to_task(row, "examples")
         about[task.task_id] = row["source"].splitlines()[1].removeprefix("# description: ")
     both = {item["correct"] for item in items} >= {True, False}
-    found = Findings(
+    findings = Findings(
         manifest=read_manifest(activations),
         items=items,
         about=about,
-        sae=measured,
-        features=features,
         contrast=contrast(activations) if both else None,
-        **cells,
+        **found,
     )
-    write_report(folder / "report.html", found)
+    write_report(folder / "report.html", findings)
     print(f"{folder / 'report.html'}: open it in a browser")
 
 
@@ -420,16 +438,26 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         heading("5. Load it as training data")
         show_loaders(folder / "results" / "activations", model.layer)
         signals.check()
-        heading("6. Train a sparse autoencoder")
-        found = train_sae(folder, model.layer)
+        heading("6. What can be read off each layer, and by chance")
+        found = {"probes": read_off(signals, folder / "results" / "activations")}
+        heading("7. Train a sparse autoencoder")
+        found |= train_sae(folder, model.layer)
         signals.check()
-        heading("7. A page of pictures")
-        report(folder, *found)
-        heading("8. On a mesh of devices, here four virtual ones")
+        heading("8. A page of pictures")
+        report(folder, found)
+        heading("9. What each layer would say, if it were the last")
+        script(
+            signals,
+            "examples/logit_lens.py",
+            ("--model_path", shown(model.path)),
+            ("--activations_dir", folder / "results" / "activations"),
+            ("--output", folder / "lens.json"),
+        )
+        heading("10. On a mesh of devices, here four virtual ones")
         infer_on_mesh(signals, folder, model)
-        heading("9. With a model of your own")
+        heading("11. With a model of your own")
         show_next()
-        print(f"\nThe pictures: {folder / 'report.html'}")
+        print(f"\nThe pictures: {folder / 'report.html'} and {folder / 'lens.html'}")
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -1,139 +1,476 @@
-"""What the latents of a sparse autoencoder stand for on ARC grids, found by a rule.
+"""What the latents of a sparse autoencoder stand for on ARC grids, named by programs.
 
-For every latent, the cells where it is most active are compared with all cells: the color, the
-role of their grid and their position in it. A latent is named by one of these if at least `PURITY`
-of its top cells share it: that says what it is most active on, and `precision` and `recall` how far
-the name holds beyond.
+    python examples/features.py --activations_dir results/activations --sae sae --output names.json
+
+Every predicate of PREDICATES, and every two of them together, is tried on every latent: is the
+latent active where the predicate holds, and only there? A latent gets the one with the highest F1
+score, the harmonic mean of precision (of the cells where the latent is active, how many are so) and
+recall (of the cells that are so, on how many it is active).
+
+Of so many predicates one always fits a little. So the same search is made 19 times with the tasks
+shuffled: what is so of a cell is said of one in another task, as many cells further on in the run
+for all of them. `chance` is the highest F1 score of all 19. A latent is named where its score is
+higher: one that has nothing to do with the cells is named one time in 20.
+
+A predicate of your own is one more line of PREDICATES: a name, and a function of a `Scene`.
 """
 
-# N cells   F latents   A attributes
+# N cells, or rather tokens that hold one   L latents   A predicates   P with those of two
+# R rows   C columns of a grid
 
-from dataclasses import dataclass
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from examples.sae import Sae
-from utils.dataset.contrast import CELL_ROLES, roles_of_cells
-from utils.dataset.shuffle import ActivationRows
-from utils.errors import UserError
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import cli
+from utils.dataset.contrast import CELL_ROLES
+from utils.dataset.select import Selection, cells_of_tokens
+from utils.dataset.shuffle import NO_CELL, ActivationRows
+from utils.errors import UserError, some
 from utils.prompt.encodings import COLORS
+from utils.shards.items import to_float32
+from utils.store.local import check_writable, json_lines, write_result
 
-TOP = 100  # cells that speak for a latent
-PURITY = 0.9
-TASKS = 5  # that they come from at least
-LIFT = 2.0  # times as common among the top cells as among all
+SHUFFLES = 19
+LEAST = 20  # cells of a predicate, and cells where a latent is active
+BLOCK = 4096  # rows that are encoded at once
+
+Array = np.ndarray
 
 
-@dataclass(frozen=True)
-class Attribute:
-    """kind: "color", "role" or "position"; label: in words; mask: bool [N], the cells that have
-    it."""
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A grid as predicates see it. cells: int [R, C], colors; role: a place in CELL_ROLES; pair: of
+    the train pairs in the prompt, from 0, or -1; given: int, the input grid of an output or of an
+    answer, and None of an input.
 
-    kind: str
-    label: str
-    mask: np.ndarray
+    Objects are cells of one color other than black that touch, at corners too.
+    """
 
-    @property
-    def base(self) -> float:
-        return float(self.mask.mean())
+    cells: Array
+    role: int
+    pair: int
+    given: Array | None = None
+
+    @cached_property
+    def row(self) -> Array:
+        return np.indices(self.cells.shape)[0]
+
+    @cached_property
+    def col(self) -> Array:
+        return np.indices(self.cells.shape)[1]
+
+    @cached_property
+    def last(self) -> tuple[int, int]:
+        """The last row and column."""
+        return self.cells.shape[0] - 1, self.cells.shape[1] - 1
+
+    @cached_property
+    def edge(self) -> tuple[Array, Array]:
+        """Whether a cell is in the first or last row, and in the first or last column."""
+        rows, cols = self.last
+        return (self.row == 0) | (self.row == rows), (self.col == 0) | (self.col == cols)
+
+    @cached_property
+    def objects(self) -> Array:
+        """int [R, C]: the number of the object that the cell is of, 0 of none."""
+        from scipy.ndimage import label
+
+        found, count = np.zeros(self.cells.shape, int), 0
+        for color in np.unique(self.cells[self.cells > 0]):
+            numbers, more = label(self.cells == color, np.ones((3, 3)))
+            found += np.where(numbers, numbers + count, 0)
+            count += more
+        return found
+
+    @cached_property
+    def size(self) -> Array:
+        """int [R, C]: how many cells the cell's object has; 0 of none."""
+        return np.where(self.objects, np.bincount(self.objects.ravel())[self.objects], 0)
+
+    @cached_property
+    def box(self) -> tuple[Array, Array]:
+        """int [R, C] each: height and width of the box around the cell's object; 0 of none."""
+        from scipy.ndimage import find_objects
+
+        sides = [(0, 0)]
+        sides += [(r.stop - r.start, c.stop - c.start) for r, c in find_objects(self.objects)]
+        height, width = np.array(sides).T
+        return height[self.objects], width[self.objects]
+
+    @cached_property
+    def solid(self) -> Array:
+        """Whether the cell's object fills its box."""
+        return (self.size > 0) & (self.size == self.box[0] * self.box[1])
+
+    @cached_property
+    def enclosed(self) -> Array:
+        """Whether no way over black cells leads from a black cell to the edge of the grid."""
+        from scipy.ndimage import binary_fill_holes
+
+        return binary_fill_holes(self.cells > 0) & (self.cells == 0)
+
+    @cached_property
+    def common(self) -> tuple[int, int]:
+        """The most and the least common color other than black; -1 where there is none."""
+        colors, counts = np.unique(self.cells[self.cells > 0], return_counts=True)
+        return (colors[counts.argmax()], colors[counts.argmin()]) if len(colors) else (-1, -1)
+
+    def like(self, side: str) -> Array:
+        """Whether the next cell on a side of _SIDES has the same color."""
+        (down, right), (R, C) = _SIDES[side], self.cells.shape
+        beside = np.pad(self.cells, 1, constant_values=-1)[1 + down :, 1 + right :][:R, :C]
+        return beside == self.cells
+
+    def first(self, axis: int, flip: bool = False) -> Array:
+        """Whether a cell is the first of its row (axis 1) or column (0) that is not black; the last
+        with `flip`."""
+        filled = np.flip(self.cells > 0, axis) if flip else self.cells > 0
+        first = filled & (filled.cumsum(axis) == 1)
+        return np.flip(first, axis) if flip else first
+
+    @cached_property
+    def below(self) -> Array:
+        """int [R, C]: the color of the input's cell at the same place; -1 where there is none."""
+        found = np.full(self.cells.shape, -1)
+        if self.given is not None:
+            R, C = np.minimum(self.cells.shape, self.given.shape)
+            found[:R, :C] = self.given[:R, :C]
+        return found
+
+    @cached_property
+    def turned(self) -> Array:
+        """int [R, C]: rows and columns exchanged; -1 of a grid that is not square."""
+        R, C = self.cells.shape
+        return self.cells.T if R == C else np.full(self.cells.shape, -1)
+
+
+_SIDES = {"above": (-1, 0), "below": (1, 0), "to the left": (0, -1), "to the right": (0, 1)}
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+# Kind -> name -> which cells of a scene are so, bool [R, C], or one bool for all.
+PREDICATES: dict[str, dict[str, Callable[[Scene], Any]]] = {
+    "color": {
+        **{name.lower(): lambda s, i=i: s.cells == i for i, name in enumerate(COLORS)},
+        "of the grid's most common color": lambda s: s.cells == s.common[0],
+        "of the grid's rarest color": lambda s: s.cells == s.common[1],
+    },
+    "role": {
+        **{f"in the {role}": lambda s, i=i: s.role == i for i, role in enumerate(CELL_ROLES)},
+        "in an output or the answer": lambda s: s.role % 2 == 1,
+        **{f"in pair {i + 1}": lambda s, i=i: s.pair == i for i in range(4)},
+        "in the test pair": lambda s: s.pair == -1,
+    },
+    "position": {
+        **{f"in the {nth} row": lambda s, i=i: s.row == i for i, nth in enumerate(_ORDINALS)},
+        **{f"in the {nth} column": lambda s, i=i: s.col == i for i, nth in enumerate(_ORDINALS)},
+        "in the last row": lambda s: s.row == s.last[0],
+        "in the last column": lambda s: s.col == s.last[1],
+        "on the border": lambda s: s.edge[0] | s.edge[1],
+        "in a corner": lambda s: s.edge[0] & s.edge[1],
+        "on the diagonal": lambda s: s.row == s.col,
+        "on the other diagonal": lambda s: s.row + s.col == s.last[1],
+    },
+    "object": {
+        "an object of one cell": lambda s: s.size == 1,
+        "in an object of 2 to 4 cells": lambda s: (s.size > 1) & (s.size < 5),
+        "in an object of 5 cells or more": lambda s: s.size > 4,
+        "in the largest object": lambda s: (s.size > 0) & (s.size == s.size.max()),
+        "in a vertical line": lambda s: (s.box[1] == 1) & (s.box[0] > 1),
+        "in a horizontal line": lambda s: (s.box[0] == 1) & (s.box[1] > 1),
+        "in a solid rectangle": lambda s: s.solid & (np.minimum(*s.box) > 1),
+        "in an object that does not fill its box": lambda s: (s.size > 0) & ~s.solid,
+        "in an object in a square box": lambda s: (s.size > 1) & (s.box[0] == s.box[1]),
+        "inside an object": lambda s: (s.size > 0) & np.all([*map(s.like, _SIDES)], axis=0),
+        "in a hole": lambda s: s.enclosed,
+    },
+    "relation": {
+        **{f"like the cell {side}": lambda s, side=side: s.like(side) for side in _SIDES},
+        "like its mirror image left to right": lambda s: s.cells == s.cells[:, ::-1],
+        "like its mirror image top to bottom": lambda s: s.cells == s.cells[::-1],
+        "like its partner by half a turn": lambda s: s.cells == s.cells[::-1, ::-1],
+        "like its partner across the diagonal": lambda s: s.cells == s.turned,
+        "like the input's cell at its place": lambda s: s.cells == s.below,
+        "unlike the input's cell at its place": lambda s: (s.below >= 0) & (s.cells != s.below),
+        "first of its row that is not black": lambda s: s.first(1),
+        "last of its row that is not black": lambda s: s.first(1, flip=True),
+        "first of its column that is not black": lambda s: s.first(0),
+        "last of its column that is not black": lambda s: s.first(0, flip=True),
+    },
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Tokens that hold cells, and what is so of the first cell of each.
+
+    rows: their activations and where they come from; keys: of the samples that `rows.samples` are
+    places in. masks: bool [N, A], of the predicates in the order of PREDICATES.
+    """
+
+    rows: ActivationRows
+    keys: Sequence[tuple[Any, ...]]
+    masks: Array
 
 
 @dataclass(frozen=True)
 class Feature:
-    """latent: its number. top: int [TOP], places of the cells where it is most active, first the
-    most; activations: float32 [N], of all cells. share: of the top cells that have the attribute,
-    base: of all cells. precision: of the cells where the latent is active at all that have it;
-    recall: of the cells that have it where the latent is active."""
+    """A latent and the predicate that fits it best; kind: of its first one. Precision, recall and
+    f1 are of all cells; base: how common the predicate is among them; chance: the highest f1 of any
+    predicate on shuffled tasks. cells: on how many the latent is active."""
 
     latent: int
-    attribute: Attribute
-    share: float
-    top: np.ndarray
-    activations: np.ndarray
+    predicate: str
+    kind: str
+    precision: float
+    recall: float
+    f1: float
+    chance: float
+    base: float
+    cells: int
 
     @property
-    def precision(self) -> float:
-        return float(self.attribute.mask[self.activations > 0].mean())
-
-    @property
-    def recall(self) -> float:
-        return float((self.activations[self.attribute.mask] > 0).mean())
-
-    @property
-    def base(self) -> float:
-        return self.attribute.base
+    def named(self) -> bool:
+        return self.f1 > self.chance
 
     def __str__(self) -> str:
         return (
-            f"latent {self.latent}: {self.share:.0%} of its top {len(self.top)} cells are "
-            f"{self.attribute.label} (of all cells {self.base:.0%})"
+            f"latent {self.latent}: {self.predicate} (precision {self.precision:.0%}, recall "
+            f"{self.recall:.0%}, F1 {self.f1:.2f}, on shuffled tasks at most {self.chance:.2f})"
         )
 
 
-def attributes(cells: np.ndarray, shapes: np.ndarray) -> list[Attribute]:
-    """What can be said of a cell. cells: int [N, 5], as of `ActivationRows`; shapes: int [N, 2], of
-    its grid."""
-    row, col, color = cells[:, 2], cells[:, 3], cells[:, 4]
-    roles = roles_of_cells(cells)
-    found = [Attribute("color", name.lower(), color == i) for i, name in enumerate(COLORS)]
-    found += [Attribute("role", f"in the {r}", roles == i) for i, r in enumerate(CELL_ROLES)]
-    found.append(Attribute("role", "in an output or the answer", cells[:, 1] == 1))
-    ends = shapes - 1
-    found += [Attribute("position", f"in row {i + 1}", row == i) for i in range(6)]
-    found += [Attribute("position", f"in column {i + 1}", col == i) for i in range(6)]
-    found += [
-        Attribute("position", "in the last row", row == ends[:, 0]),
-        Attribute("position", "in the last column", col == ends[:, 1]),
-    ]
-    return [attribute for attribute in found if attribute.mask.any()]
+def labels() -> list[tuple[str, str]]:
+    """Kind and name of every predicate, in order."""
+    return [(kind, name) for kind, of_kind in PREDICATES.items() for name in of_kind]
 
 
-def shapes_of(rows: ActivationRows) -> np.ndarray:
-    """int [N, 2]: rows and columns of the grid of each cell."""
-    grid = np.stack([rows.samples, rows.cells[:, 0], rows.cells[:, 1]], axis=1)
-    _, which = np.unique(grid, axis=0, return_inverse=True)
-    which = which.reshape(-1)
-    sizes = np.zeros((which.max() + 1, 2), np.int64)
-    np.maximum.at(sizes, which, rows.cells[:, 2:4] + 1)
-    return sizes[which]
+def scenes(cells: Array) -> Iterator[tuple[Scene, Array]]:
+    """Every grid of an item's cells, int [C, 7], and which of them are its own, bool [C]."""
+    grids: dict[tuple[int, int], Array] = {}
+    for pair, role in sorted({(int(p), int(r)) for p, r in cells[:, :2]}):
+        own = (cells[:, 0] == pair) & (cells[:, 1] == role)
+        row, col, color = cells[own, 2:5].T
+        grid = grids[pair, role] = np.zeros((row.max() + 1, col.max() + 1), int)
+        grid[row, col] = color
+        yield Scene(grid, role + 2 * (pair < 0), pair, grids.get((pair, 0)) if role else None), own
 
 
-def find_features(sae: Sae, rows: ActivationRows, most: int = 8) -> list[Feature]:
-    """The purest features, those whose attribute is rarest among all cells first, each attribute
-    once, kinds in turn.
+def masks_of(cells: Array) -> Array:
+    """bool [C, A]: which predicates hold of an item's cells, int [C, 7]."""
+    predicates = [holds for of_kind in PREDICATES.values() for holds in of_kind.values()]
+    found = np.zeros((len(cells), len(predicates)), bool)
+    for scene, own in scenes(cells):
+        table = np.zeros((len(predicates), *scene.cells.shape), bool)
+        for number, holds in enumerate(predicates):
+            table[number] = holds(scene)
+        row, col = cells[own, 2:4].T
+        found[own] = table[:, row, col].T
+    return found
 
-    rows: of cells alone, one row a cell. A latent that is active on fewer than TOP cells, or whose
-    top cells come from fewer than TASKS samples or share no attribute with PURITY and LIFT, is
-    none. Raises UserError for rows that are not one a cell.
+
+def read_cells(folder: str | Path, name: str, max_rows: int | None = None, seed: int = 0) -> Cells:
+    """The tokens of a run that hold cells; max_rows: of more about so many, of whole samples that
+    are drawn by `seed`. Raises UserError where the run holds no such activation or no cells."""
+    from tqdm import tqdm
+
+    from utils.shards import iter_items
+    from utils.shards.items import sample_key
+    from utils.shards.manifest import read_manifest
+
+    manifest, random = read_manifest(folder), np.random.default_rng(seed)
+    if name not in manifest["activations"]:
+        there = some(list(manifest["activations"]), 12) or "none"
+        raise UserError(f"{folder} has no {name}; captured were {there}")
+    share = (max_rows or np.inf) / max(1, manifest["total_tokens"])
+    parts, masks, keys = [], [], []
+    total = manifest["total_samples"]
+    for item in tqdm(iter_items(folder), total=total, desc="reading", unit=" samples"):
+        if random.random() >= share:
+            continue
+        tokens = item.get("positions", np.arange(len(item["input_ids"]), dtype=np.int32))
+        held = cells_of_tokens(item, Selection(0))[tokens]
+        places = np.flatnonzero(held[:, 0] != NO_CELL)
+        tokens, held = tokens[places], held[places]
+        samples = np.full(len(places), len(keys), np.int32)
+        states = item["activations"][name][places]
+        parts.append(ActivationRows(states, samples, tokens, item["input_ids"][tokens], held))
+        order = {tuple(cell): number for number, cell in enumerate(item["cells"][:, :4].tolist())}
+        which = [order[tuple(cell)] for cell in held[:, :4].tolist()]
+        masks.append(masks_of(item["cells"])[which])
+        keys.append(sample_key(item))
+    if not sum(map(len, parts)):
+        raise UserError(
+            f"no token of {folder} that was stored holds a cell: run it with "
+            "--token_positions all or cells"
+        )
+    return Cells(ActivationRows.joined(parts), keys, np.concatenate(masks))
+
+
+def with_conjunctions(masks: Array) -> tuple[list[str], list[str], Any]:
+    """Names, kinds and masks, sparse int32 [N, P], of the predicates that hold of LEAST cells or
+    more, and of every two of them that do so together and are not the same as one of them."""
+    from scipy.sparse import csr_array
+
+    known, counts = labels(), masks.sum(axis=0)
+    single = [number for number in range(len(known)) if LEAST <= counts[number] < len(masks)]
+    names, kinds = [known[i][1] for i in single], [known[i][0] for i in single]
+    columns = [masks[:, i] for i in single]
+    together = masks.T.astype(np.float32) @ masks.astype(np.float32)  # exact below 2^24 cells
+    for i, j in combinations(single, 2):
+        if LEAST <= together[i, j] < min(counts[i], counts[j]):
+            names.append(f"{known[i][1]} and {known[j][1]}")
+            kinds.append(known[i][0])
+            columns.append(masks[:, i] & masks[:, j])
+    return names, kinds, csr_array(np.stack(columns, axis=1), dtype=np.int32)
+
+
+def encoded(encode: Callable[[Array], Any], states: Array) -> Any:
+    """Latents of rows [N, D], float32 [N, L], sparse; `encode` is given BLOCK rows at a time."""
+    from scipy.sparse import csr_array, vstack
+
+    parts = (states[i : i + BLOCK] for i in range(0, len(states), BLOCK))
+    return vstack([csr_array(np.asarray(encode(to_float32(part)))) for part in parts], "csr")
+
+
+def shuffled(samples: Array, random: np.random.Generator) -> Array:
+    """int [N]: for each row, the row of another sample whose predicates it is said to have.
+
+    samples: int [N], ascending. All rows are moved on by one draw, from the last to the first, and
+    by so many that none stays in its sample. So the cells of a grid stay together, and what is true
+    of the run as it is would be as likely in any other place. Raises UserError where there is no
+    room for that.
     """
-    if len(np.unique(np.column_stack([rows.samples, rows.cells[:, :4]]), axis=0)) < len(rows):
-        raise UserError("several tokens hold one cell: take a --grid_encoding of one token a cell")
-    states = [sae.encode(rows.activations[i : i + 4096]) for i in range(0, len(rows), 4096)]
-    latents = np.concatenate(states)  # [N, F]
-    known = attributes(rows.cells, shapes_of(rows))
-    masks = np.stack([attribute.mask for attribute in known], axis=1)  # [N, A]
-    bases = masks.mean(axis=0)
-    found: dict[str, list[Feature]] = {"color": [], "role": [], "position": []}
-    for latent in np.flatnonzero((latents > 0).sum(axis=0) >= TOP):
-        active = latents[:, latent]
-        top = np.argsort(-active, kind="stable")[:TOP]
-        if len(np.unique(rows.samples[top])) < TASKS:
-            continue
-        shares = masks[top].mean(axis=0)
-        fits = (shares >= PURITY) & (shares >= LIFT * bases)
-        if not fits.any():
-            continue
-        best = int(np.argmax(np.where(fits, shares / bases, 0)))
-        feature = Feature(int(latent), known[best], float(shares[best]), top, active)
-        found[known[best].kind].append(feature)
-    chosen: list[Feature] = []
-    queues = []
-    for features in found.values():
-        features.sort(key=lambda f: (-f.share / f.base, f.latent))
-        seen: dict[str, Feature] = {}
-        for feature in features:
-            seen.setdefault(feature.attribute.label, feature)
-        queues.append(list(seen.values()))
-    while len(chosen) < most and any(queues):
-        chosen += [queue.pop(0) for queue in queues if queue]
-    return chosen[:most]
+    longest = np.bincount(samples).max()
+    if len(samples) < 2 * longest + SHUFFLES:
+        raise UserError("the cells are of too few samples to be shuffled: extract more tasks")
+    return np.roll(np.arange(len(samples)), random.integers(longest, len(samples) - longest))
+
+
+def best_fits(active: Any, masks: Any) -> tuple[Array, Array, Array]:
+    """Of each latent the predicate with the highest F1, int [L], that F1, and on how many cells
+    the two meet, [L]. active: int32 [N, L]; masks: int32 [N, P]; both sparse, 1 or nothing."""
+    common = (active.T @ masks).toarray()
+    f1 = 2 * common / np.add.outer(active.sum(axis=0), masks.sum(axis=0))
+    best = f1.argmax(axis=1)
+    each = np.arange(len(best))
+    return best, f1[each, best], common[each, best]
+
+
+def name_latents(
+    active: Any, cells: Cells, seed: int = 0, shuffles: int = SHUFFLES
+) -> list[Feature]:
+    """The best predicate of every latent that is active on LEAST cells or more.
+
+    active: sparse [N, L], not zero where a latent is active. Raises UserError for cells of too few
+    samples.
+    """
+    from tqdm import tqdm
+
+    names, kinds, masks = with_conjunctions(cells.masks)
+    fires = (active != 0).sum(axis=0)
+    tried = np.flatnonzero(fires >= LEAST)
+    active = (active[:, tried] != 0).astype(np.int32)
+    best, f1, common = best_fits(active, masks)
+    chance, random = np.zeros(len(tried)), np.random.default_rng(seed)
+    said = f"{len(names)} predicates, tasks shuffled"
+    for _ in tqdm(range(shuffles), desc=said, unit=" times"):
+        order = shuffled(cells.rows.samples, random)
+        chance = np.maximum(chance, best_fits(active, masks[order])[1])
+    counts = masks.sum(axis=0)
+    return [
+        Feature(
+            latent=int(latent),
+            predicate=names[best[i]],
+            kind=kinds[best[i]],
+            precision=float(common[i] / fires[latent]),
+            recall=float(common[i] / counts[best[i]]),
+            f1=float(f1[i]),
+            chance=float(chance[i]),
+            base=float(counts[best[i]] / masks.shape[0]),
+            cells=int(fires[latent]),
+        )
+        for i, latent in enumerate(tried)
+    ]
+
+
+def chosen(features: Sequence[Feature], most: int = 8) -> list[Feature]:
+    """For a page: the named ones of the highest F1, each predicate once, kinds in turn."""
+    queues: dict[str, dict[str, Feature]] = {kind: {} for kind in PREDICATES}
+    for feature in sorted(features, key=lambda f: (-f.f1, f.latent)):
+        if feature.named:
+            queues[feature.kind].setdefault(feature.predicate, feature)
+    waiting = [list(queue.values()) for queue in queues.values()]
+    found: list[Feature] = []
+    while len(found) < most and any(waiting):
+        found += [queue.pop(0) for queue in waiting if queue]
+    return found[:most]
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    parser.add_argument(
+        "--activations_dir", required=True, help="of a run: a folder or gs://BUCKET/PREFIX"
+    )
+    parser.add_argument("--sae", required=True, help="folder of an autoencoder")
+    parser.add_argument(
+        "--hook_point",
+        help="the activation that it is of, such as resid_post.11 (default: what its folder says)",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--max_rows",
+        type=cli.int_at_least(1),
+        default=50_000,
+        help="about so many tokens are taken, of whole samples that are drawn",
+    )
+    parser.add_argument("--seed", type=cli.int_at_least(0), default=0, help="of draws and shuffles")
+    return parser
+
+
+def main(args: argparse.Namespace, _: cli.Signals) -> None:
+    from utils.model.autoencoder import load_autoencoder
+    from utils.shards.manifest import read_manifest
+
+    check_writable(args.output.parent)
+    sae = load_autoencoder(args.sae)
+    name = args.hook_point or sae.hook
+    if name is None:
+        raise UserError(f"{args.sae} does not say what it is of: give --hook_point resid_post.11")
+    if sae.hook not in (None, name):
+        raise UserError(f"{args.sae} is of {sae.hook}, not of {name}")
+    there = read_manifest(args.activations_dir)["activations"]
+    if name in there and there[name]["width"] != sae.width:
+        width = there[name]["width"]
+        raise UserError(f"{args.sae} is for an input {sae.width} wide, and {name} is {width}")
+    cells = read_cells(args.activations_dir, name, args.max_rows, args.seed)
+    features = name_latents(encoded(sae.encode, cells.rows.activations), cells, args.seed)
+    named = sum(feature.named for feature in features)
+    found = {
+        "activation": name,
+        "rows": len(cells.rows),
+        "predicates": len(labels()),
+        "latents": [{**asdict(feature), "named": feature.named} for feature in features],
+        "named": named,
+        "named_by_chance": len(features) / (SHUFFLES + 1),
+    }
+    write_result(args.output, json_lines(found))
+    for feature in chosen(features, 20):
+        print(f"  {feature}")
+    print(
+        f"{named} of {len(features)} latents that are active on {LEAST} cells or more are named; "
+        f"of latents that have nothing to do with cells {len(features) / (SHUFFLES + 1):.0f} would "
+        f"be\n{args.output}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, build_parser())

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from examples.features import TOP, Feature
+from examples.features import Cells, Feature
 from utils.arc.tasks import Grid
 from utils.dataset.contrast import CELL_ROLES, ROLES, Contrast, roles_of_cells
-from utils.dataset.shuffle import ActivationRows
 from utils.errors import UserError
 from utils.prompt.encodings import COLORS, PALETTE
-from utils.store.local import replacing
+from utils.store.local import write_result
 
 COLOR_CODES = [f"#{PALETTE[i : i + 3].hex()}" for i in range(0, 30, 3)]
 HEAT = ("#2b1d52", "#6a2c8c", "#b73779", "#f1605d", "#fcb97d", "#fcfdbf")  # low to high
 SHOWN_TASKS, SHOWN_GRIDS = 3, 6
+TOP = 100  # cells where a latent is most active
 
 STYLE = """
 :root { --ink: #1d1f24; --soft: #5c6270; --line: #e3e5ea; --paper: #ffffff; --ground: #f5f6f8; }
@@ -65,8 +65,9 @@ svg { display: block; max-width: 100%; height: auto; }
 .bar { height: 10px; border-radius: 2px; background: #3b5bdb; min-width: 1px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
 @media (max-width: 720px) { .two, .layer { grid-template-columns: minmax(0, 1fr); }
   h1 { font-size: 1.5rem; } .card { padding: 12px; } }
 """
@@ -75,8 +76,9 @@ th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 @dataclass(frozen=True)
 class Findings:
     """What a page shows. items: of the run; about: task id -> what its rule is, in words; sae: what
-    was measured of the autoencoder, `name` of its input; rows: the cells that `features` speak
-    of, samples: their keys."""
+    was measured of the autoencoder, `name` of its input; cells: what `features` speak of, and
+    latents: sparse [N, L], what the autoencoder makes of each. probes: target -> what
+    `examples.probe.probe` found of each activation."""
 
     manifest: dict[str, Any]
     items: Sequence[dict[str, Any]]
@@ -84,8 +86,9 @@ class Findings:
     name: str
     sae: dict[str, float]
     features: Sequence[Feature]
-    rows: ActivationRows
-    samples: Sequence[tuple[Any, ...]]
+    cells: Cells
+    latents: Any
+    probes: dict[str, dict[str, dict[str, float]]]
     contrast: Contrast | None
 
 
@@ -100,21 +103,21 @@ def write_report(path: Path, findings: Findings) -> None:
         head(findings),
         solved_and_failed(findings),
         norms(findings),
+        probes(findings),
         features(findings),
         contrast(findings),
     ]
-    page = (
+    write_result(path, page("Inside a model that solves ARC tasks", "".join(parts)))
+
+
+def page(title: str, body: str, more: str = "") -> bytes:
+    """A whole page, which fetches nothing. more: HTML that comes last, such as a script."""
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Inside a model that solves ARC tasks</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as sink:
-            sink.write(page.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}</main>{more}</body></html>\n"
+    ).encode()
 
 
 def picture(
@@ -124,9 +127,11 @@ def picture(
     strength: np.ndarray | None = None,
     rings: Iterable[tuple[int, int]] = (),
     words: str = "",
+    notes: Sequence[Sequence[str]] | None = None,
 ) -> str:
     """An SVG grid, [R, C] of CSS colors; strength: float [R, C], how much of its place a cell
-    fills, from 0 (a third) to 1 (all); rings: cells with a frame."""
+    fills, from 0 (a third) to 1 (all); rings: cells with a frame; notes: [R, C], what is said of a
+    cell that one points at."""
     R, C = len(fills), len(fills[0])
     width, height = C * cell + 2, R * cell + 2
     parts = [
@@ -140,9 +145,10 @@ def picture(
         for c in range(C):
             side = (cell - 1) * (1 if strength is None else (1 + 2 * strength[r, c]) / 3)
             x, y = (at * cell + (cell - side) / 2 for at in (c, r))
+            note = f' data-note="{html.escape(notes[r][c])}"' if notes else ""
             parts.append(
                 f'<rect x="{x:.3g}" y="{y:.3g}" width="{side:.3g}" height="{side:.3g}" '
-                f'fill="{fills[r][c]}"/>'
+                f'fill="{fills[r][c]}"{note}/>'
             )
     for r, c in rings:
         parts.append(
@@ -357,22 +363,49 @@ def norms(found: Findings) -> str:
     )
 
 
+def probes(found: Findings) -> str:
+    """A table: activations down, targets across."""
+    names = list(dict.fromkeys(name for lines in found.probes.values() for name in lines))
+    rows = ""
+    for name in names:
+        row = ""
+        for lines in found.probes.values():
+            line = lines[name]
+            gain = (line["score"] - line["chance"]) / ((1 - line["chance"]) or 1)
+            style = ' class="soft"'
+            if line["score"] > line["highest_chance"]:
+                ink = "#ffffff" if gain < 0.6 else "#1d1f24"
+                style = f' style="background:{shade(0.2 + 0.8 * gain)};color:{ink}"'
+            row += f"<td{style}>{line['score']:.0%} / {line['chance']:.0%}</td>"
+        rows += f"<tr><td>{html.escape(name)}</td>{row}</tr>"
+    header = "".join(f"<th>{html.escape(target)}</th>" for target in found.probes)
+    return (
+        "<h2>What can be read off the activations, layer by layer</h2>"
+        "<p>A linear classifier was fitted to the states of four fifths of the tasks, and had to "
+        "say what the cell of each token is in the others: how often it was right, and how often "
+        "the same classifier is with shuffled labels. Colored where it is more than on any of 19 "
+        "shuffles, which happens by chance one time in 20.</p>"
+        f'<div class="card scroll"><table><tr><th>activation</th>{header}</tr>{rows}</table></div>'
+    )
+
+
 def features(found: Findings) -> str:
     cards = "".join(feature_card(feature, found) for feature in found.features)
-    count = len(found.features)
     return (
         "<h2>What single features see</h2>"
         f"<p>A sparse autoencoder was trained on <b>{html.escape(found.name)}</b> of nine tenths "
-        "of the tasks; the boxes on top say how it does on the others. A rule went over its "
-        f"latents and kept those whose {TOP} most active cells share a color, role or position; "
-        f"here are {count}. The name says what a latent is most active on, and the line below it "
-        "how far that holds elsewhere. A cell is drawn the larger the more active the latent is "
-        f"there, and framed where it is among its top cells.</p>{cards}"
+        "of the tasks; the boxes on top say how it does on the others. Small programs that look at "
+        "a cell and its grid, and every two of them together, were tried on all of its latents. "
+        f"Here are {len(found.features)} latents that one of them fits well. A cell is drawn the "
+        f"larger the more active the latent is there, and framed where it is among the {TOP} cells "
+        f"on which it is most active.</p>{cards}"
     )
 
 
 def feature_card(feature: Feature, found: Findings) -> str:
-    cells = found.rows.cells[feature.top]
+    active = found.latents[:, [feature.latent]].toarray()[:, 0]
+    top = np.argsort(-active, kind="stable")[: min(TOP, feature.cells)]
+    cells = found.cells.rows.cells[top]
     by_color = [(name.lower(), float((cells[:, 4] == i).mean())) for i, name in enumerate(COLORS)]
     roles = roles_of_cells(cells)
     by_role = [(role, float((roles == i).mean())) for i, role in enumerate(CELL_ROLES)]
@@ -390,12 +423,12 @@ def feature_card(feature: Feature, found: Findings) -> str:
         + "</div>"
     )
     return (
-        f'<div class="card"><h3>Latent {feature.latent}: '
-        f"{html.escape(feature.attribute.label)}</h3>"
-        f'<p class="soft">{feature.share:.0%} of its top {len(feature.top)} cells; of all cells '
-        f"{feature.base:.0%}. Of the cells where it is active at all, {feature.precision:.0%} are "
-        f"so; of the cells that are so, it is active on {feature.recall:.0%}.</p>"
-        f'<div class="two">{shares}<div class="grids">{"".join(firing(feature, found))}</div>'
+        f'<div class="card"><h3>Latent {feature.latent}: {html.escape(feature.predicate)}</h3>'
+        f'<p class="soft">{feature.precision:.0%} of the cells where it is active are so '
+        f"(precision), of all cells {feature.base:.0%}; of the cells that are so, it is active on "
+        f"{feature.recall:.0%} (recall). Together that is an F1 score of {feature.f1:.2f}; on "
+        f"shuffled tasks no program has more than {feature.chance:.2f}.</p>"
+        f'<div class="two">{shares}<div class="grids">{"".join(firing(active, top, found))}</div>'
         "</div></div>"
     )
 
@@ -407,13 +440,14 @@ def bar(name: str, share: float, color: str) -> str:
     )
 
 
-def firing(feature: Feature, found: Findings) -> list[str]:
-    """The grids of the top cells, each of another task, every cell as strong as the latent is."""
-    rows, top = found.rows, set(feature.top.tolist())
-    highest = float(feature.activations.max())
+def firing(active: np.ndarray, top: np.ndarray, found: Findings) -> list[str]:
+    """The grids of the top cells, each of another task, every cell as strong as the latent is.
+
+    active: float [N]; top: int [TOP], the cells where that is highest, first the highest."""
+    rows, highest = found.cells.rows, float(active.max())
     shown, tasks = [], set()
-    for place in feature.top:
-        task = found.samples[rows.samples[place]][0]
+    for place in top:
+        task = found.cells.keys[rows.samples[place]][0]
         if task in tasks or len(shown) == SHOWN_GRIDS:
             continue
         tasks.add(task)
@@ -421,11 +455,9 @@ def firing(feature: Feature, found: Findings) -> list[str]:
         same &= (rows.cells[:, :2] == rows.cells[place, :2]).all(axis=1)
         where = np.flatnonzero(same)
         cells = rows.cells[where]
-        strength = as_grid(cells[:, 2:], feature.activations[where] / highest)
+        strength = as_grid(cells[:, 2:], active[where] / highest)
         role = CELL_ROLES[int(roles_of_cells(cells[:1])[0])]
-        rings = [
-            (int(r), int(c)) for i, (r, c) in zip(where, cells[:, 2:4], strict=True) if i in top
-        ]
+        rings = [(int(r), int(c)) for r, c in cells[np.isin(where, top), 2:4]]
         grid = as_grid(cells[:, 2:], cells[:, 4]).tolist()
         drawn = colored(grid, cell=18, strength=strength, rings=rings)
         shown.append(figure(role, drawn))

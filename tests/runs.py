@@ -10,6 +10,7 @@ import simple_extraction_inference as script
 from utils.plan.plan import Plan, plan_run
 from utils.plan.request import Request
 from utils.run.loop import run
+from utils.shards.writer import RunFolder
 
 
 def pretending():
@@ -46,3 +47,52 @@ def extracted(folder, model, tasks, **more):
 def sorted_rows(rows):
     rows = np.asarray(rows, np.float32)
     return rows[np.lexsort(rows.T)]
+
+
+def made_run(folder, states, tasks=40, activation_dtype="float32"):
+    """The shards of a run of random grids that no model has seen: of each task two train pairs, a
+    test input and an answer, a token a cell and one behind each row, which is 10.
+
+    states: (random, item, task's number) -> name -> what is stored of its tokens, [T, D].
+    """
+    random, pairs = np.random.default_rng(0), [(0, 0), (0, 1), (1, 0), (1, 1), (-1, 0), (-1, 1)]
+    run_folder = None
+    for task in range(tasks):
+        ids, cells, grids = [], [], {}
+        for pair, role in pairs:
+            if (pair, role) == (-1, 1):
+                prompt_length = len(ids)
+            grids[pair, role] = random.integers(0, 10, random.integers(3, 7, 2))
+            for (row, col), color in np.ndenumerate(grids[pair, role]):
+                cells.append([pair, role, row, col, color, len(ids), len(ids) + 1])
+                ids += [color] if col + 1 < grids[pair, role].shape[1] else [color, 10]
+        answer = grids[-1, 1].tolist()
+        key = {"task_id": f"task{task:02}", "sample_idx": 0}
+        item = {
+            **key,
+            "input_ids": np.array(ids, np.int32),
+            "prompt_length": prompt_length,
+            "output_logprobs": np.zeros(len(ids) - prompt_length),
+            "cells": np.array(cells, np.int32),
+            "num_train_pairs": 2,
+            "prediction": answer,
+            "target": answer if task % 2 else [[0]],
+            "correct": bool(task % 2),
+            "teacher_forced": False,
+        }
+        item["activations"] = states(random, item, task)
+        if run_folder is None:
+            about = {}
+            for name, rows in item["activations"].items():
+                hook_point, _, layer = name.rpartition(".")
+                width = rows.shape[1]
+                about[name] = {"hook_point": hook_point, "layer": int(layer), "width": width}
+            settings = {key: {} for key in ("model", "dataset", "prompt", "arguments")}
+            settings |= {"capture": {"token_positions": "all"}, "activations": about}
+            run_folder = RunFolder(folder, settings, {}, activation_dtype=activation_dtype)
+            run_folder.clear()
+            run_folder.begin()
+        run_folder.add(item, key)
+    run_folder.finish()
+    run_folder.close()
+    return folder

@@ -22,6 +22,8 @@ FILES = [
     "arc_data/arc_format_train.json",
     "arc_data/test_outputs_train.json",
     "arc_data/transformation_errors.json",
+    "lens.html",
+    "lens.json",
     "mesh/activations/activations_batch_000001.pkl",
     "mesh/activations/metadata.json",
     "mesh/submission.json",
@@ -67,8 +69,10 @@ def test_it_prints_commands_shapes_and_cells(ran):
     commands = re.findall(r"^(?:\$| ) (?:\S+=\S+ )*python (?:\S*/)?(\w+\.py)", out, re.M)
     inference = "simple_extraction_inference.py"
     mesh = "distributed_inference_with_activations.py"
-    scripts = ["test_transformation.py", "transform_hf_to_arc.py", inference, mesh, inference]
-    assert commands == scripts  # the last one is for the user's own model
+    assert commands == [
+        *("test_transformation.py", "transform_hf_to_arc.py", inference, "logit_lens.py", mesh),
+        inference,  # for the user's own model
+    ]
 
     items = {item["task_id"]: item for item in iter_items(folder / "results" / "activations")}
     item = items[re.search(r"  task_id +(\w+)", out)[1]]
@@ -127,10 +131,23 @@ def test_the_autoencoder_and_its_features_are_what_they_are_said_to_be(ran):
     assert held_out["explained_variance"] >= 0.9
     assert 0 < held_out["l0"] <= 32
     assert held_out["dead_fraction"] < 0.1
-    features = re.findall(r"latent (\d+): (\d+)% of its top (\d+) cells are (.+) \(", result.stdout)
-    assert len(features) >= 3
-    assert all(int(share) >= 90 and int(top) == 100 for _, share, top, _ in features)
-    assert len({label for *_, label in features}) == len(features)
+    scored = r"latent \d+: (.+) \(precision .*, F1 (.*), on shuffled tasks at most (.*)\)"
+    features = re.findall(scored, result.stdout)
+    assert len(features) == 8 == len({label for label, *_ in features})
+    assert all(float(f1) > float(chance) for _, f1, chance in features)
+
+
+def test_the_lens_on_the_last_layer_is_what_was_said(ran):
+    found = json.loads((ran[0] / "lens.json").read_text())
+    last = found["layers"]["resid_post.5"]
+    assert (
+        last["as_said"] > 0.999 and last["right"] > 0.9 > found["layers"]["resid_post.3"]["right"]
+    )
+    items = list(iter_items(ran[0] / "results" / "activations"))
+    for item, sample in zip(items, found["samples"], strict=True):
+        assert sample["task_id"] == item["task_id"]
+        ours = np.array(sample["logprobs"]["resid_post.5"])
+        np.testing.assert_allclose(ours, item["output_logprobs"], atol=0.02)  # float16 states
 
 
 def test_the_mesh_gives_the_same_answers(ran):
@@ -143,7 +160,7 @@ def test_it_shows_progress_and_no_warning(ran):
     assert "rows/s" in result.stderr and "tokens/s" in result.stderr
     lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line]
     known = r"inference:|\d+ ?rows|\d+ rows|planning|tokenising|statistics|reading|training the SAE"
-    known += r"|left out \d+ special tokens"
+    known += r"|left out \d+ special tokens|probing|\d+ predicates, tasks shuffled"
     assert all(re.match(known, line) for line in lines), lines
 
 
@@ -173,7 +190,10 @@ LOOK = """() => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-def test_the_report_in_a_browser(ran, tmp_path, width, height):
+@pytest.mark.parametrize(
+    ("name", "titles", "cards", "pictures"), [("report", 5, 10, 100), ("lens", 0, 2, 15)]
+)
+def test_the_pages_in_a_browser(ran, tmp_path, name, titles, cards, pictures, width, height):
     sync_api = pytest.importorskip("playwright.sync_api")
     requests, complaints = [], []
     with sync_api.sync_playwright() as playwright:
@@ -183,15 +203,18 @@ def test_the_report_in_a_browser(ran, tmp_path, width, height):
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto((ran[0] / "report.html").as_uri())
+        page.goto((ran[0] / f"{name}.html").as_uri())
         found = page.evaluate(LOOK)
         page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+        if name == "lens":
+            page.locator("[data-note]").nth(-1).hover()
+            assert "resid_post.5, row" in page.inner_text("#note")
         browser.close()
-    assert requests == [(ran[0] / "report.html").as_uri()] and not complaints
+    assert requests == [(ran[0] / f"{name}.html").as_uri()] and not complaints
     assert found["wide"] <= 0 and not found["clipped"]
-    assert found["cards"] >= 10 and found["pictures"] > 100
+    assert found["cards"] >= cards and found["pictures"] >= pictures
     assert not found["empty"] and not found["flat"] and not found["small"]
-    assert len(found["titles"]) == 4
+    assert len(found["titles"]) == titles
 
 
 def test_a_second_run_is_refused_and_changes_nothing(copy):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from runs import extracted
 
+from examples.features import Feature, encoded, read_cells
 from examples.report import Findings, as_grid, shade, write_report
-from utils.dataset import ActivationDataset, Selection
 from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.manifest import read_manifest
@@ -16,16 +16,18 @@ MEASURED = {"explained_variance": 0.9, "l0": 8.0, "dead_fraction": 0.0}
 
 
 def findings(folder) -> Findings:
-    dataset = ActivationDataset(folder, Selection(0, pair="train"))
+    cells = read_cells(folder, "resid_post.0")
+    line = {"score": 0.5, "chance": 0.4, "highest_chance": 0.45}
     return Findings(
         manifest=read_manifest(folder),
         items=list(iter_items(folder)),
         about={},
-        name=dataset.name,
+        name="resid_post.0",
         sae=MEASURED,
-        features=[],
-        rows=dataset.rows(),
-        samples=dataset.samples,
+        features=[Feature(1, "red & <co>", "color", 0.5, 0.5, 0.5, 0.1, 0.1, 9)],
+        cells=cells,
+        latents=encoded(lambda states: np.maximum(states, 0), cells.rows.activations),
+        probes={"color": {"resid_post.0": line, "resid_post.2": {**line, "score": 0.45}}},
         contrast=None,
     )
 
@@ -36,7 +38,8 @@ def test_it_is_written_for_any_run_and_never_over_another(tmp_path, tiny_model, 
     found = findings(folder)
     write_report(tmp_path / "page" / "report.html", found)
     page = (tmp_path / "page" / "report.html").read_text()
-    assert page.endswith("</html>\n") and page.count("<h2>") == 4
+    assert page.endswith("</html>\n") and page.count("<h2>") == 5
+    assert "Latent 1: red &amp; &lt;co&gt;" in page and "50% / 40%" in page
     assert not re.findall(r"(?:src|href)=|https?://|url\(", page)
     samples = 8 * flags.get("augmentations", 1)
     assert f"<b>7</b>tasks, {samples} samples" in page

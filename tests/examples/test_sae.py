@@ -1,4 +1,4 @@
-"""The example's autoencoder on data whose features are known, and what the rule finds in it."""
+"""The example's autoencoder on data whose features are known."""
 
 import json
 
@@ -7,7 +7,6 @@ import pytest
 from conftest import run_script
 
 from examples import sae as sae_module
-from examples.features import TOP, find_features
 from examples.sae import Sae, SaeConfig, fit, load_sae, measure, split, train
 from utils.dataset import ActivationDataset, Selection
 from utils.dataset.contrast import contrast, pair_up, roles_of_tokens
@@ -180,42 +179,6 @@ def test_the_script_trains_on_a_run(run_folder, tmp_path):
     assert narrow.stderr.count("\n") == 1 and not (tmp_path / "b").exists()
 
 
-def test_the_rule_names_colors_roles_and_positions():
-    """Latents that are planted: one for red, one for the answer, one for row 2; one for nothing."""
-    random = np.random.default_rng(1)
-    N = 20_000
-    cells = np.stack(
-        [
-            random.integers(-1, 3, N),
-            random.integers(0, 2, N),
-            random.integers(0, 6, N),
-            random.integers(0, 6, N),
-            random.integers(0, 10, N),
-        ],
-        axis=1,
-    ).astype(np.int32)
-    states = np.zeros((N, D), np.float32)
-    states[:, 0] = (cells[:, 4] == 2) * random.uniform(1, 2, N)
-    states[:, 1] = ((cells[:, 0] == -1) & (cells[:, 1] == 1)) * random.uniform(1, 2, N)
-    states[:, 2] = (cells[:, 2] == 1) * random.uniform(1, 2, N)
-    states[:, 3] = random.uniform(0, 1, N)
-    identity = np.eye(D, dtype=np.float32)
-    zeros = np.zeros(D, np.float32)
-    sae = Sae(identity, zeros, identity, zeros, zeros, 1.0, k=D)
-    numbers = np.arange(N, dtype=np.int32)
-    rows = ActivationRows(states, numbers, numbers, numbers, cells)
-    found = find_features(sae, rows)
-    assert {f.latent: f.attribute.label for f in found} == {
-        0: "red",
-        1: "in the answer",
-        2: "in row 2",
-    }
-    for feature in found:
-        assert feature.share == 1 and len(feature.top) == TOP
-        assert feature.base == pytest.approx(feature.attribute.mask.mean())
-    assert "latent 0: 100% of its top 100 cells are red (of all cells 10%)" in map(str, found)
-
-
 def test_the_smaller_group_is_paired_with_the_nearest_of_the_other():
     assert pair_up({"a": 100, "b": 10}, {"x": 11, "y": 90, "z": 500}) == [("b", "x"), ("a", "y")]
     failed = {f"f{i}": 100 + 10 * i for i in range(100)}
@@ -309,18 +272,3 @@ def test_a_large_mean_does_not_count_as_variance():
     nothing = np.zeros((4, 4), np.float32)
     sae = Sae(nothing, nothing[0], nothing, nothing[0], mean, 1.0, k=1)
     assert abs(measure(sae, rows)["explained_variance"]) < 1e-3
-
-
-def test_one_grid_is_not_enough_for_a_feature():
-    cells = np.array([[0, 0, r, c, 2] for r in range(20) for c in range(20)], np.int32)
-    others = np.array([[1, 0, r, c, 3] for r in range(20) for c in range(20)], np.int32)
-    cells = np.concatenate([cells, others])
-    states = (cells[:, 4:] == 2).astype(np.float32)
-    one = np.ones((1, 1), np.float32)
-    sae = Sae(one, one[0] * 0, one, one[0] * 0, one[0] * 0, 1.0, k=1)
-    numbers = np.arange(len(cells))
-    assert not find_features(sae, ActivationRows(states, numbers * 0, numbers, numbers, cells))
-    assert find_features(sae, ActivationRows(states, numbers % 7, numbers, numbers, cells))
-    twice = ActivationRows(states, numbers * 0, numbers, numbers, np.concatenate([cells[:400]] * 2))
-    with pytest.raises(UserError, match="several tokens hold one cell"):
-        find_features(sae, twice)

@@ -10,7 +10,7 @@ one row; what is missing, unexpected or mis-shaped is reported together.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -311,8 +311,13 @@ class Checkpoint:
                 own[number] = sha256(file.name.encode() + block).hexdigest()
         return seen.hexdigest(), own
 
-    def load(self, layout: Layout, dtype: Any) -> dict[str, Any]:
-        """The parameter tree, each leaf of `dtype` and split over the mesh as the table says."""
+    def load(
+        self, layout: Layout, dtype: Any, paths: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """The parameter tree, each leaf of `dtype` and split over the mesh as the table says.
+
+        paths: of the parameters that are wanted (default: all)."""
+        paths = self.shapes if paths is None else paths
 
         def leaf(path: str) -> jax.Array:
             shape, spec = placement(path, self.shapes[path], layout)
@@ -328,8 +333,8 @@ class Checkpoint:
         # Two readers: one converts while the other waits for the disk, and no more than two
         # tensors exist twice at any time.
         with ThreadPoolExecutor(2) as pool:
-            leaves = list(pool.map(leaf, self.shapes))
-        return unflatten_dict(dict(zip(self.shapes, leaves, strict=True)), sep="/")
+            leaves = list(pool.map(leaf, paths))
+        return unflatten_dict(dict(zip(paths, leaves, strict=True)), sep="/")
 
     def _part(self, path: str, padded: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """The block `index` of the parameter of shape `padded`, in the parameter's axes."""

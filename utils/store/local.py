@@ -261,6 +261,16 @@ def write_json_atomic(path: str | Path, value: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {why}", exit_code=1) from error
 
 
+def write_result(path: Path, content: bytes) -> None:
+    """The file that a script is for, in a folder that is made if need be. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as sink:
+            sink.write(content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 class JsonFile(Draft):
     """A JSON object or list written item by item, one a line, as a `Draft` that raises UserError.
 

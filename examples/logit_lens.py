@@ -1,0 +1,427 @@
+"""The logit lens: what each layer would say of an answer, if it were the last.
+
+    python examples/logit_lens.py --model_path YOUR_MODEL_PATH \\
+        --activations_dir results/activations --output lens.json
+
+Every stored `resid_post` and `resid_pre` goes through the model's final norm and unembedding
+(nostalgebraist 2020), and of the checkpoint only these are read. A token of an answer is predicted
+from the state of the token before it, so the run must have stored that, for generated or for forced
+answers: `--token_positions all`, or `answer`, which lacks the first token of each answer.
+
+The file says for each layer, over all answers, the mean log-probability in nats of what was said;
+`as_said`, the share of the answers' cells of which the layer says the same, by the highest of its
+logits at each of the cell's tokens; and `right`, the share of which it says what is true, of the
+answers whose truth is known and has the same shape (null where there are none). Under `samples`
+stand the log-probabilities of every token of every answer by layer, null where no state was stored.
+
+Beside it is written a page of the same name that ends in .html, a film of one answer: the grid that
+each layer would say, and how sure it is of what was said in the end.
+"""
+
+# T tokens of an answer   D model width   V vocabulary   R rows   C columns
+
+import argparse
+import html
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.report import (
+    COLOR_CODES,
+    HEAT,
+    as_grid,
+    colored,
+    figure,
+    key,
+    page,
+    picture,
+    scale,
+    shade,
+)
+from utils import cli
+from utils.errors import UserError, some
+from utils.prompt.encodings import COLORS
+from utils.store.local import check_writable, json_lines, write_result
+
+STREAMS = ("resid_pre", "resid_post")
+UNSAID = "#ffffff"  # of a cell of which a layer says no color
+NOTE_STYLE = """
+#note { position: fixed; left: 0; right: 0; bottom: 0; padding: 10px 16px; min-height: 44px;
+  background: #1d1f24; color: #ffffff; font-size: .95rem; }
+#note:empty { display: none; } [data-note]:hover { stroke: #e8590c; stroke-width: 2; }
+"""
+NOTE_SCRIPT = """
+const note = document.getElementById('note');
+for (const kind of ['pointerover', 'click']) document.addEventListener(kind, event => {
+  const words = event.target.dataset && event.target.dataset.note;
+  if (words) note.textContent = words;
+});
+"""
+ROWS = 256  # tokens that go through the unembedding at once
+
+Lens = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one layer says of one answer, at each of its T tokens whose state was stored, and NaN or
+    -1 at the others.
+
+    logprob: float32 [T], of the token that was said; top: int32 [T], the token of the highest
+    logit; top_logprob: float32 [T], of that.
+    """
+
+    logprob: np.ndarray
+    top: np.ndarray
+    top_logprob: np.ndarray
+
+
+def load_lens(model_path: str | Path, manifest: dict[str, Any]) -> Lens:
+    """States [N, D] and token ids [N] -> log p of these, float32 [N], the ids of the highest
+    logits, int32 [N], and log p of those, float32 [N].
+
+    Raises UserError where the model is not the one of the run.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from utils.model.config import ModelConfig
+    from utils.model.decoder import Decoder
+    from utils.model.layout import Layout, default_dtype, single_device_mesh
+    from utils.model.weights import Checkpoint, fingerprint
+
+    config = ModelConfig.from_hf(model_path)
+    layout = Layout.of(config, single_device_mesh())
+    checkpoint = Checkpoint(model_path, config)
+    if fingerprint([checkpoint.digests()[1]]) != manifest["model"]["hash"]:
+        raise UserError(f"{model_path} is not the model of the run: its weights are others")
+    paths = [path for path in checkpoint.shapes if not path.startswith("layers_")]
+    dtype = np.dtype(default_dtype(jax.local_devices()))
+    params, model = checkpoint.load(layout, dtype, paths), Decoder(config, layout)
+
+    @jax.jit
+    def read(params: Any, states: Any, said: Any) -> Any:
+        logits = model.apply({"params": params}, states.astype(dtype), method="logits")
+        logprobs = jax.nn.log_softmax(logits)
+        top = logprobs.argmax(axis=1)
+        each = jnp.arange(len(said))
+        return logprobs[each, said], top.astype(jnp.int32), logprobs[each, top]
+
+    def lens(states: np.ndarray, said: np.ndarray) -> Any:
+        parts = []
+        for start in range(0, len(said), ROWS):
+            ids = said[start : start + ROWS]
+            padding = ROWS - len(ids)
+            rows = np.pad(states[start : start + ROWS].astype(np.float32), ((0, padding), (0, 0)))
+            found = read(params, rows, np.pad(ids, (0, padding)))
+            parts.append([np.asarray(part)[: len(ids)] for part in found])
+        return tuple(map(np.concatenate, zip(*parts, strict=True)))
+
+    return lens
+
+
+def names_of(manifest: dict[str, Any]) -> list[str]:
+    """The activations of a run that a lens can read, in the order of the layers. Raises UserError
+    where there are none."""
+    there = manifest["activations"]
+    names = [name for name, about in there.items() if about["hook_point"] in STREAMS]
+    if not names:
+        raise UserError(
+            f"the run holds {some(list(there), 12) or 'no activations'}; a lens reads the residual "
+            "stream: run with --hook_points resid_post"
+        )
+    order = {point: number for number, point in enumerate(STREAMS)}
+    return sorted(names, key=lambda n: (there[n]["layer"], order[there[n]["hook_point"]]))
+
+
+def read_answer(item: dict[str, Any], names: Sequence[str], lens: Lens) -> dict[str, Reading]:
+    """What each layer says of an item's answer."""
+    P, T = item["prompt_length"], len(item["input_ids"])
+    tokens = item.get("positions", np.arange(T))
+    row_of = np.full(T, -1)
+    row_of[tokens] = np.arange(len(tokens))
+    rows = row_of[P - 1 : T - 1]  # a token is predicted from the one before it
+    there, said, found = rows >= 0, item["input_ids"][P:], {}
+    for name in names:
+        logprob, top = np.full(T - P, np.nan, np.float32), np.full(T - P, -1, np.int32)
+        top_logprob = logprob.copy()
+        if there.any():
+            read = lens(item["activations"][name][rows[there]], said[there])
+            logprob[there], top[there], top_logprob[there] = read
+        found[name] = Reading(logprob, top, top_logprob)
+    return found
+
+
+def answer_cells(item: dict[str, Any]) -> np.ndarray:
+    """int [C, 7]: the cells of an item's answer, their tokens counted from the answer's first."""
+    cells = item["cells"]
+    cells = cells[(cells[:, 0] == -1) & (cells[:, 1] == 1)].copy()
+    cells[:, 5:] -= item["prompt_length"]
+    return cells
+
+
+def spellings(item: dict[str, Any]) -> dict[int, tuple[int, ...]]:
+    """Color -> the tokens that write it, by the cells of an item that share no token."""
+    cells = item["cells"]
+    holders = np.zeros(len(item["input_ids"]), int)
+    for start, stop in cells[:, 5:]:
+        holders[start:stop] += 1
+    return {
+        int(color): tuple(item["input_ids"][start:stop].tolist())
+        for color, start, stop in cells[:, 4:]
+        if (holders[start:stop] == 1).all()
+    }
+
+
+def truth_of(item: dict[str, Any], cells: np.ndarray) -> np.ndarray | None:
+    """int [C]: the true colors of an answer's cells; None where they are not known, or the answer
+    has another shape."""
+    target = item["target"]
+    if target is None or not len(cells):
+        return None
+    if (len(target), len(target[0])) != tuple(cells[:, 2:4].max(axis=0) + 1):
+        return None
+    return np.array(target)[cells[:, 2], cells[:, 3]]
+
+
+def cells_said(
+    item: dict[str, Any], reading: Reading, written: dict[int, tuple[int, ...]]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """bool [C] each, of the answer's cells in order: whether the layer says what was said, and
+    whether it says what is true; None where the truth is not known. written: as of `spellings`."""
+    cells = answer_cells(item)
+    said = item["input_ids"][item["prompt_length"] :]
+    same = np.array([(reading.top[i:j] == said[i:j]).all() for i, j in cells[:, 5:]], bool)
+    truth = truth_of(item, cells)
+    if truth is None:
+        return same, None
+    right = same & (truth == cells[:, 4])
+    for number in np.flatnonzero(truth != cells[:, 4]):
+        tokens = tuple(reading.top[slice(*cells[number, 5:])].tolist())
+        right[number] = tokens == written.get(int(truth[number]))
+    return same, right
+
+
+@dataclass
+class Tally:
+    """Of one layer, over all answers so far: sum of log-probabilities and how many, and how many
+    cells are as said and right, of how many."""
+
+    logprob: float = 0.0
+    tokens: int = 0
+    as_said: int = 0
+    cells: int = 0
+    right: int = 0
+    cells_with_truth: int = 0
+
+    def add(self, logprob: np.ndarray, same: np.ndarray, right: np.ndarray | None) -> None:
+        known = logprob[np.isfinite(logprob)]
+        self.logprob += float(known.sum(dtype=np.float64))
+        self.tokens += len(known)
+        self.as_said += int(same.sum())
+        self.cells += len(same)
+        if right is not None:
+            self.right += int(right.sum())
+            self.cells_with_truth += len(right)
+
+    def to_json(self) -> dict[str, Any]:
+        def share(part: float, whole: int) -> float | None:
+            return part / whole if whole else None
+
+        return {
+            "logprob": share(self.logprob, self.tokens),
+            "as_said": share(self.as_said, self.cells),
+            "right": share(self.right, self.cells_with_truth),
+            "tokens": self.tokens,
+            "cells": self.cells,
+            "cells_with_truth": self.cells_with_truth,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Film:
+    """One answer as every layer sees it: the item, without its activations, and layer -> what it
+    says."""
+
+    item: dict[str, Any]
+    readings: dict[str, Reading]
+
+
+def look(
+    folder: str | Path, names: Sequence[str], lens: Lens, max_samples: int, task: str | None
+) -> tuple[dict[str, Tally], list[dict[str, Any]], Film | None, dict[int, tuple[int, ...]]]:
+    """Layer -> tally; what the file says of each sample; the answer to be shown, that of `task`, or
+    the first solved one, or the first with a grid; and how colors are written."""
+    from tqdm import tqdm
+
+    from utils.shards import iter_items
+    from utils.shards.manifest import read_manifest
+
+    tallies = {name: Tally() for name in names}
+    samples, film, best, written = [], None, 0, {}
+    items, total = iter_items(folder), min(max_samples, read_manifest(folder)["total_samples"])
+    for item in tqdm(islice(items, total), total=total, desc="reading", unit=" samples"):
+        written |= spellings(item)
+        readings = read_answer(item, names, lens)
+        for name, reading in readings.items():
+            tallies[name].add(reading.logprob, *cells_said(item, reading, written))
+        about = {key: item[key] for key in ("task_id", "sample_idx", "view") if key in item}
+        said = item["input_ids"][item["prompt_length"] :].tolist()
+        logprobs = {n: np.round(r.logprob.astype(float), 4).tolist() for n, r in readings.items()}
+        samples.append({**about, "tokens": said, "logprobs": logprobs})
+        # Of a task that was asked for, its first answer with a grid.
+        rank = 1 + bool(item["correct"]) if task in (None, item["task_id"]) else 0
+        if len(answer_cells(item)) and rank > best:
+            kept = {key: value for key, value in item.items() if key != "activations"}
+            film, best = Film(kept, readings), rank
+    return tallies, samples, film, written
+
+
+def film_page(
+    film: Film, written: dict[int, tuple[int, ...]], words: Callable[[int], str]
+) -> bytes:
+    """The page of one answer. written: as of `spellings`; words: the text of a token."""
+    item, cells = film.item, answer_cells(film.item)
+    colors = {tokens: color for color, tokens in written.items()}
+    target = truth_of(item, cells)
+    head = [
+        figure("test input", colored(_given(item))),
+        figure("answer", colored(_grid(cells, cells[:, 4]))),
+    ]
+    if target is not None:
+        head.append(figure("truth", colored(_grid(cells, target))))
+    lines = "".join(
+        _layer(name, reading, cells, colors, words) for name, reading in film.readings.items()
+    )
+    state = {True: "solved", False: "failed", None: "the true answer, given to the model"}
+    return page(
+        "What each layer would say",
+        f"<h1>What each layer would say</h1><p>The answer to task {html.escape(item['task_id'])} "
+        f"({state[item['correct']]}), read off after every layer as if it were the last one: its "
+        "state of the token before each cell goes through the final norm and the unembedding. On "
+        "the left, what the layer would say of each cell, drawn the larger the surer it is, and "
+        "white where that is no color; on the right, the probability that it gives to what was "
+        f"said in the end. Point at a cell, or touch it, to read the numbers.</p>{key()}"
+        f"{scale('p = 0', 'p = 1', HEAT)}"
+        f'<div class="card"><div class="grids">{"".join(head)}</div></div>'
+        f'<div class="card">{lines}</div>',
+        f"<style>{NOTE_STYLE}</style><div id=note></div><script>{NOTE_SCRIPT}</script>",
+    )
+
+
+def _given(item: dict[str, Any]) -> list[list[int]]:
+    cells = item["cells"]
+    cells = cells[(cells[:, 0] == -1) & (cells[:, 1] == 0)]
+    return _grid(cells, cells[:, 4])
+
+
+def _grid(cells: np.ndarray, values: Any) -> list[list[Any]]:
+    return as_grid(cells[:, 2:], np.asarray(values)).tolist()
+
+
+def _layer(
+    name: str,
+    reading: Reading,
+    cells: np.ndarray,
+    colors: dict[tuple[int, ...], int],
+    words: Callable[[int], str],
+) -> str:
+    """A line: the grid that a layer would say, and how likely it finds the answer's cells."""
+    fills, notes, sure, likely = [], [], [], []
+    for _, _, row, col, color, start, stop in cells.tolist():
+        tokens = tuple(reading.top[start:stop].tolist())
+        top, final = reading.top_logprob[start:stop].sum(), reading.logprob[start:stop].sum()
+        said = colors.get(tokens)
+        fills.append(COLOR_CODES[said] if said is not None else UNSAID)
+        text = COLORS[said].lower() if said is not None else repr("".join(map(words, tokens)))
+        place = f"{name}, row {row + 1}, column {col + 1}: "
+        if np.isfinite(final):
+            place += (
+                f"would say {text}, log p {top:.2f}; log p of {COLORS[color].lower()} {final:.2f}"
+            )
+        else:
+            place += "no state was stored"
+        notes.append(place)
+        sure.append(np.nan_to_num(np.exp(top)))
+        likely.append(np.nan_to_num(np.exp(final)))
+    same = np.mean([colors.get(tuple(reading.top[i:j].tolist())) == c for c, i, j in cells[:, 4:]])
+    notes, sure, likely = (_grid(cells, values) for values in (notes, sure, likely))
+    said = picture(_grid(cells, fills), 18, strength=np.array(sure), notes=notes, words=name)
+    shades = [[shade(p) for p in row] for row in likely]
+    grids = figure("would say", said) + figure("p of the answer", picture(shades, 18, notes=notes))
+    return (
+        f'<div class="layer"><div><h3>{html.escape(name)}</h3><p class="soft">{same:.0%} of '
+        f'the cells as in the answer</p></div><div class="grids">{grids}</div></div>'
+    )
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--model_path", required=True, help="folder of the model of the run")
+    parser.add_argument(
+        "--activations_dir", required=True, help="of the run: a folder or gs://BUCKET/PREFIX"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file to write, and a page beside it"
+    )
+    parser.add_argument(
+        "--task", metavar="ID", help="whose answer the page shows (default: the first solved)"
+    )
+    parser.add_argument(
+        "--max_samples",
+        type=cli.int_at_least(1),
+        default=1000,
+        help="answers that are read, from the first of the run",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace, _: cli.Signals) -> None:
+    from utils.prompt.codec import load_tokenizer
+    from utils.shards.manifest import read_manifest
+
+    if args.output.suffix == ".html":
+        raise UserError(f"--output {args.output} is the page's name: give the JSON file's")
+    check_writable(args.output.parent)
+    manifest = read_manifest(args.activations_dir)
+    names = names_of(manifest)
+    known = {key[0] for entry in manifest["files"] for key in entry["samples"][: args.max_samples]}
+    if args.task is not None and args.task not in known:
+        raise UserError(f"--task {args.task} is no task of the run in {args.activations_dir}")
+    tokenizer = load_tokenizer(args.model_path)
+    lens = load_lens(args.model_path, manifest)
+    tallies, samples, film, written = look(
+        args.activations_dir, names, lens, args.max_samples, args.task
+    )
+    if not any(tally.tokens for tally in tallies.values()):
+        raise UserError(
+            f"{args.activations_dir} holds no state that an answer is predicted from: run it with "
+            "--token_positions all, and generate or force answers"
+        )
+    layers = {name: tally.to_json() for name, tally in tallies.items()}
+    write_result(args.output, json_lines({"layers": layers, "samples": samples}))
+    print("  layer           log p  as said  right")
+    for name, line in layers.items():
+        shares = [
+            f"{line[k]:7.1%}" if line[k] is not None else "      ?" for k in ("as_said", "right")
+        ]
+        print(f"  {name:14}{line['logprob']:7.3f} {' '.join(shares)}")
+    print(f"{args.output}: {len(samples)} answers")
+    if film is None:
+        print("no answer there holds a grid, so there is no page")
+        return
+    write_result(
+        args.output.with_suffix(".html"), film_page(film, written, lambda i: tokenizer.decode([i]))
+    )
+    print(f"{args.output.with_suffix('.html')}: open it in a browser")
+
+
+if __name__ == "__main__":
+    cli.run(main, build_parser())
