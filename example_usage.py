@@ -49,7 +49,8 @@ NAMES = {
     "results": {"predictions.json"},
     "mesh/activations": set(),
     "mesh": {"submission.json"},
-    "sae": {"config.json", "sae.safetensors"},
+    # The last two are what an earlier version of the example made.
+    "sae": {"cfg.json", "sae_weights.safetensors", "config.json", "sae.safetensors"},
     "": {"report.html"},
 }
 EXAMPLES = SCRIPTS / "examples"
@@ -230,13 +231,13 @@ def train_sae(folder: Path) -> tuple[Any, dict[str, float], dict[str, Any]]:
     """Features that a rule finds in an autoencoder, what was measured of it, and the cells that the
     features speak of."""
     from examples.features import find_features
-    from examples.sae import SaeConfig, about, describe, fit
+    from examples.sae import SaeConfig, describe, fit, write
     from utils.dataset import ActivationDataset, Selection
 
     activations, config = folder / "results" / "activations", SaeConfig(steps=1200)
     dataset = ActivationDataset(activations, Selection(LAYER, drop_special=True))
     sae, measured = fit(dataset, config)
-    sae.save(folder / "sae", about(dataset, config, measured))
+    write(folder / "sae", sae, dataset, config, measured)
     print(f"{folder / 'sae'}: {describe(measured)} on held-out tasks")
     by_cell = ActivationDataset(activations, Selection(LAYER, colors=range(10)))
     rows = by_cell.rows()

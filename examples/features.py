@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.sae import Sae
 from utils.dataset.contrast import CELL_ROLES, roles_of_cells
 from utils.dataset.shuffle import ActivationRows
 from utils.errors import UserError
+from utils.model.autoencoder import Autoencoder
 from utils.prompt.encodings import COLORS
 
 TOP = 100  # cells that speak for a latent
@@ -98,7 +98,7 @@ def shapes_of(rows: ActivationRows) -> np.ndarray:
     return sizes[which]
 
 
-def find_features(sae: Sae, rows: ActivationRows, most: int = 8) -> list[Feature]:
+def find_features(sae: Autoencoder, rows: ActivationRows, most: int = 8) -> list[Feature]:
     """The purest features, those whose attribute is rarest among all cells first, each attribute
     once, kinds in turn.
 
