@@ -119,30 +119,21 @@ def top(values: Any, k: int, axis: int | None = -1) -> "jax.Array":
     """Float32 values >= 0, all but the `k` largest along the last axis set to zero; equal to the
     smallest of those, all are kept. With `axis` None, the k largest of the whole array.
 
-    The k-th largest is found bit by bit, since floats above zero are ordered as their bits are:
-    `jax.lax.top_k` would sort, but on a CPU, where it is the faster of the two along an axis.
+    The k-th largest is found bit by bit, since floats above zero are ordered as their bits are;
+    `jax.lax.top_k` would sort.
     """
     import jax
     import jax.numpy as jnp
 
-    def bit_by_bit(values: Any) -> Any:
-        bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
 
-        def bit(i: Any, lowest: Any) -> Any:
-            higher = lowest | (1 << (30 - i))
-            enough = (bits >= higher).sum(axis=axis, keepdims=True) >= k
-            return jnp.where(enough, higher, lowest)
+    def bit(i: Any, lowest: Any) -> Any:
+        higher = lowest | (1 << (30 - i))
+        enough = (bits >= higher).sum(axis=axis, keepdims=True) >= k
+        return jnp.where(enough, higher, lowest)
 
-        start = jnp.zeros_like(bits.min(axis=axis, keepdims=True))
-        lowest = jax.lax.fori_loop(0, 31, bit, start)
-        return jax.lax.bitcast_convert_type(lowest, jnp.float32)
-
-    def selected(values: Any) -> Any:
-        return bit_by_bit(values) if axis is None else jax.lax.top_k(values, k)[0][..., -1:]
-
-    constant = jax.lax.stop_gradient(values)
-    lowest = jax.lax.platform_dependent(constant, cpu=selected, default=bit_by_bit)
-    return jnp.where(values >= lowest, values, 0)
+    start = jnp.zeros_like(bits.min(axis=axis, keepdims=True))
+    return jnp.where(bits >= jax.lax.fori_loop(0, 31, bit, start), values, 0)
 
 
 def hook_name(name: str) -> str:
