@@ -276,7 +276,9 @@ def train(
     for number in range(progress.steps + 1, c.steps + 1):
         if stopping():
             break
-        state, unexplained = trainer.step(state, next(batches))
+        batch = next(batches)
+        jax.block_until_ready(state)  # one step is under way at a time, so that all can end soon
+        state, unexplained = trainer.step(state, batch)
         progress = replace(progress, steps=number, state=state)
         bar.update()
         if number % every:

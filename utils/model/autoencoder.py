@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from dataclasses import dataclass, replace
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
             raise UserError(f"neither a folder with {CONFIG} nor a file layer{{n}}.sae.pt")
         _check(made)
         with file.open("rb") as stream:
-            digest = _digest(stream)
+            digest = file_digest(stream, "sha256").hexdigest()
         return replace(made, sha256=digest, path=str(path))
     except OSError as error:
         why = f"{error.strerror or error}: {error.filename or path}"
@@ -186,13 +186,6 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     except (SafetensorError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         why = f"it is damaged ({error})"
     raise UserError(f"{path} holds no autoencoder that can be read: {why}")
-
-
-def _digest(stream: Any) -> str:
-    found = sha256()
-    while block := stream.read(1 << 24):
-        found.update(block)
-    return found.hexdigest()
 
 
 def _tensors(file: Path) -> dict[str, np.ndarray]:
