@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from examples.sae import SaeConfig
 
 SMOOTHING = 0.01  # of batchtopk's threshold, the share of each new batch
-BANDWIDTH = 0.1  # around jumprelu's threshold, in which it is moved
+BANDWIDTH = 0.5  # around jumprelu's threshold, in which it is moved
+THRESHOLD_RATE = 10  # of its learning rate, times that of the weights
 MOST_FALLEN = 0.05  # of the explained variance on held-out rows, below its best
 MOST_ACTIVE = 1.5  # times k: with more active latents, a variance is explained too easily to count
 GUARD_ROWS = 4096  # held-out rows, about, on which it is measured on the way
@@ -122,6 +123,8 @@ class Trainer:
         along = (gradient["w_dec"] * decoder).sum(axis=1, keepdims=True)
         gradient["w_dec"] -= along * decoder  # what would change their norm alone
         updates, optimizer = self._optimizer.update(gradient, state["optimizer"])
+        if "threshold" in updates:  # it has further to go than a weight
+            updates["threshold"] *= THRESHOLD_RATE
         params = optax.apply_updates(state["params"], updates)
         params["w_dec"] /= jnp.linalg.norm(params["w_dec"], axis=1, keepdims=True)
         if "threshold" in params:
