@@ -54,7 +54,8 @@ NAMES = {
     "results": {"predictions.json"},
     "mesh/activations": set(),
     "mesh": {"submission.json"},
-    "sae": {"config.json", "sae.safetensors"},
+    # The last two are what an earlier version of the example made.
+    "sae": {"cfg.json", "sae_weights.safetensors", "config.json", "sae.safetensors"},
     "": {"report.html", "lens.json", "lens.html"},
 }
 EXAMPLES = SCRIPTS / "examples"
@@ -275,13 +276,13 @@ def train_sae(folder: Path, layer: int) -> dict[str, Any]:
     """What the report shows of an autoencoder: what was measured of it, its input's name, the cells
     of the run, its latents there, and those of them that a program names."""
     from examples.features import chosen, encoded, name_latents, read_cells
-    from examples.sae import SaeConfig, about, describe, fit
+    from examples.sae import SaeConfig, describe, fit, write
     from utils.dataset import ActivationDataset, Selection
 
     activations, config = folder / "results" / "activations", SaeConfig(steps=1200)
     dataset = ActivationDataset(activations, Selection(layer, drop_special=True))
     sae, measured = fit(dataset, config)
-    sae.save(folder / "sae", about(dataset, config, measured))
+    write(folder / "sae", sae, dataset, config, measured)
     print(f"{folder / 'sae'}: {describe(measured)} on held-out tasks")
     cells = read_cells(activations, dataset.name)
     latents = encoded(sae.encode, cells.rows.activations)

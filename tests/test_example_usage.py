@@ -33,8 +33,8 @@ FILES = [
     "results/activations/activations_batch_000004.pkl",
     "results/activations/metadata.json",
     "results/predictions.json",
-    "sae/config.json",
-    "sae/sae.safetensors",
+    "sae/cfg.json",
+    "sae/sae_weights.safetensors",
 ]
 STATED = 0.8  # of the example's tasks are solved at least, says README.md
 
@@ -127,7 +127,7 @@ def test_the_model_that_ships_is_a_hugging_face_model(ran):
 
 def test_the_autoencoder_and_its_features_are_what_they_are_said_to_be(ran):
     folder, result = ran
-    held_out = json.loads((folder / "sae" / "config.json").read_text())["held_out"]
+    held_out = json.loads((folder / "sae" / "cfg.json").read_text())["metadata"]["held_out"]
     assert held_out["explained_variance"] >= 0.9
     assert 0 < held_out["l0"] <= 32
     assert held_out["dead_fraction"] < 0.1
@@ -229,7 +229,7 @@ def test_overwrite_deletes_what_the_example_made_and_nothing_else(copy):
     (copy / "notes.txt").write_text("mine")
     (copy / "results" / "mine.json").write_text("{}")
     (copy / "results" / "activations" / "notes.txt").write_text("mine")
-    for left in ("sae/config.json", "results/activations/activations_batch_000009.pkl"):
+    for left in ("sae/cfg.json", "results/activations/activations_batch_000009.pkl"):
         (copy / f"{left}.{'0' * 16}.partial").write_text("of a kill")
     example_usage.clear(copy, overwrite=True)
     mine = {"notes.txt": b"mine", "results/mine.json": b"{}"}

@@ -1,17 +1,22 @@
 """The example's autoencoder on data whose features are known."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import NoSignals, run_script
 
 from examples import sae as sae_module
-from examples.sae import Sae, SaeConfig, fit, load_sae, measure, split, train
+from examples.sae import SaeConfig, fit, main, split, write
+from examples.sae_training import Progress, Trainer, alike, guarded, measure, shuffled, train
+from utils import cli
 from utils.dataset import ActivationDataset, Selection
 from utils.dataset.contrast import contrast, pair_up, roles_of_tokens
 from utils.dataset.shuffle import ActivationRows
 from utils.errors import UserError
+from utils.model.autoencoder import Autoencoder, load_autoencoder
 from utils.shards.writer import RunFolder
 
 D, F = 16, 24
@@ -29,96 +34,162 @@ def planted():
     return rows.astype(np.float32), directions, which
 
 
-@pytest.fixture(scope="module")
-def trained(planted):
+def trainer_of(rows, **changes):
+    settings = {"width": 32, "k": 2, "steps": 600, "batch_size": 256, "learning_rate": 5e-3}
+    devices = changes.pop("devices", 1)
+    config = SaeConfig(**{**settings, **changes})
+    return Trainer(config, rows.mean(axis=0), float(rows.std()), devices)
+
+
+@pytest.fixture(scope="module", params=["topk", "batchtopk", "jumprelu"])
+def trained(request, planted):
     rows, *_ = planted
-    config = SaeConfig(width=32, k=2, steps=1500, batch_size=256, learning_rate=5e-3)
-    center, scale = rows.mean(axis=0), float(rows.std())
-    return train(sae_module.shuffled(rows[2000:], 256, 0), center, scale, config)
+    trainer = trainer_of(rows, arch=request.param, steps=800)
+    progress = train(trainer, rows[2000:], rows[:2000])
+    assert progress.steps == 800 and not progress.fallen
+    return trainer.autoencoder(progress.state)
 
 
 def test_it_finds_the_directions_that_were_planted(planted, trained):
     rows, directions, _ = planted
-    alike = np.abs(directions @ trained.decoder.T).max(axis=1)
-    assert (alike > 0.95).mean() > 0.9
+    cosines = np.abs(directions @ trained.weights["w_dec"].T).max(axis=1)
+    assert (cosines > 0.95).mean() > 0.9
     found = measure(trained, rows[:2000])
-    assert found["explained_variance"] > 0.9 and found["l0"] <= 2
-    np.testing.assert_allclose(np.linalg.norm(trained.decoder, axis=1), 1, atol=1e-5)
-
-
-def test_the_k_largest_are_those_of_numpy():
-    values = np.maximum(np.random.default_rng(3).standard_normal((50, 40), np.float32), 0)
-    values[0] = 0
-    values[1, :5] = 1.5  # ties
-    for k in (1, 7, 40):
-        kept = np.asarray(sae_module.top(values, k))
-        smallest = np.sort(values, axis=1)[:, [-k]]
-        assert np.array_equal(kept, np.where(values >= smallest, values, 0))
+    assert found["explained_variance"] > 0.9 and found["l0"] <= 2 * 1.1
+    assert found["often_active"] == 0
+    np.testing.assert_allclose(np.linalg.norm(trained.weights["w_dec"], axis=1), 1, atol=1e-5)
 
 
 def test_what_is_measured_is_what_it_says(planted, trained):
-    rows = planted[0][:500]
+    rows = planted[0][:500].copy()
     latents = trained.encode(rows)
-    assert latents.shape == (500, 32) and ((latents > 0).sum(axis=1) <= 2).all()
-    x = (rows - trained.center) / trained.scale - trained.shift
-    before = np.maximum(x @ trained.encoder + trained.bias, 0)
-    for row, kept in zip(before, latents, strict=True):
-        highest = np.sort(np.argsort(row)[-2:])
-        assert set(np.flatnonzero(kept)) <= set(highest)
-        np.testing.assert_allclose(kept[highest], row[highest], atol=1e-4)
     left = rows - trained.decode(latents)
     found = measure(trained, rows)
     want = 1 - (left**2).sum() / ((rows - rows.mean(axis=0)) ** 2).sum()
     assert found["explained_variance"] == pytest.approx(want, abs=1e-5)
     assert found["l0"] == pytest.approx((latents > 0).sum() / 500)
     assert found["dead_fraction"] == pytest.approx((~(latents > 0).any(axis=0)).mean())
+    always = {**trained.weights, "b_enc": np.full(32, 1e3, np.float32)}
+    all_active = replace(trained, architecture="standard", weights=always)
+    assert measure(all_active, rows)["often_active"] == 32
+
+
+def test_alike_decoder_rows_are_counted_in_pairs():
+    random = np.random.default_rng(0)
+    decoder = random.standard_normal((10, D))
+    decoder[[3, 7]] = 2 * decoder[0]
+    decoder[9] = -decoder[1]
+    for block in (1, 4, 100):
+        assert alike(decoder, block=block) == 3
 
 
 def test_the_auxiliary_loss_wakes_latents_that_would_never_fire(planted, monkeypatch):
     """Half of the latents begin too weak to be among the two highest."""
     rows, *_ = planted
-    center, scale = rows.mean(axis=0), float(rows.std())
-    begin = sae_module.initial
-
-    def weak(*args):
-        params = begin(*args)
-        params["encoder"][:, 16:] *= 0.1
-        return params
-
-    monkeypatch.setattr(sae_module, "initial", weak)
 
     def dead(coefficient):
-        config = SaeConfig(
-            width=32, k=2, steps=400, batch_size=256, aux_coefficient=coefficient, dead_steps=20
-        )
-        sae = train(sae_module.shuffled(rows, 256, 0), center, scale, config)
-        return measure(sae, rows)["dead_fraction"]
+        trainer = trainer_of(rows, steps=400, aux_coefficient=coefficient, dead_steps=20)
+        state = trainer.begin(rows[:256])
+        state["params"]["w_enc"] *= np.where(np.arange(32) < 16, 1, 0.1).astype(np.float32)
+        for batch in itertools.islice(shuffled(rows, 256, 0), 400):
+            state, _ = trainer.step(state, batch)
+        return measure(trainer.autoencoder(state), rows)["dead_fraction"]
 
     assert dead(1 / 8) < 0.1 < 0.3 < dead(0)
 
 
-def test_it_is_saved_as_safetensors_and_comes_back(trained, tmp_path, planted):
-    from safetensors.numpy import load_file
+def test_training_ends_and_keeps_its_best_where_it_falls():
+    """Of what is measured, in the order of training: all latents active, good, better, NaN."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((1000, D)).astype(np.float32)
+    identity = np.concatenate([np.eye(D), -np.eye(D)]).astype(np.float32)
+    zeros = np.zeros(2 * D, np.float32)
 
-    trained.save(tmp_path / "sae", {"activation": "resid_post.3"})
-    assert load_file(tmp_path / "sae" / "sae.safetensors")["decoder"].shape == (32, D)
-    assert json.loads((tmp_path / "sae" / "config.json").read_text())["k"] == 2
-    rows = planted[0][:10]
-    assert np.array_equal(load_sae(tmp_path / "sae").encode(rows), trained.encode(rows))
-    with pytest.raises(UserError, match="sae exists: choose another folder"):
-        trained.save(tmp_path / "sae", {})
-    with pytest.raises(UserError, match="holds no autoencoder"):
-        load_sae(tmp_path)
+    def sae(scale, b_enc=0.0):
+        weights = {"w_enc": identity.T, "b_enc": zeros + np.float32(b_enc), "b_dec": zeros[:D]}
+        return Autoencoder("standard", None, None, {**weights, "w_dec": identity * scale})
+
+    progress = Progress(0, {}, {})
+    for made, best, fallen in (
+        (sae(1.0, b_enc=10), -np.inf, False),  # explains all, but is not sparse
+        (sae(np.float32(0.9)), 0.99, False),
+        (sae(np.float32(0.8)), 0.99, False),  # 3 points lower
+        (sae(np.float32(0.7)), 0.99, True),
+        (sae(np.float32(np.nan)), 0.99, True),
+        (sae(1.0), 1.0, True),
+    ):
+        progress = guarded(progress, made, rows, k=D)
+        assert (
+            progress.best_variance == pytest.approx(best, abs=0.002) and progress.fallen == fallen
+        )
+
+
+def test_the_best_is_kept_where_training_falls(run_folder, monkeypatch, caplog):
+    from examples import sae_training
+
+    dataset, config = (
+        ActivationDataset(run_folder, Selection(2)),
+        SaeConfig(width=64, k=8, steps=40, batch_size=64),
+    )
+    variances = iter([0.5, 0.7, 0.66, 0.64, 0.9])
+    weights = []
+
+    def pretended(sae, rows):
+        weights.append(sae.weights)
+        return {"explained_variance": next(variances, 0.1), "l0": 8.0}
+
+    monkeypatch.setattr(sae_training, "measure", pretended)
+    made, found = fit(dataset, config)
+    assert found["steps"] == 8 and len(weights) == 5  # every second step, and then what was kept
+    assert "8 of 40 steps: the explained variance on held-out tasks had fallen" in caplog.text
+    assert all(np.array_equal(made.weights[n], weights[1][n]) for n in weights[1])
+    assert not np.array_equal(made.weights["w_enc"], weights[3]["w_enc"])
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "jumprelu"])
+def test_a_training_that_stops_and_goes_on_gives_the_same_bytes(arch, run_folder, tmp_path):
+    dataset = ActivationDataset(run_folder, Selection(2))
+    config = SaeConfig(arch, width=64, k=8, steps=30, batch_size=64, dead_steps=5)
+    write(tmp_path / "whole", *(whole := fit(dataset, config))[:1], dataset, config, whole[1])
+    file, polls = tmp_path / "part.training.safetensors", itertools.count()
+    assert fit(dataset, config, file=file, stopping=lambda: next(polls) >= 12) is None
+    with pytest.raises(UserError, match="is of a training with k 8, not 9: repeat its command"):
+        fit(dataset, replace(config, k=9), file=file)
+    part = fit(dataset, config, file=file)
+    write(tmp_path / "part", part[0], dataset, config, part[1])
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"is damaged .*: delete it to begin anew"):
+        fit(dataset, config, file=file)
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk"])
+def test_devices_that_share_a_batch_give_the_weights_of_one(arch, planted):
+    rows, *_ = planted
+    found = []
+    for devices in (1, 4):
+        trainer = trainer_of(rows, arch=arch, steps=20, dead_steps=5, devices=devices)
+        progress = train(trainer, rows, rows[:2000])
+        assert len(progress.state["params"]["w_dec"].sharding.device_set) == devices
+        found.append(trainer.autoencoder(progress.state).weights)
+    for name, value in found[0].items():
+        np.testing.assert_allclose(
+            found[1][name], value, rtol=1e-3, atol=1e-3 * np.abs(value).max()
+        )
 
 
 def test_an_sae_that_cannot_be_trained_is_refused(run_folder):
     dataset = ActivationDataset(run_folder, Selection(0))
-    with pytest.raises(UserError, match="of 31 latents is narrower than its input of 32"):
-        fit(dataset, SaeConfig(width=31))
-    with pytest.raises(UserError, match="k 0 is not between 1 and the width 64"):
-        fit(dataset, SaeConfig(width=64, k=0))
-    with pytest.raises(UserError, match="rows to train on are fewer than a batch"):
-        fit(dataset, SaeConfig(width=64, k=4, batch_size=10**6))
+    for config, devices, said in (
+        (SaeConfig(width=31), 1, "of 31 latents is narrower than its input of 32"),
+        (SaeConfig(width=64, k=0), 1, "k 0 is not between 1 and the width 64"),
+        (SaeConfig(width=64), 1000, "--mesh 1000 is more than the 8 devices there are"),
+        (SaeConfig(width=64, batch_size=9), 2, "batch of 9 rows does not go into 2 devices"),
+        (SaeConfig(width=64, k=4, batch_size=10**6), 1, "rows to train on are fewer than a batch"),
+    ):
+        with pytest.raises(UserError, match=said):
+            fit(dataset, config, devices=devices)
 
 
 def test_rows_in_int8_train_an_autoencoder_as_good(planted, tmp_path):
@@ -163,20 +234,67 @@ def test_the_script_trains_on_a_run(run_folder, tmp_path):
     result = run_script("examples/sae.py", *flags, *small)
     assert result.returncode == 0, result.stderr
     assert "explained variance" in result.stdout and "special tokens" in result.stderr
-    about = json.loads((tmp_path / "sae" / "config.json").read_text())
+    sae = load_autoencoder(tmp_path / "sae")
+    assert (sae.architecture, sae.k, sae.hook) == ("topk", 8, "resid_post.2")
+    about = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
     assert about["activation"] == "resid_post.2" and 0 < about["held_out"]["l0"] <= 8
+    assert about["selection"].startswith("Selection(layer=2")
+    assert "drop_sinks=10" in about["selection"]
     again = run_script("examples/sae.py", *flags, *small)
     assert again.returncode == 2 and "sae exists" in again.stderr
-    assert (
-        about["selection"].startswith("Selection(layer=2")
-        and "drop_sinks=10" in (about["selection"])
-    )
-    for flag in ("--width", "--k", "--steps", "--batch_size", "--max_rows"):
-        zero = run_script("examples/sae.py", *flags[:-1], tmp_path / "b", flag, 0)
-        assert zero.returncode == 2 and f"argument {flag}: 0 is below 1 " in zero.stderr
-    narrow = run_script("examples/sae.py", *flags[:-1], tmp_path / "b", "--width", 8)
-    assert narrow.returncode == 2 and "narrower than its input" in narrow.stderr
-    assert narrow.stderr.count("\n") == 1 and not (tmp_path / "b").exists()
+    # Several layers in one pass: this one's bytes are those of the layer alone.
+    flags[2:] = ["--layers", 0, 2, "--output_dir", tmp_path / "saes"]
+    result = run_script("examples/sae.py", *flags, *small)
+    assert result.returncode == 0, result.stderr
+    names = ("cfg.json", "sae_weights.safetensors")
+    both = [
+        (tmp_path / f / name).read_bytes() for f in ("sae", "saes/resid_post.2") for name in names
+    ]
+    assert both[:2] == both[2:]
+    again = run_script("examples/sae.py", *flags, *small, "--resume")
+    assert again.returncode == 0 and again.stdout.count("made already") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        *(
+            ((flag, 0), f"argument {flag}: 0 is below 1 ")
+            for flag in ("--k", "--max_rows", "--mesh")
+        ),
+        (("--width", 8), "narrower than its input"),
+        (("--layers", 1), "argument --layers: not allowed with argument --layer"),
+        (("--layer", 9), "has no resid_post.9"),
+        (("--hook_point", "resid_mid"), "has no resid_mid.2"),
+    ],
+)
+def test_a_mistake_is_a_line(flags, said, run_folder, tmp_path, capsys):
+    args = ["--activations_dir", run_folder, "--layer", 2, "--output_dir", tmp_path / "b", *flags]
+    with pytest.raises((SystemExit, UserError)) as caught:
+        main(sae_module.build_parser().parse_args(list(map(str, args))), NoSignals())
+    assert said in str(caught.value) + capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_stopped_training_is_not_begun_anew_by_mistake(run_folder, tmp_path):
+    flags = ["--activations_dir", run_folder, "--layer", 2, "--output_dir", tmp_path / "sae"]
+    small = ["--width", 64, "--k", 8, "--steps", 30, "--batch_size", 64]
+
+    stopped = NoSignals()
+    stopped.note(15)
+
+    def script(signals, *more):
+        args = map(str, [*flags, *small, *more])
+        main(sae_module.build_parser().parse_args(list(args)), signals)
+
+    with pytest.raises(cli.Interrupted):
+        script(stopped)
+    left = tmp_path / "sae.training.safetensors"
+    assert left.exists() and not (tmp_path / "sae").exists()
+    with pytest.raises(UserError, match="is of a training that was stopped: --resume goes on"):
+        script(NoSignals())
+    script(NoSignals(), "--resume")
+    assert load_autoencoder(tmp_path / "sae").k == 8 and not left.exists()
 
 
 def test_the_smaller_group_is_paired_with_the_nearest_of_the_other():
@@ -270,5 +388,6 @@ def test_a_large_mean_does_not_count_as_variance():
     rows[:, 0] = 3000 + 3 * rows[:, 0]
     mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
     nothing = np.zeros((4, 4), np.float32)
-    sae = Sae(nothing, nothing[0], nothing, nothing[0], mean, 1.0, k=1)
+    weights = {"w_enc": nothing, "b_enc": nothing[0], "w_dec": nothing, "b_dec": mean}
+    sae = Autoencoder("topk", 1, None, weights)
     assert abs(measure(sae, rows)["explained_variance"]) < 1e-3

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.dataset.shuffle import NO_CELL, ActivationRows, Buffer, cast, in_order, mixed
+from utils.dataset.shuffle import NO_CELL, ActivationRows, Reservoir, cast, in_order, mixed
 from utils.dataset.stats import activation_stats
 from utils.errors import UserError, some
 from utils.model.capture import HOOK_POINTS
@@ -146,19 +146,12 @@ class ActivationDataset:
         of the shards. The next shard is read while this one is used. Raises UserError where
         nothing is selected in the end, which a share of several workers may be.
         """
-        order = np.arange(len(self._entries))
-        if seed is not None:
-            np.random.default_rng(seed).shuffle(order)
-        left_out: Counter[str] = Counter()
-        found = 0
-        entries = [self._entries[i] for i in order[worker::workers]]
-        shards = read_ahead(lambda entry: read_entry(*entry[:2]), entries)
-        for (_, _, first), items in zip(entries, shards, strict=True):
-            for place, item in enumerate(items, first):
-                rows = self._select(item, place, left_out)
-                found += len(rows)
-                if len(rows):
-                    yield rows
+        for (rows,) in together([self], seed, worker, workers):
+            if len(rows):
+                yield rows
+
+    def _conclude(self, left_out: Counter[str], found: int, workers: int) -> None:
+        """At the end of a pass: says what was left out, and raises UserError where all was."""
         self.left_out = left_out
         if not found and workers == 1:
             causes = ", ".join(f"{n} {cause}" for cause, n in left_out.items() if n)
@@ -248,19 +241,48 @@ class ActivationDataset:
     def rows(self, most: int | None = None, seed: int = 0) -> ActivationRows:
         """All selected rows in memory, in order, or `most` of them, drawn at random by `seed` from
         all in one pass (reservoir sampling, Vitter 1985). Activations are as `parts` gives them."""
-        if most is None:
-            return ActivationRows.joined(list(self.parts()))
-        random, seen = np.random.default_rng(seed), 0
-        kept = None
-        for rows in self.parts():
-            kept = kept or Buffer(most, rows)
-            rest = kept.fill(rows)
-            seen += len(rows) - len(rest)
-            places = random.random(len(rest)) * np.arange(seen + 1, seen + 1 + len(rest))
-            chosen = places < most
-            kept.put(places[chosen].astype(int), rest[chosen])
-            seen += len(rest)
-        return kept.take(np.arange(most - len(kept.free)))
+        return rows_of([self], most, seed)[0]
+
+
+def together(
+    datasets: Sequence[ActivationDataset],
+    seed: int | None = None,
+    worker: int = 0,
+    workers: int = 1,
+) -> Iterator[list[ActivationRows]]:
+    """Of several datasets of the same runs, each sample's rows in each of them, which may be none:
+    every shard is read once for all. Otherwise as `ActivationDataset.parts`."""
+    entries = datasets[0]._entries
+    order = np.arange(len(entries))
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
+    left_out: list[Counter[str]] = [Counter() for _ in datasets]
+    found = np.zeros(len(datasets), int)
+    entries = [entries[i] for i in order[worker::workers]]
+    shards = read_ahead(lambda entry: read_entry(*entry[:2]), entries)
+    for (_, _, first), items in zip(entries, shards, strict=True):
+        for place, item in enumerate(items, first):
+            pairs = zip(datasets, left_out, strict=True)
+            rows = [dataset._select(item, place, causes) for dataset, causes in pairs]
+            found += [len(part) for part in rows]
+            yield rows
+    for dataset, causes, number in zip(datasets, left_out, found, strict=True):
+        dataset._conclude(causes, int(number), workers)
+
+
+def rows_of(
+    datasets: Sequence[ActivationDataset], most: int | None = None, seed: int = 0
+) -> list[ActivationRows]:
+    """`ActivationDataset.rows` of each of several datasets of the same runs, in one pass."""
+    if most is None:
+        parts = zip(*together(datasets), strict=True)
+        return [ActivationRows.joined([rows for rows in each if len(rows)]) for each in parts]
+    kept = [Reservoir(most, seed) for _ in datasets]
+    for parts in together(datasets):
+        for reservoir, rows in zip(kept, parts, strict=True):
+            if len(rows):
+                reservoir.add(rows)
+    return [reservoir.rows() for reservoir in kept]
 
 
 def cells_of_tokens(item: dict[str, Any], selection: Selection) -> np.ndarray:

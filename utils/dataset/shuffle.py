@@ -89,6 +89,27 @@ class Buffer:
         return ActivationRows(*(column.take(places, axis=0) for column in self.rows.columns()))
 
 
+class Reservoir:
+    """`most` rows drawn at random by `seed` from all that are added (Vitter 1985)."""
+
+    def __init__(self, most: int, seed: int):
+        self._most, self._random, self._seen = most, np.random.default_rng(seed), 0
+        self._kept: Buffer | None = None
+
+    def add(self, rows: ActivationRows) -> None:
+        self._kept = self._kept or Buffer(self._most, rows)
+        rest = self._kept.fill(rows)
+        self._seen += len(rows) - len(rest)
+        highest = np.arange(self._seen + 1, self._seen + 1 + len(rest))
+        places = self._random.random(len(rest)) * highest
+        chosen = places < self._most
+        self._kept.put(places[chosen].astype(int), rest[chosen])
+        self._seen += len(rest)
+
+    def rows(self) -> ActivationRows:
+        return self._kept.take(np.arange(self._most - len(self._kept.free)))
+
+
 def mixed(
     blocks: Iterator[ActivationRows],
     size: int,

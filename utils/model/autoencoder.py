@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from dataclasses import dataclass, replace
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,13 +127,13 @@ def top(values: Any, k: int, axis: int | None = -1) -> "jax.Array":
 
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
 
-    def bit(i: Any, threshold: Any) -> Any:
-        higher = threshold | (1 << (30 - i))
+    def bit(i: Any, lowest: Any) -> Any:
+        higher = lowest | (1 << (30 - i))
         enough = (bits >= higher).sum(axis=axis, keepdims=True) >= k
-        return jnp.where(enough, higher, threshold)
+        return jnp.where(enough, higher, lowest)
 
-    lowest = jnp.zeros_like(bits.min(axis=axis, keepdims=True))
-    return jnp.where(bits >= jax.lax.fori_loop(0, 31, bit, lowest), values, 0)
+    start = jnp.zeros_like(bits.min(axis=axis, keepdims=True))
+    return jnp.where(bits >= jax.lax.fori_loop(0, 31, bit, start), values, 0)
 
 
 def hook_name(name: str) -> str:
@@ -175,7 +175,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
             raise UserError(f"neither a folder with {CONFIG} nor a file layer{{n}}.sae.pt")
         _check(made)
         with file.open("rb") as stream:
-            digest = _digest(stream)
+            digest = file_digest(stream, "sha256").hexdigest()
         return replace(made, sha256=digest, path=str(path))
     except OSError as error:
         why = f"{error.strerror or error}: {error.filename or path}"
@@ -186,13 +186,6 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     except (SafetensorError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         why = f"it is damaged ({error})"
     raise UserError(f"{path} holds no autoencoder that can be read: {why}")
-
-
-def _digest(stream: Any) -> str:
-    found = sha256()
-    while block := stream.read(1 << 24):
-        found.update(block)
-    return found.hexdigest()
 
 
 def _tensors(file: Path) -> dict[str, np.ndarray]:
