@@ -17,6 +17,7 @@ from runs import planned
 import simple_extraction_inference as script
 from utils.dataset import ActivationDataset, Selection
 from utils.dataset.contrast import contrast
+from utils.model.capture import HOOK_POINTS
 from utils.run.dry_run import plan_storage
 from utils.run.loop import run
 from utils.shards import iter_items
@@ -48,11 +49,7 @@ EVERYTHING = [
     "--layers_to_extract",
     "all",
     "--hook_points",
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "attn_out",
-    "mlp_out",
+    *HOOK_POINTS,
     "--activation_dtype",
     "float32",
 ]
@@ -87,7 +84,7 @@ def check_against(model, item):
     states, logits = hidden_states(model, ids)
     assert set(item["activations"]) == set(states)
     for name, expected in states.items():
-        assert item["activations"][name].shape == (len(ids), TINY["hidden_size"])
+        assert item["activations"][name].shape == expected.shape
         assert worst_error(item["activations"][name], expected) < TOLERANCE, name
     logprobs = log_softmax(logits)
     expected = logprobs[np.arange(P - 1, len(ids) - 1), ids[P:]]

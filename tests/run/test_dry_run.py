@@ -29,7 +29,7 @@ class TwoPeers(Peers):
         if name == "samples":
             shard = {"activations_host001_batch_000001.pkl": ["crc", self._done]}
             files = list(shard) * bool(self._done)
-            other = {"listed": shard, "there": files, "files": files, "missing": []}
+            other = {"listed": shard, "there": files, "files": files, "missing": [], "unsound": []}
             return [value, {"folder": "elsewhere", **other}]
         return [value] if name == "weights" else [value, value]
 

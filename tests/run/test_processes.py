@@ -110,6 +110,7 @@ def test_a_frozen_process_that_wakes_writes_nothing(models, tasks, tmp_path, whi
     folder = tmp_path / "run"
     run = start(models["14-2"], tasks, folder, 2, 1, pretend=1, mesh_shape=[2, 1], **LONG)
     run.wait_for(folder, "acts/*_batch_000002.pkl")
+    time.sleep(0.3)  # into the next pass, of a second: not while a shard is being listed
     frozen, other = run.processes[which], run.processes[1 - which]
     frozen.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
