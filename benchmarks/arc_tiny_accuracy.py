@@ -48,7 +48,7 @@ def solved(folder: Path, rows: list[dict], model: str, name: str, *flags: str) -
     command = [sys.executable, bench.ROOT / "simple_extraction_inference.py", "--model_path", model]
     command += ["--dataset_path", folder / "arc_data" / "arc_format_train.json"]
     command += ["--output_path", output, "--no_extraction", "--prompt_format", "compact"]
-    command += ["--max_output_tokens", "64", "--batch_size", "50", *flags]
+    command += ["--max_output_tokens", "64", "--batch_size", str(min(50, len(rows))), *flags]
     run(command)
     predictions = json.loads(output.read_text())
     found = defaultdict(list)
