@@ -79,6 +79,7 @@ const causes = [...document.querySelectorAll("[data-source]")];
 const place = s => { const [pair, role, row, col] = map.sources[s];
   return (pair < 0 ? "the test " : `pair ${pair + 1}'s `) + (role ? "output" : "input") +
     `, row ${row + 1}, column ${col + 1}`; };
+const nats = x => x.toFixed(2).replace("-0.00", "0.00");
 let chosen = 0, kept = 0;
 function show() {
   const l = Number(slider.value);
@@ -91,9 +92,9 @@ function show() {
   }
   for (const cell of causes) {
     const s = Number(cell.dataset.source), v = at(l, s, chosen), share = Math.abs(v) / most;
-    const mark = cell.firstElementChild, side = 18 + 82 * share;
+    const mark = cell.firstElementChild, side = 42 + 58 * share;
     mark.style.width = mark.style.height = side + "%";
-    mark.style.opacity = 0.25 + 0.75 * share;
+    mark.style.opacity = 0.4 + 0.6 * share;
     cell.classList.toggle("first", s === first && v < 0);
     cell.classList.toggle("more", v > 0);
     cell.title = `${v > 0 ? "+" : ""}${v.toFixed(2)} nats: ${place(s)}`;
@@ -103,8 +104,8 @@ function show() {
   document.getElementById("number").textContent = map.layers[l];
   const [row, col] = map.targets[chosen], v = at(l, first, chosen);
   said.textContent = `Row ${row + 1}, column ${col + 1} of the answer: log p of its true color ` +
-    `is ${map.before[chosen].toFixed(2)}. At layer ${map.layers[l]} ` + (v < 0 ?
-    `it hangs most on ${place(first)}: without it, log p is ${(map.before[chosen] + v).toFixed(2)}.`
+    `is ${nats(map.before[chosen])}. At layer ${map.layers[l]} ` + (v < 0 ?
+    `it hangs most on ${place(first)}: without it, log p is ${nats(map.before[chosen] + v)}.`
     : `no change of a cell of the puzzle makes it less likely.`);
   const top = Math.max(...falls, 1e-9);
   bars.replaceChildren(...falls.flatMap((fall, k) => {
@@ -177,12 +178,13 @@ def _answer(found: "CausalMap") -> str:
 
 
 def _puzzle(found: "CausalMap") -> str:
-    """Every grid of the prompt; a cell that was changed has the number of its source."""
+    """Every grid of the prompt, the test input first; a cell that was changed has the number of
+    its source."""
     task, sample = found.sample.task, found.sample
     numbers = {tuple(place): i for i, place in enumerate(found.sources.tolist())}
     pairs = list(enumerate(task.train[len(task.train) - sample.num_train_pairs :]))
     parts = []
-    for number, pair in [*pairs, (-1, task.test[sample.sample_idx])]:
+    for number, pair in [(-1, task.test[sample.sample_idx]), *pairs]:
         name = f"pair {number + 1}" if number >= 0 else "test input"
         sides = [(0, pair.input), *([(1, pair.output)] if number >= 0 else [])]
         drawn = "".join(

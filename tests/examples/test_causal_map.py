@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import jax
@@ -11,12 +12,16 @@ from conftest import ROOT
 from tiny import write_model
 
 from examples import causal_map as script
-from examples.causal_map import Lab, plan_maps, sample_of, source_cells, tokens_of
+from examples.causal_map import CausalMap, Lab, plan_maps, sample_of, source_cells, tokens_of
+from examples.causal_page import page
 from examples.generate_tasks import FAMILIES, draw_row
+from utils.arc.tasks import Pair, Task
 from utils.model.generate import Shape
 from utils.model.interventions import Edit
+from utils.plan.batching import Length
 from utils.plan.interventions import Intervention
 from utils.plan.request import Request
+from utils.plan.samples import Sample
 from utils.run.compute import Computation
 
 TASKS = ["task1", "task4"]  # of two train pairs each
@@ -147,15 +152,15 @@ def flags(model, tasks, folder, **more):
 
 
 def test_the_model_that_ships_takes_a_cell_from_where_it_came(tmp_path, in_shell, monkeypatch):
-    """The script on a grid to be flipped, whose task has a stranger's id: in the page it is text.
-    Most cells of the answer hang most on the cell that they come from."""
+    """The script on a grid to be flipped: most cells of the answer hang most on the cell that they
+    come from."""
     monkeypatch.setattr("utils.model.layout.find_devices", lambda everywhere: jax.devices()[:1])
-    name, row = "<img src=x onerror=alert(1)>", draw_row(FAMILIES["flip"], (2, 3))
+    row = draw_row(FAMILIES["flip"], (2, 3))
     *train, test = ({"input": given, "output": answer} for given, answer in row["examples"])
     task = {"train": train, "test": [test]}
-    (tmp_path / "tasks.json").write_text(json.dumps({name: task, "other": task}))
+    (tmp_path / "tasks.json").write_text(json.dumps({NAME: task, "other": task}))
     shipped = ROOT / "examples" / "arc_tiny"
-    argv = flags(shipped, tmp_path / "tasks.json", tmp_path, task=name, sources="test", layers=0)
+    argv = flags(shipped, tmp_path / "tasks.json", tmp_path, task=NAME, sources="test", layers=0)
     code, out, err = in_shell(script, [*argv, "--prompt_format", "compact"])
     assert code == 0, err
     rows, cols = np.shape(test["input"])
@@ -165,7 +170,7 @@ def test_the_model_that_ships_takes_a_cell_from_where_it_came(tmp_path, in_shell
     found = json.loads((tmp_path / "map" / "causal_map.json").read_text())
     keys = ["task_id", "sample_idx", "hook_points", "layers", "source_cells", "target_cells"]
     assert list(found) == [*keys, "effect"]
-    assert (found["task_id"], found["sample_idx"]) == (name, 0)
+    assert (found["task_id"], found["sample_idx"]) == (NAME, 0)
     assert (found["hook_points"], found["layers"]) == (["resid_pre"], [0])
     assert found["target_cells"] == [[r, c] for r in range(rows) for c in range(cols)]
     assert found["source_cells"] == [[-1, 0, r, c] for r, c in found["target_cells"]]
@@ -175,10 +180,8 @@ def test_the_model_that_ships_takes_a_cell_from_where_it_came(tmp_path, in_shell
     sources = np.flip(np.arange(size).reshape(rows, cols), axis).ravel()
     assert (effect[0].argmin(axis=0) == sources).mean() > 0.6
 
-    page = (tmp_path / "map" / "causal_map.html").read_text()
-    assert page.endswith("</html>\n") and "<img" not in page
-    assert not re.findall(r"(?:src|href)=\"|https?://|url\(", page)
-    assert page.count("<button") == page.count("data-source=") == size
+    text = (tmp_path / "map" / "causal_map.html").read_text()
+    assert text.count("<button") == text.count("data-source=") == size
     code, _, err = in_shell(script, argv)
     assert code == 2 and "exists: choose another folder" in err
 
@@ -208,3 +211,74 @@ def test_a_mistake_is_one_line_before_the_model_loads(
     code, _, err = in_shell(script, flags(model, tasks_file, tmp_path, **more))
     assert code == 2 and words in err and err.count("\n") == 1, err
     assert not (tmp_path / "map").exists()
+
+
+NAME = "<img src=x onerror=alert(1)>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture
+def page_of_a_map(tmp_path):
+    """A map whose strongest cause of answer cell i is cell i of the test input at layer 2, and
+    cell 3 - i at layer 5; the task's id is a stranger's, and in the page it is text."""
+    grid = [[1, 2], [3, 4]]
+    task = Task(NAME, (Pair(grid, grid), Pair(grid, grid)), (Pair(grid, grid),))
+    sample = Sample(task, 0, 2, Length(1), 1)
+    places = np.array([[r, c] for r in (0, 1) for c in (0, 1)])
+    sources = np.array([[pair, 0, r, c] for pair in (1, -1) for r, c in places])
+    effect = np.full((2, 8, 4), -0.1, np.float32)
+    for i in range(4):
+        effect[0, 4 + i, i], effect[1, 4 + 3 - i, i], effect[:, 0, i] = -5, -3, 0.2
+    found = CausalMap(sample, "resid_pre", [2, 5], sources, places, np.full(4, -0.5), effect)
+    path = tmp_path / "causal_map.html"
+    path.write_text(page(found, "mean"), encoding="utf-8")
+    return path
+
+
+def test_the_page_fetches_nothing_and_runs_nothing_of_a_stranger(page_of_a_map):
+    text = page_of_a_map.read_text()
+    assert text.endswith("</html>\n") and "<img" not in text and "&lt;img src=x" in text
+    assert not re.findall(r"(?:src|href)=\"|https?://|url\(", text)
+    assert text.count("<button") == 4 and text.count("data-source=") == 8
+    assert text.count('class="unasked"') == 12 and "mean over the puzzle" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_one_points_at_a_cell_and_sees_its_causes(page_of_a_map, width, height):
+    """By mouse, by tap, and by keys; layer by layer."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    complaints = []
+
+    def strongest():
+        return view.eval_on_selector_all(".first", "cells => cells.map(c => c.dataset.source)")
+
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, has_touch=width < 600
+        )
+        view = context.new_page()
+        for event in ("console", "pageerror", "requestfailed"):
+            view.on(event, lambda found: complaints.append(str(found)))
+        view.goto(page_of_a_map.as_uri())
+        assert view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert strongest() == ["4"]
+        second = view.locator("#answer button").nth(1)
+        second.tap() if width < 600 else second.hover()
+        assert strongest() == ["5"]
+        assert view.locator(".more").count() == 1
+        assert "test input, row 1, column 2: without it, log p is -5.50" in view.inner_text("#said")
+        second.focus()
+        view.keyboard.press("ArrowDown")
+        assert strongest() == ["7"]
+        view.focus("#layer")
+        view.keyboard.press("ArrowRight")
+        assert strongest() == ["4"] and view.inner_text("#number") == "5"
+        sides = view.eval_on_selector_all(
+            ".grid > *", "cells => cells.map(c => c.getBoundingClientRect().width)"
+        )
+        assert min(sides) >= 10
+        browser.close()
+    assert not complaints
