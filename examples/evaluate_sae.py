@@ -323,10 +323,13 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     if free is not None:
         found |= generated(free, sae, mean, model.computation.engine.params)
     write_json_atomic(args.output, found)
-    print(describe(found, plan))
+    print(describe(found, plan, free))
 
 
-def describe(found: dict[str, Any], plan: "Plan") -> str:
+def describe(found: dict[str, Any], plan: "Plan", free: "Plan | None") -> str:
+    """plan: of the forced answers; free: of those that are generated."""
+    from utils.plan.samples import skip_reasons
+
     ce = found["ce"]
     shares = [
         f"{name} {'undefined' if found[key] is None else format(found[key], '.1%')}"
@@ -337,8 +340,8 @@ def describe(found: dict[str, Any], plan: "Plan") -> str:
         f"token, over {found['tokens']} tokens of answers",
         "cross-entropy: " + ", ".join(f"{name} {value:.4f}" for name, value in ce.items()),
     ]
-    if "solved" in found:
-        targets = [sample.target for sample in plan.samples]
+    if free is not None:
+        targets = [sample.target for sample in free.samples if sample.target is not None]
         cells = sum(len(grid) * len(grid[0]) for grid in targets)
         for name, key, total in (
             ("solved", "solved", len(targets)),
@@ -346,6 +349,7 @@ def describe(found: dict[str, Any], plan: "Plan") -> str:
         ):
             counts = ", ".join(f"{condition} {n}" for condition, n in found[key].items())
             lines.append(f"{name}, of {total}: {counts}")
+    lines += [f"left out, {reason}: {n}" for reason, n in skip_reasons(plan.skipped)]
     return "\n".join(lines)
 
 
