@@ -105,7 +105,7 @@ function show() {
   const [row, col] = map.targets[chosen], v = at(l, first, chosen);
   said.textContent = `Row ${row + 1}, column ${col + 1} of the answer: log p of its true color ` +
     `is ${nats(map.before[chosen])}. At layer ${map.layers[l]} ` + (v < 0 ?
-    `it hangs most on ${place(first)}: without it, log p is ${nats(map.before[chosen] + v)}.`
+    `it hangs most on ${place(first)}: with it changed, log p is ${nats(map.before[chosen] + v)}.`
     : `no change of a cell of the puzzle makes it less likely.`);
   const top = Math.max(...falls, 1e-9);
   bars.replaceChildren(...falls.flatMap((fall, k) => {
@@ -154,7 +154,7 @@ def page(found: "CausalMap", op: str) -> str:
         "then shows how much less likely the cell's true color becomes when the model's hidden "
         f"states ({found.hook_point}) of one cell of the puzzle are {DONE[op]}: the larger and "
         "fuller a mark, the more the answer hangs on that cell at this layer. Round marks are "
-        "cells without which it becomes more likely; the strongest cause has a frame.</p>"
+        "cells whose change makes it more likely; the strongest cause has a frame.</p>"
         f'<div class="columns"><section class="card answer"><h2>The answer</h2>{_answer(found)}'
         f'<div id="said" aria-live="polite"></div>{_slider(found)}'
         '<p class="soft">How far the strongest cause of this cell lowers log p, in nats:</p>'

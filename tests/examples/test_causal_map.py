@@ -269,7 +269,9 @@ def test_one_points_at_a_cell_and_sees_its_causes(page_of_a_map, width, height):
         second.tap() if width < 600 else second.hover()
         assert strongest() == ["5"]
         assert view.locator(".more").count() == 1
-        assert "test input, row 1, column 2: without it, log p is -5.50" in view.inner_text("#said")
+        assert "test input, row 1, column 2: with it changed, log p is -5.50" in view.inner_text(
+            "#said"
+        )
         second.focus()
         view.keyboard.press("ArrowDown")
         assert strongest() == ["7"]
