@@ -9,6 +9,7 @@ SAID = {  # by each benchmark, so that a run which measures nothing does not pas
     "arc_tiny_accuracy": (
         "| family | tasks | one attempt | two attempts | two voted of 2 views |",
     ),
+    "causal_hits": ("| family | tasks | cells | chance | layer 0 |", "| **all** | 2 |"),
     "compare_sae_training": ("| topk |", "| batchtopk |", "| jumprelu |", "SAELens"),
     "compare_saelens": ("ours:", "SAELens"),
     "compare_transformers": (

@@ -123,12 +123,12 @@ def add_flags(
     changes: Mapping[str, Mapping[str, Any]] = {},
     unit: str = "",
 ) -> None:
-    """The flags of one group of a dataclass whose fields are `option`s, in their order.
+    """The flags of one group of a dataclass whose fields are `option`s, or of one field, in order.
 
     changes: field -> what is different in this script: `flag` (its name), `default`, `help`.
     """
     for entry in fields(options):
-        if entry.metadata.get("group") != group:
+        if "group" not in entry.metadata or group not in (entry.metadata["group"], entry.name):
             continue
         told = {"default": entry.default, **entry.metadata, **changes.get(entry.name, {})}
         words = {**told["words"], "help": told["help"].replace("{unit}", unit)}

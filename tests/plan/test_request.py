@@ -54,7 +54,8 @@ def test_what_differs_in_a_script():
 def test_every_option_has_one_flag(script, absent):
     actions = [action.dest for action in script.build_parser()._actions]
     options = {entry.name for entry in fields(Request) if "group" in entry.metadata}
-    assert {entry.name for entry in fields(Request)} - options == {"distributed", "arguments"}
+    others = {entry.name for entry in fields(Request)} - options
+    assert others == {"task_ids", "distributed", "arguments"}
     for name in options:
         assert actions.count(name) == (name not in absent), name
 

@@ -66,7 +66,7 @@ class Donor:
         if not len(tokens):
             return found
         whose = f"{self.folder}, sample {list(self.sample or sample.key)}"
-        source = self._by_cells(tokens, encoded, item, whose) if self.by_cells else tokens
+        source = by_cells(tokens, encoded.cells, item["cells"], whose) if self.by_cells else tokens
         if not (self.sample or self.by_cells):
             ids = item["input_ids"][: len(encoded.ids)]
             if not np.array_equal(ids, encoded.ids):
@@ -85,27 +85,6 @@ class Donor:
         found[tokens] = rows[at]
         return found
 
-    def _by_cells(
-        self, tokens: np.ndarray, encoded: Encoded, item: dict[str, Any], whose: str
-    ) -> np.ndarray:
-        """For each token the donor's, by the pair, role, row and column of its cell."""
-        spans = {tuple(cell[:4]): (cell[5], cell[6]) for cell in item["cells"].tolist()}
-        wanted, source = set(tokens.tolist()), {}
-        for *place, _, start, stop in encoded.cells.tolist():
-            if not wanted & set(range(start, stop)):
-                continue
-            begin, end = spans.get(tuple(place), (0, 0))
-            if end - begin != stop - start:
-                what = "no such cell" if begin == end else "another number of tokens for that cell"
-                raise UserError(f"{whose} has {what}: pair, role, row, column {place}")
-            source.update(zip(range(start, stop), range(begin, end), strict=True))
-        if left := wanted - source.keys():
-            raise UserError(
-                f'"align": "cells" needs tokens of cells, and token {min(left)} has none: give '
-                "conditions on cells in `where`"
-            )
-        return np.array([source[token] for token in tokens.tolist()])
-
     def _item(self, key: tuple[Any, ...]) -> dict[str, Any]:
         if key not in self.entries:
             raise UserError(f"{self.folder} holds no sample {list(key)} to patch from")
@@ -117,3 +96,28 @@ class Donor:
 @lru_cache(maxsize=4)
 def _shard(folder: str, entry: str) -> list[dict[str, Any]]:
     return [dequantized_item(item) for item in read_entry(folder, json.loads(entry))]
+
+
+def by_cells(tokens: np.ndarray, cells: np.ndarray, donor: np.ndarray, whose: str) -> np.ndarray:
+    """For each token the donor's, int [N], by the pair, role, row and column of its cell.
+
+    cells, donor: int [C, 7], the tables of the sample and of the donor. whose: the donor's name.
+    Raises UserError where the donor has no such cell, or another number of tokens there, and for a
+    token without a cell.
+    """
+    spans = {tuple(cell[:4]): (cell[5], cell[6]) for cell in donor.tolist()}
+    wanted, source = set(tokens.tolist()), {}
+    for *place, _, start, stop in cells.tolist():
+        if not wanted & set(range(start, stop)):
+            continue
+        begin, end = spans.get(tuple(place), (0, 0))
+        if end - begin != stop - start:
+            what = "no such cell" if begin == end else "another number of tokens for that cell"
+            raise UserError(f"{whose} has {what}: pair, role, row, column {place}")
+        source.update(zip(range(start, stop), range(begin, end), strict=True))
+    if left := wanted - source.keys():
+        raise UserError(
+            f'"align": "cells" needs tokens of cells, and token {min(left)} has none: give '
+            "conditions on cells in `where`"
+        )
+    return np.array([source[token] for token in tokens.tolist()])

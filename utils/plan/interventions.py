@@ -107,13 +107,15 @@ def read_interventions(
             if not isinstance(entry, dict):
                 raise UserError("it must be an object")
             _check_where(entry.get("where"), generates, entry.get("op"))
-            found.append(_intervention(entry, config))
+            found.append(intervention(entry, config))
         except UserError as error:
             raise UserError(f"{path}, entry {number}: {error}") from None
     return tuple(found)
 
 
-def _intervention(entry: dict[str, Any], config: ModelConfig) -> Intervention:
+def intervention(entry: dict[str, Any], config: ModelConfig) -> Intervention:
+    """An entry, its `where` not looked at. Raises UserError for what it lacks, what does not exist
+    and what does not fit the model."""
     op, hook = entry.get("op"), entry.get("hook")
     if op not in OPS:
         raise UserError(f"op {op!r} does not exist; there are {', '.join(OPS)}")

@@ -36,7 +36,7 @@ _cloud = partial(option, "cloud storage")
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked to do; each field but the last two is the flag of its name."""
+    """What a run is asked to do; each field but the last three is the flag of its name."""
 
     model_path: str = _input(
         "folder of a Hugging Face model: Llama, Mistral, Qwen, Gemma; gs://BUCKET/FOLDER is "
@@ -235,6 +235,7 @@ class Request:
         default=False,
     )
 
+    task_ids: tuple[str, ...] = ()  # of the tasks that are taken; none of them named takes all
     distributed: bool = False  # on all devices and processes; writes submission.json
     arguments: dict[str, Any] = field(default_factory=dict)  # as given, for the manifest
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from utils.arc import tasks as arc
 from utils.arc.tasks import SampleKey
 from utils.arc.views import View, views
-from utils.errors import UserError
+from utils.errors import UserError, some
 from utils.model.capture import tokens_in
 from utils.plan.batching import Length
 from utils.plan.request import Request
@@ -71,12 +71,15 @@ def tasks_hash(tasks: Sequence[arc.Task]) -> str:
 
 
 def read_tasks(request: Request) -> tuple[list[arc.Task], str]:
-    """The first `max_tasks` tasks, those of this shard, with ground truth where a solutions file
-    holds it; and a hash of those of all shards, without."""
+    """The first `max_tasks` tasks, those of `task_ids` and of this shard, with ground truth where a
+    solutions file holds it; and a hash of those of all shards, without."""
     tasks = [
         replace(task, train=task.train[: request.max_train_pairs])
         for task in islice(arc.read_tasks(request.dataset_path), request.max_tasks)
+        if not request.task_ids or task.task_id in request.task_ids
     ]
+    if lacking := set(request.task_ids) - {task.task_id for task in tasks}:
+        raise UserError(f"{request.dataset_path} has no task {some(sorted(lacking))}")
     whole, shards = tasks_hash(tasks), request.num_shards
     tasks = [task for task in tasks if shard_of(task.task_id, shards) == request.shard_id]
     if not tasks:

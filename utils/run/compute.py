@@ -74,7 +74,8 @@ class Computation:
     it to the host; each for one thread, in the order of `passes`. Every process launches the same
     passes in the same order.
 
-    params: default, those of the checkpoint; their specs, where nothing is to be run.
+    params: default, those of the checkpoint; or those of another computation of the same weights on
+    the same mesh; or their specs, where nothing is to be run.
     """
 
     def __init__(self, plan: Plan, params: Any = None):
@@ -84,10 +85,10 @@ class Computation:
         if not with_logits and not request.teacher_forcing:
             layers = plan.capture.last_layer + 1
         self.layout = plan.layout
-        abstract = params is not None
-        if not abstract:
+        if params is None:
             use_compilation_cache()
             params = plan.checkpoint.load(self.layout, np.dtype(plan.dtype))
+        abstract = not isinstance(jax.tree.leaves(params)[0], jax.Array)
         self.engine = Engine(
             Decoder(
                 plan.config,

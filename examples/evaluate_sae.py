@@ -1,0 +1,357 @@
+"""What of a model's work survives an autoencoder: loss, cells and tasks with its reconstructions.
+
+    python examples/evaluate_sae.py --sae sae --hook_point resid_post.3 --generate \\
+        --model_path examples/arc_tiny --dataset_path arc_data/arc_format_train.json \\
+        --prompt_format compact --max_output_tokens 64 --output results/sae.json
+
+The model reads puzzles and their true answers four times: as it is, and with the hidden states of
+every token at one hook set to zero, to their mean, or to what the autoencoder makes of them
+(spliced). The share of the loss between zero and clean that the reconstruction keeps is
+`ce_recovered`. With --generate the model also answers by itself, and the cells and tasks are
+counted that it still gets right.
+"""
+
+# N rows   T tokens   P prompt tokens   W width   L latents   V vocabulary
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import cli
+from utils.errors import UserError
+from utils.plan.request import Request
+from utils.store.local import write_json_atomic
+
+if TYPE_CHECKING:
+    from utils.plan.interventions import Intervention
+    from utils.plan.plan import Plan
+    from utils.run.compute import Computation
+    from utils.run.result import Result
+
+CONDITIONS = ("clean", "zero", "mean", "spliced")
+GENERATED = ("clean", "mean", "spliced")
+BLOCK = 1024  # rows that the autoencoder reconstructs at once
+KL_BLOCK = 64  # answer tokens a device whose vocabulary-wide logits exist at once, twice
+NOWHERE = {"where": {"tokens": []}}
+
+
+class Spliced:
+    """A model with three changes at one hook in one compiled program: zero, mean and
+    reconstruction, of which at most one holds, at every token.
+
+    parts: condition -> its change; mean: float32 [W], what the states become there. params: of the
+    model, where they are loaded already.
+    """
+
+    def __init__(self, plan: "Plan", sae: "Intervention", mean: np.ndarray, params: Any = None):
+        from utils.model.interventions import Edit
+        from utils.plan.interventions import Intervention
+        from utils.run.compute import Computation
+
+        hook = sae.edit.hook
+        self.parts = {
+            "zero": Intervention(NOWHERE, Edit(hook, "zero")),
+            "mean": Intervention(NOWHERE, Edit(hook, "set"), {"vector": mean}),
+            "spliced": replace(sae, entry=NOWHERE),
+        }
+        self.plan = replace(plan, interventions=tuple(self.parts.values()))
+        self.computation: Computation = Computation(self.plan, params)
+        self.computation.compile(plan.batches)
+
+    def set_mean(self, mean: np.ndarray) -> None:
+        import jax
+
+        engine, place = self.computation.engine, list(self.parts).index("mean")
+        vector = jax.device_put(mean, self.plan.layout.sharding())
+        engine.constants = [
+            {"vector": vector} if i == place else arrays
+            for i, arrays in enumerate(engine.constants)
+        ]
+
+    def results(self, condition: str) -> Iterator["Result"]:
+        """Every sample's, under one of CONDITIONS."""
+        from tqdm import tqdm
+
+        from utils.run.pipeline import Pipeline
+
+        chosen = [
+            replace(one, entry={} if name == condition else NOWHERE)
+            for name, one in self.parts.items()
+        ]
+        computation = self.computation
+        computation.plan = replace(self.plan, interventions=tuple(chosen))
+        pipeline = Pipeline(
+            computation.passes(self.plan.batches),
+            computation.launch,
+            computation.fetch,
+            lambda result: result.nbytes,
+            lambda: None,
+        )
+        with tqdm(total=len(self.plan.samples), desc=condition, unit="sample") as bar:
+            for results in pipeline:
+                bar.update(len(results))
+                yield from results
+
+
+@dataclass
+class Reconstruction:
+    """Sums over the rows of a hook, [N, W], that an autoencoder has seen.
+
+    error: squared distance to the reconstructions; active: latents above zero; squares: squared
+    norms; total: float64 [W], the rows' sum.
+    """
+
+    sae: "Intervention"
+    rows: int = 0
+    error: float = 0.0
+    active: int = 0
+    squares: float = 0.0
+    total: Any = 0.0
+
+    def add(self, rows: np.ndarray) -> None:
+        edit, weights = self.sae.edit, self.sae.constants["weights"]
+        for start in range(0, len(rows), BLOCK):
+            part = rows[start : start + BLOCK].astype(np.float32)
+            n = len(part)
+            padded = np.pad(part, [(0, BLOCK - n), (0, 0)])
+            errors, active = _reconstructed()(edit.architecture, edit.k, weights, padded)
+            self.error += float(np.asarray(errors)[:n].sum(dtype=np.float64))
+            self.active += int(np.asarray(active)[:n].sum())
+            self.squares += float(np.square(part, dtype=np.float64).sum())
+            self.total = self.total + part.sum(axis=0, dtype=np.float64)
+            self.rows += n
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float32 [W]"""
+        return (self.total / self.rows).astype(np.float32)
+
+    @property
+    def explained_variance(self) -> float | None:
+        """1 - squared error over the squared distance to the rows' mean; None for equal rows."""
+        variance = self.squares - float(np.square(self.total).sum()) / self.rows
+        return 1 - self.error / variance if variance > 0 else None
+
+
+@cache
+def _reconstructed() -> Any:
+    """(architecture, k, weights, rows [N, W]) -> squared errors [N] and active latents [N]."""
+    import jax
+
+    return jax.jit(_errors, static_argnums=(0, 1))
+
+
+def _errors(architecture: str, k: int | None, weights: Any, rows: Any) -> tuple[Any, Any]:
+    from utils.model.autoencoder import decode, encode
+
+    latents = encode(architecture, k, weights, rows)
+    return ((decode(weights, latents) - rows) ** 2).sum(-1), (latents > 0).sum(-1)
+
+
+@dataclass
+class Divergence:
+    """KL from the clean model's next-token distribution to that of the spliced one, summed over
+    pairs of the last hidden states, [N, W], that the two have at the same token."""
+
+    computation: "Computation"
+    total: float = 0.0
+    _waiting: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def add(self, clean: np.ndarray, spliced: np.ndarray) -> None:
+        self._waiting.append((clean, spliced))
+        if sum(len(rows) for rows, _ in self._waiting) >= self._block:
+            self.finish()
+
+    @property
+    def _block(self) -> int:
+        return KL_BLOCK * self.computation.layout.mesh.size
+
+    def finish(self) -> float:
+        """The sum, of all that was added."""
+        import jax
+
+        if not self._waiting:
+            return self.total
+        pairs = [np.concatenate(rows) for rows in zip(*self._waiting, strict=True)]
+        self._waiting.clear()
+        engine, layout = self.computation.engine, self.computation.layout
+        exact = self.computation.plan.dtype == "float32"
+        precision = jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
+        with precision:
+            for start in range(0, len(pairs[0]), self._block):
+                parts = [rows[start : start + self._block] for rows in pairs]
+                n = len(parts[0])
+                padded = [np.pad(part, [(0, self._block - n), (0, 0)]) for part in parts]
+                found = _divergences()(engine.model, engine.params, *map(layout.put, padded))
+                self.total += float(np.asarray(found)[:n].sum(dtype=np.float64))
+        return self.total
+
+
+@cache
+def _divergences() -> Any:
+    """(model, params, clean [N, W], spliced [N, W]) -> `_kl`."""
+    import jax
+
+    return jax.jit(_kl, static_argnums=0)
+
+
+def _kl(model: Any, params: Any, clean: Any, spliced: Any) -> Any:
+    """[N] in nats, of hidden states [N, W] before the final norm."""
+    import jax
+    import jax.numpy as jnp
+
+    logits = partial(model.apply, {"params": params}, method=type(model).logits)
+    p, q = (jax.nn.log_softmax(logits(x), axis=-1) for x in (clean, spliced))
+    return jnp.where(jnp.isfinite(p), jnp.exp(p) * (p - q), 0).sum(axis=-1)
+
+
+def forced(plan: "Plan", sae: "Intervention") -> tuple[dict[str, Any], np.ndarray, Spliced]:
+    """What is said of forced answers; the hook's mean, float32 [W]; and the model."""
+    from utils.model.capture import CaptureSpec, width_of
+
+    hook, last = sae.edit.hook, f"resid_post.{plan.config.num_layers - 1}"
+    plan = replace(plan, capture=CaptureSpec(tuple(dict.fromkeys((hook, last)))))
+    model = Spliced(plan, sae, np.zeros(width_of(plan.config, hook), np.float32))
+    seen, kept = Reconstruction(sae), {}
+    loss, tokens = dict.fromkeys(CONDITIONS, 0.0), 0
+    divergence = Divergence(model.computation)
+    for condition in CONDITIONS:
+        if condition == "mean":
+            model.set_mean(seen.mean)
+        for result in model.results(condition):
+            loss[condition] -= float(result.logprobs[0].sum(dtype=np.float64))
+            # The token before each of the answer's predicts it.
+            answer = slice(result.encoded.prompt_length - 1, len(result.encoded.ids) - 1)
+            if condition == "clean":
+                tokens += len(result.logprobs[0])
+                seen.add(result.captures[hook])
+                kept[result.sample.key] = result.captures[last][answer].copy()
+            if condition == "spliced":
+                divergence.add(kept[result.sample.key], result.captures[last][answer])
+    ce = {name: total / tokens for name, total in loss.items()}
+    gap = ce["zero"] - ce["clean"]
+    found = {
+        "tokens": tokens,
+        "explained_variance": seen.explained_variance,
+        "l0": seen.active / seen.rows,
+        "ce": ce,
+        "ce_recovered": (ce["zero"] - ce["spliced"]) / gap if gap else None,
+        "kl": divergence.finish() / tokens,
+    }
+    return found, seen.mean, model
+
+
+def generated(
+    plan: "Plan", sae: "Intervention", mean: np.ndarray, params: Any
+) -> dict[str, dict[str, int]]:
+    """Cells and test inputs that the model answers right by itself, under each of GENERATED."""
+    model = Spliced(plan, sae, mean, params)
+    found: dict[str, dict[str, int]] = {"cells_correct": {}, "solved": {}}
+    for condition in GENERATED:
+        cells = solved = 0
+        for result in model.results(condition):
+            target = result.sample.target
+            if target is None:
+                continue
+            said = plan.codec.read(result.answers[0], result.encoded.prompt_length).grid
+            cells += cells_right(said, target)
+            solved += said == target
+        found["cells_correct"][condition], found["solved"][condition] = cells, solved
+    return found
+
+
+def cells_right(said: Sequence[Sequence[int]] | None, target: Sequence[Sequence[int]]) -> int:
+    """Cells of the target that stand at the same place of what was said, whatever its shape."""
+    rows = zip(said or (), target, strict=False)
+    return sum(a == b for row in rows for a, b in zip(*row, strict=False))
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    parser.add_argument(
+        "--sae",
+        required=True,
+        help="folder of an autoencoder in SAELens's form, or Qwen-Scope's layer{n}.sae.pt",
+    )
+    parser.add_argument(
+        "--hook_point",
+        required=True,
+        metavar="HOOK.LAYER",
+        help="where it is put in the place of the hidden states, such as resid_post.11",
+    )
+    cli.add_flags(parser, Request, "input")
+    cli.add_flags(parser, Request, "batches")
+    cli.add_flags(parser, Request, "model and prompt")
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="also let the model answer by itself, and count the cells and tasks it gets right",
+    )
+    cli.add_flags(parser, Request, "max_output_tokens")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    return parser
+
+
+def main(args: argparse.Namespace, _: cli.Signals) -> None:
+    from utils.model.layout import find_devices
+    from utils.plan.interventions import intervention
+    from utils.plan.plan import check_file, plan_run
+
+    check_file(args.output, "--output")
+    request = replace(Request.from_flags(args), no_logits=True)
+    if args.generate and request.max_output_tokens == 0:
+        raise UserError("--generate needs --max_output_tokens above 0")
+    devices = find_devices(everywhere=True)
+    plan = plan_run(replace(request, teacher_forcing=True), devices, writes=False)
+    entry = {"hook": args.hook_point, "op": "reconstruct", "sae": args.sae}
+    sae = intervention(entry, plan.config)
+    answering = replace(request, no_logits=False, activations_dir=None)
+    free = None
+    if args.generate:  # on the same mesh, whose weights it shares
+        shape = plan.layout.data, plan.layout.model
+        free = plan_run(replace(answering, mesh_shape=shape), devices, writes=False)
+    found, mean, model = forced(plan, sae)
+    if free is not None:
+        found |= generated(free, sae, mean, model.computation.engine.params)
+    write_json_atomic(args.output, found)
+    print(describe(found, plan, free))
+
+
+def describe(found: dict[str, Any], plan: "Plan", free: "Plan | None") -> str:
+    """plan: of the forced answers; free: of those that are generated."""
+    from utils.plan.samples import skip_reasons
+
+    ce = found["ce"]
+    shares = [
+        f"{name} {'undefined' if found[key] is None else format(found[key], '.1%')}"
+        for name, key in (("explained variance", "explained_variance"), ("CE", "ce_recovered"))
+    ]
+    lines = [
+        f"{shares[0]}, L0 {found['l0']:.1f}; {shares[1]} recovered, KL {found['kl']:.4f} nats a "
+        f"token, over {found['tokens']} tokens of answers",
+        "cross-entropy: " + ", ".join(f"{name} {value:.4f}" for name, value in ce.items()),
+    ]
+    if free is not None:
+        targets = [sample.target for sample in free.samples if sample.target is not None]
+        cells = sum(len(grid) * len(grid[0]) for grid in targets)
+        for name, key, total in (
+            ("solved", "solved", len(targets)),
+            ("cells right", "cells_correct", cells),
+        ):
+            counts = ", ".join(f"{condition} {n}" for condition, n in found[key].items())
+            lines.append(f"{name}, of {total}: {counts}")
+    lines += [f"left out, {reason}: {n}" for reason, n in skip_reasons(plan.skipped)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, build_parser())
