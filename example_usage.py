@@ -3,9 +3,9 @@
     python example_usage.py
 
 Inspects and transforms the example tasks, runs the small model that ships with this repository on
-them, loads what was stored, trains a sparse autoencoder on it, and writes a page with pictures,
-example_run/report.html. Nothing is downloaded. To see what a run of your own stored, on a disk or
-in a bucket:
+them, loads what was stored, asks what each layer knows, trains a sparse autoencoder, changes hidden
+states to see what depends on them, and writes pages with pictures, example_run/report.html first.
+Nothing is downloaded. To see what a run of your own stored, on a disk or in a bucket:
 
     python example_usage.py --activations_dir gs://your-bucket/arc-activations
 
@@ -56,7 +56,8 @@ NAMES = {
     "mesh": {"submission.json"},
     # The last two are what an earlier version of the example made.
     "sae": {"cfg.json", "sae_weights.safetensors", "config.json", "sae.safetensors"},
-    "": {"report.html", "lens.json", "lens.html"},
+    "causes": {"causal_map.json", "causal_map.html"},
+    "": {"report.html", "lens.json", "lens.html", "sae_evaluation.json"},
 }
 EXAMPLES = SCRIPTS / "examples"
 ROWS = EXAMPLES / "tasks.jsonl"
@@ -364,6 +365,40 @@ def show_run(place: str) -> None:
     show_item(first)
 
 
+def causes(signals: Signals, folder: Path, model: Model) -> None:
+    """What depends on the hidden states of a cell, and of all tokens: by changing them."""
+    activations, layers = folder / "results" / "activations", model.flags["--layers_to_extract"]
+    items = iter_items(activations)
+    task = next((item["task_id"] for item in items if item["correct"]), None)
+    task = task or next(iter_items(activations))["task_id"]
+    read = [
+        ("--model_path", shown(model.path)),
+        ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
+        *((name, value) for name, value in model.flags.items() if name == "--prompt_format"),
+    ]
+    script(
+        signals,
+        "examples/causal_map.py",
+        *read,
+        ("--task", task),
+        ("--layers", layers),
+        ("--sources", "test"),
+        ("--output", folder / "causes"),
+    )
+    script(
+        signals,
+        "examples/evaluate_sae.py",
+        ("--sae", folder / "sae"),
+        ("--hook_point", f"resid_post.{model.layer}"),
+        *read,
+        ("--max_tasks", model.mesh_tasks),
+        ("--batch_size", 4),
+        ("--max_output_tokens", model.flags["--max_output_tokens"]),
+        ("--generate",),
+        ("--output", folder / "sae_evaluation.json"),
+    )
+
+
 def infer_on_mesh(signals: Signals, folder: Path, model: Model) -> None:
     """Some of the tasks on four virtual devices, and how far their states are from step 4's."""
     script(
@@ -454,11 +489,14 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             ("--activations_dir", folder / "results" / "activations"),
             ("--output", folder / "lens.json"),
         )
-        heading("10. On a mesh of devices, here four virtual ones")
+        heading("10. Which cells an answer hangs on, and what survives the autoencoder")
+        causes(signals, folder, model)
+        heading("11. On a mesh of devices, here four virtual ones")
         infer_on_mesh(signals, folder, model)
-        heading("11. With a model of your own")
+        heading("12. With a model of your own")
         show_next()
-        print(f"\nThe pictures: {folder / 'report.html'} and {folder / 'lens.html'}")
+        pages = ("report.html", "lens.html", "causes/causal_map.html")
+        print(f"\nThe pictures: {', '.join(str(folder / page) for page in pages)}")
     except BrokenPipeError:
         raise
     except OSError as error:
