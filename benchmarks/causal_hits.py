@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import bench
 from examples.causal_map import Lab, plan_maps, sample_of, shape_for, source_cells
-from examples.generate_tasks import FAMILIES, draw_row
+from examples.generate_tasks import draw_rows, family_of
 from utils import cli
 from utils.plan.request import Request
 
-SEED = 2  # of the tasks that training holds out
+NUMBER, SEED = 500, 2  # as training holds them out
 COPYING = ("recolor", "flip", "rotate", "transpose", "mirror", "tile")
 
 
@@ -34,7 +34,10 @@ def build_parser() -> cli.Parser:
     shipped = str(bench.ROOT / "examples" / "arc_tiny")
     parser.add_argument("--model_path", default=shipped, help="folder of the model")
     parser.add_argument(
-        "--tasks_per_family", type=cli.int_at_least(1), default=8, help="of each of six families"
+        "--tasks_per_family",
+        type=cli.int_at_least(1),
+        default=8,
+        help="of each of six families, at most",
     )
     parser.add_argument("--layers", nargs="+", default=["all"], metavar="LAYER", help="or `all`")
     parser.add_argument("--op", choices=("zero", "mean"), default="zero", help="the change")
@@ -66,11 +69,12 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
     families = COPYING[:2] if args.smoke else COPYING
-    rows = {
-        f"{name}-{i}": draw_row(FAMILIES[name], (SEED, 10_000 + i))
+    held_out = list(draw_rows(NUMBER, SEED))
+    drawn = {
+        name: [row for row in held_out if family_of(row) == name][: args.tasks_per_family]
         for name in families
-        for i in range(args.tasks_per_family)
     }
+    rows = {f"{name}-{i}": row for name in families for i, row in enumerate(drawn[name])}
     tasks = {}
     for name, row in rows.items():
         *train, test = ({"input": given, "output": made} for given, made in row["examples"])
