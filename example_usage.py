@@ -365,37 +365,44 @@ def show_run(place: str) -> None:
     show_item(first)
 
 
-def causes(signals: Signals, folder: Path, model: Model) -> None:
-    """What depends on the hidden states of a cell, and of all tokens: by changing them."""
-    activations, layers = folder / "results" / "activations", model.flags["--layers_to_extract"]
-    items = iter_items(activations)
-    task = next((item["task_id"] for item in items if item["correct"]), None)
-    task = task or next(iter_items(activations))["task_id"]
-    read = [
+def reads(folder: Path, model: Model) -> list[tuple[str, Any]]:
+    """The flags of a script that runs the model on the tasks again."""
+    return [
         ("--model_path", shown(model.path)),
         ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
         *((name, value) for name, value in model.flags.items() if name == "--prompt_format"),
     ]
-    script(
-        signals,
-        "examples/causal_map.py",
-        *read,
-        ("--task", task),
-        ("--layers", layers),
-        ("--sources", "test"),
-        ("--output", folder / "causes"),
-    )
+
+
+def survives(signals: Signals, folder: Path, model: Model) -> dict[str, Any]:
+    """What the model still gets right with reconstructions in the place of its states."""
     script(
         signals,
         "examples/evaluate_sae.py",
         ("--sae", folder / "sae"),
         ("--hook_point", f"resid_post.{model.layer}"),
-        *read,
+        *reads(folder, model),
         ("--max_tasks", model.mesh_tasks),
         ("--batch_size", 4),
         ("--max_output_tokens", model.flags["--max_output_tokens"]),
         ("--generate",),
         ("--output", folder / "sae_evaluation.json"),
+    )
+    return json.loads((folder / "sae_evaluation.json").read_text())
+
+
+def causes(signals: Signals, folder: Path, model: Model) -> None:
+    """On which cells of its test input an answer hangs, of a task that is solved if one is."""
+    activations = folder / "results" / "activations"
+    task = next((item["task_id"] for item in iter_items(activations) if item["correct"]), None)
+    script(
+        signals,
+        "examples/causal_map.py",
+        *reads(folder, model),
+        ("--task", task or next(iter_items(activations))["task_id"]),
+        ("--layers", model.flags["--layers_to_extract"]),
+        ("--sources", "test"),
+        ("--output", folder / "causes"),
     )
 
 
@@ -479,9 +486,11 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         heading("7. Train a sparse autoencoder")
         found |= train_sae(folder, model.layer)
         signals.check()
-        heading("8. A page of pictures")
+        heading("8. What the model still gets right with the autoencoder's reconstructions")
+        found["survival"] = survives(signals, folder, model)
+        heading("9. A page of pictures")
         report(folder, found)
-        heading("9. What each layer would say, if it were the last")
+        heading("10. What each layer would say, if it were the last")
         script(
             signals,
             "examples/logit_lens.py",
@@ -489,11 +498,11 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             ("--activations_dir", folder / "results" / "activations"),
             ("--output", folder / "lens.json"),
         )
-        heading("10. Which cells an answer hangs on, and what survives the autoencoder")
+        heading("11. Which cells of its puzzle an answer hangs on")
         causes(signals, folder, model)
-        heading("11. On a mesh of devices, here four virtual ones")
+        heading("12. On a mesh of devices, here four virtual ones")
         infer_on_mesh(signals, folder, model)
-        heading("12. With a model of your own")
+        heading("13. With a model of your own")
         show_next()
         pages = ("report.html", "lens.html", "causes/causal_map.html")
         print(f"\nThe pictures: {', '.join(str(folder / page) for page in pages)}")

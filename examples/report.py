@@ -78,7 +78,8 @@ class Findings:
     """What a page shows. items: of the run; about: task id -> what its rule is, in words; sae: what
     was measured of the autoencoder, `name` of its input; cells: what `features` speak of, and
     latents: sparse [N, L], what the autoencoder makes of each. probes: target -> what
-    `examples.probe.probe` found of each activation."""
+    `examples.probe.probe` found of each activation. survival: what `examples/evaluate_sae.py` wrote
+    of the autoencoder with --generate, or None."""
 
     manifest: dict[str, Any]
     items: Sequence[dict[str, Any]]
@@ -90,6 +91,7 @@ class Findings:
     latents: Any
     probes: dict[str, dict[str, dict[str, float]]]
     contrast: Contrast | None
+    survival: dict[str, Any] | None = None
 
 
 def write_report(path: Path, findings: Findings) -> None:
@@ -105,6 +107,7 @@ def write_report(path: Path, findings: Findings) -> None:
         norms(findings),
         probes(findings),
         features(findings),
+        survival(findings),
         contrast(findings),
     ]
     write_result(path, page("Inside a model that solves ARC tasks", "".join(parts)))
@@ -433,10 +436,37 @@ def feature_card(feature: Feature, found: Findings) -> str:
     )
 
 
-def bar(name: str, share: float, color: str) -> str:
+def survival(found: Findings) -> str:
+    """What the model still gets right with other states in the place of its own."""
+    if found.survival is None:
+        return ""
+    said, cards = found.survival, ""
+    names = {
+        "clean": ("as they are", "#2b8a3e"),
+        "spliced": ("reconstructed by the autoencoder", "#3b5bdb"),
+        "mean": ("their mean at every token", "#868e96"),
+    }
+    for what, counts in (("tasks solved", "solved"), ("cells right", "cells_correct")):
+        most = max(said[counts].values()) or 1
+        bars = "".join(
+            bar(name, said[counts][condition] / most, color, f"{said[counts][condition]:,}")
+            for condition, (name, color) in names.items()
+        )
+        cards += f'<div><figcaption>{what}</figcaption><div class="bars">{bars}</div></div>'
+    return (
+        "<h2>What survives the autoencoder</h2>"
+        f"<p>The model answered again with the states of <b>{html.escape(found.name)}</b> changed "
+        "at every token of prompt and answer. A reconstruction that keeps the tasks solved has "
+        "kept what the model needs. Of the cross-entropy that lies between states set to zero and "
+        f"states as they are, it recovers {said['ce_recovered']:.1%}.</p>"
+        f'<div class="card two">{cards}</div>'
+    )
+
+
+def bar(name: str, share: float, color: str, said: str | None = None) -> str:
     return (
         f'<span>{html.escape(name)}</span><span class="bar" style="width:{100 * share:.0f}%;'
-        f'background:{color}"></span><span>{share:.0%}</span>'
+        f'background:{color}"></span><span>{said or f"{share:.0%}"}</span>'
     )
 
 

@@ -29,6 +29,11 @@ def findings(folder) -> Findings:
         latents=encoded(lambda states: np.maximum(states, 0), cells.rows.activations),
         probes={"color": {"resid_post.0": line, "resid_post.2": {**line, "score": 0.45}}},
         contrast=None,
+        survival={
+            "ce_recovered": 0.987,
+            "solved": {"clean": 8, "mean": 0, "spliced": 6},
+            "cells_correct": {"clean": 50, "mean": 5, "spliced": 45},
+        },
     )
 
 
@@ -38,8 +43,9 @@ def test_it_is_written_for_any_run_and_never_over_another(tmp_path, tiny_model, 
     found = findings(folder)
     write_report(tmp_path / "page" / "report.html", found)
     page = (tmp_path / "page" / "report.html").read_text()
-    assert page.endswith("</html>\n") and page.count("<h2>") == 5
+    assert page.endswith("</html>\n") and page.count("<h2>") == 6
     assert "Latent 1: red &amp; &lt;co&gt;" in page and "50% / 40%" in page
+    assert "it recovers 98.7%." in page and "width:75%" in page
     assert not re.findall(r"(?:src|href)=|https?://|url\(", page)
     samples = 8 * flags.get("augmentations", 1)
     assert f"<b>7</b>tasks, {samples} samples" in page
