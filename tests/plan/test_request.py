@@ -47,6 +47,10 @@ def test_what_differs_in_a_script():
     assert "things a pass (default: 5)" in words and "--count" not in words
 
 
+def test_one_flag_of_a_group():
+    assert vars(parser_of("count").parse_args(["--count", "7"])) == {"verbose": False, "count": 7}
+
+
 @pytest.mark.parametrize(
     ("script", "absent"),
     [(simple, {"mesh_shape", "shard_id", "num_shards"}), (distributed, set())],
