@@ -459,7 +459,7 @@ def survival(found: Findings) -> str:
         "at every token of prompt and answer. A reconstruction that keeps the tasks solved has "
         "kept what the model needs. Of the cross-entropy that lies between states set to zero and "
         f"states as they are, it recovers {said['ce_recovered']:.1%}.</p>"
-        f'<div class="card two">{cards}</div>'
+        f'<div class="two">{cards}</div>'
     )
 
 

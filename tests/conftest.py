@@ -33,6 +33,15 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+# Files that take minutes, which two workers share best where they begin with them.
+LONG = ("test_example_usage", "test_benchmarks", "test_processes", "test_processes_with_bucket")
+LONG += ("test_uploads", "test_cli", "test_bad_input", "test_meshes", "test_tpu", "test_histories")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Each program that XLA compiles takes memory maps, of which a process may have 65,530 on

@@ -22,6 +22,8 @@ FILES = [
     "arc_data/arc_format_train.json",
     "arc_data/test_outputs_train.json",
     "arc_data/transformation_errors.json",
+    "causes/causal_map.html",
+    "causes/causal_map.json",
     "lens.html",
     "lens.json",
     "mesh/activations/activations_batch_000001.pkl",
@@ -35,6 +37,7 @@ FILES = [
     "results/predictions.json",
     "sae/cfg.json",
     "sae/sae_weights.safetensors",
+    "sae_evaluation.json",
 ]
 STATED = 0.8  # of the example's tasks are solved at least, says README.md
 
@@ -70,7 +73,8 @@ def test_it_prints_commands_shapes_and_cells(ran):
     inference = "simple_extraction_inference.py"
     mesh = "distributed_inference_with_activations.py"
     assert commands == [
-        *("test_transformation.py", "transform_hf_to_arc.py", inference, "logit_lens.py", mesh),
+        *("test_transformation.py", "transform_hf_to_arc.py", inference, "evaluate_sae.py"),
+        *("logit_lens.py", "causal_map.py", mesh),
         inference,  # for the user's own model
     ]
 
@@ -159,8 +163,9 @@ def test_it_shows_progress_and_no_warning(ran):
     _, result = ran
     assert "rows/s" in result.stderr and "tokens/s" in result.stderr
     lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line]
-    known = r"inference:|\d+ ?rows|\d+ rows|planning|tokenising|statistics|reading|training the SAE"
+    known = r"inference:|\d+ ?rows|\d+ rows|planning|tokenising|statistics|reading"
     known += r"|left out \d+ special tokens|probing|\d+ predicates, tasks shuffled"
+    known += r"|training the topk SAE|clean|zero|mean|spliced|changing cells"
     assert all(re.match(known, line) for line in lines), lines
 
 
