@@ -14,9 +14,9 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
-def some(texts: list[str], most: int = 5) -> str:
-    more = f", and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
+def some(texts: list[str], most: int = 5, between: str = ", ") -> str:
+    more = f"{between}and {len(texts) - most} more" if len(texts) > most else ""
+    return between.join(texts[:most]) + more
 
 
 def one_line(text: str, most: int = MOST_CHARACTERS) -> str:

@@ -8,18 +8,8 @@ from runs import made_run
 from scipy.sparse import csr_array
 
 from examples import features as script
-from examples.features import (
-    LEAST,
-    PREDICATES,
-    Scene,
-    chosen,
-    encoded,
-    labels,
-    masks_of,
-    name_latents,
-    read_cells,
-    shuffled,
-)
+from examples.features import LEAST, chosen, encoded, name_latents, read_cells, shuffled
+from examples.predicates import PREDICATES, Scene, labels, masks_of
 from utils.errors import UserError
 
 GRID = np.array(

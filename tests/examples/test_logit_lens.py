@@ -9,7 +9,10 @@ from runs import extracted, made_run
 from safetensors.numpy import load_file
 
 from examples import logit_lens as script
-from examples.logit_lens import Film, Reading, cells_said, film_page, read_answer, spellings
+from examples.lens_page import Film, Reading, film_page
+from examples.logit_lens import cells_said, read_answer, spellings
+from utils.errors import UserError
+from utils.model.weights import open_checkpoint
 from utils.shards import iter_items
 from utils.shards.manifest import read_manifest
 
@@ -23,7 +26,7 @@ def forced(tmp_path_factory, tiny_model, tasks_file):
 
 
 def test_it_is_the_final_norm_and_the_unembedding(forced, tiny_model):
-    lens = script.load_lens(tiny_model, read_manifest(forced))
+    lens = script.load_lens(open_checkpoint(tiny_model), read_manifest(forced))
     item = next(iter_items(forced))
     P = item["prompt_length"]
     weights = load_file(tiny_model / "model.safetensors")
@@ -36,6 +39,14 @@ def test_it_is_the_final_norm_and_the_unembedding(forced, tiny_model):
     np.testing.assert_allclose(reading.logprob, logprobs[np.arange(len(said)), said], atol=1e-4)
     assert np.array_equal(reading.top, logprobs.argmax(axis=1))
     np.testing.assert_allclose(reading.top_logprob, logprobs.max(axis=1), atol=1e-4)
+
+
+def test_the_adapter_is_that_of_the_run(forced, tiny_model):
+    """The states of a run with another one would be read through the wrong unembedding."""
+    manifest = read_manifest(forced)
+    manifest["model"]["adapter"] = {"path": "lora", "hash": "0" * 64}
+    with pytest.raises(UserError, match=r"made with another adapter \(lora\): see --adapter"):
+        script.load_lens(open_checkpoint(tiny_model), manifest)
 
 
 def test_tokens_whose_state_was_not_stored_are_left_out():

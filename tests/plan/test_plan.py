@@ -39,7 +39,7 @@ def test_plans_for_several_meshes_from_one_reading(tiny_model, tasks_file, tmp_p
     flags = ["--batch_size", 2, "--max_output_tokens", 0]
     request = planned(tiny_model, tasks_file, tmp_path, *flags).request
     read = []
-    for name in ("load_codec", "read_tasks", "Checkpoint"):
+    for name in ("load_codec", "read_tasks", "open_checkpoint"):
         original = getattr(plan_module, name)
 
         def counted(*args, name=name, original=original):
@@ -49,7 +49,7 @@ def test_plans_for_several_meshes_from_one_reading(tiny_model, tasks_file, tmp_p
         monkeypatch.setattr(plan_module, name, counted)
     shapes = [(8, 1), (4, 2), None]
     plans = list(plan_meshes(request, shapes, jax.devices(), writes=False))
-    assert sorted(read) == ["Checkpoint", "load_codec", "read_tasks"]
+    assert sorted(read) == ["load_codec", "open_checkpoint", "read_tasks"]
     assert [(p.layout.data, p.layout.model) for p in plans] == [(8, 1), (4, 2), (8, 1)]
     for plan in plans:
         assert isinstance(plan.layout, Layout) and plan.codec is plans[0].codec

@@ -74,8 +74,12 @@ def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
 
 def scored(products: Array, scores: Scores) -> Array:
     """Scores of queries and keys from their products, in any shape."""
-    found = products * scores.scale
-    return found if scores.softcap is None else scores.softcap * jnp.tanh(found / scores.softcap)
+    return softcapped(products * scores.scale, scores.softcap)
+
+
+def softcapped(x: Array, cap: float | None) -> Array:
+    """x, bent to stay within plus and minus `cap` (Gemma 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(

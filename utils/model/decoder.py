@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from utils.model.attention import Past, attend, attend_cached, rotate, rotation
+from utils.model.attention import Past, attend, attend_cached, rotate, rotation, softcapped
 from utils.model.capture import CaptureSpec, width_of
 from utils.model.config import ModelConfig
 from utils.model.interventions import Edit
@@ -354,8 +354,7 @@ class Decoder(nn.Module):
         kernel = self.embedding if self.config.tie_word_embeddings else self.head
         # Not rounded to the model's dtype: bfloat16 makes the highest of them equal too often.
         logits = linear(x, kernel, 1, self.layout, jnp.float32)
-        if (cap := self.config.logit_softcap) is not None:
-            logits = cap * jnp.tanh(logits / cap)
+        logits = softcapped(logits, self.config.logit_softcap)
         logits = self.layout.split(logits, "data", "model")
         if logits.shape[-1] == self.config.vocab_size:
             return logits

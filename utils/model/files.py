@@ -12,11 +12,11 @@ from pathlib import Path
 
 from utils.errors import UserError, some
 from utils.model.stored import Stored, stored_in
+from utils.store.text import GIT_LFS
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PART = re.compile(r"model-\d+-of-(\d+)\.safetensors")
-_POINTER = b"version https://git-lfs.github.com/spec/"
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +53,7 @@ def check_there(file: Path) -> None:
         )
     if file.is_file():
         with file.open("rb") as stream:
-            if stream.read(len(_POINTER)) == _POINTER:
+            if stream.read(len(GIT_LFS)) == GIT_LFS:
                 raise UserError(
                     f"{file} is a pointer of Git LFS, not the file itself: run git lfs pull in "
                     "its repository, or download the model with hf download NAME"

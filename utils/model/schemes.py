@@ -11,6 +11,7 @@ throughout, and reads no more than the part that is asked for needs.
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,21 +47,21 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Quantization:
+class Quantization(ABC):
     """A scheme; method and format are how the manifest names it."""
 
     method: str
     format: str
     suffixes: ClassVar[tuple[str, ...]] = ()  # of the tensors that show that a weight is quantised
 
+    @abstractmethod
     def expected(self, module: Module) -> dict[str, tuple[Shapes, tuple[str, ...]]]:
         """Suffix -> shapes and dtypes that it may have, of every tensor that makes the weight.
         Raises UserError for what cannot be read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, module: Module, rows: slice, columns: slice) -> np.ndarray:
         """float32 [rows, columns], a part of the weight. The slices have a start and a stop."""
-        raise NotImplementedError
 
     def holds(self, module: Module) -> bool:
         """Whether the weight is quantised, even if some of its tensors are missing."""

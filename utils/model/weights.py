@@ -22,10 +22,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec
 
-from utils.errors import UserError
-from utils.model.adapters import Adapter
+from utils.errors import UserError, some
+from utils.model.adapters import Adapter, base_and_adapter, read_adapter
 from utils.model.config import ModelConfig
-from utils.model.files import EMBEDDING, HEAD, full_name, read_headers
+from utils.model.files import EMBEDDING, HEAD, full_name, model_folder, read_headers
 from utils.model.layout import Layout
 from utils.model.quantized import quantization_of
 from utils.model.schemes import Module
@@ -120,8 +120,12 @@ def rows_of(config: ModelConfig) -> list[Weight]:
 
 def row_at(path: str, config: ModelConfig) -> Weight:
     """The model's row of the parameter at a Flax path."""
-    general = re.sub(r"\d+", "{}", path)
-    return next(row for row in rows_of(config) if row.path == general)
+    return next(row for row in rows_of(config) if row.path == _general(path))
+
+
+def _general(path: str) -> str:
+    """A Flax path as the table has it."""
+    return re.sub(r"\d+", "{}", path)
 
 
 def hf_names(path: str, config: ModelConfig) -> list[str]:
@@ -169,8 +173,7 @@ def placement(
     heads (`Layout`), its kernels are split by D instead. A vocabulary or width that does not divide
     the model axis is padded with zeros; a D that does not leaves the kernel whole.
     """
-    general = re.sub(r"\d+", "{}", path)
-    axes = next(row for row in TABLE if row.path == general).param_axes
+    axes = next(row for row in TABLE if row.path == _general(path)).param_axes
     split = next((axis for axis in axes if axis in "VFNK"), None)
     if split in ("N", "K") and not layout.by_heads:
         split = "D"
@@ -208,11 +211,10 @@ class Checkpoint:
                 problems.append(f"{name} is there twice")
             self._stored[name] = tensor
         self._replaced = {} if adapter is None else adapter.replaced
-        wanted = {
-            name: row_at(path, config).stored_shape(shape)
-            for path, shape in self.shapes.items()
-            for name in hf_names(path, config)
-        }
+        wanted: dict[str, tuple[int, ...]] = {}
+        for path, shape in self.shapes.items():
+            stored = row_at(path, config).stored_shape(shape)
+            wanted |= dict.fromkeys(hf_names(path, config), stored)
         if adapter is not None:
             self._check_adapter(adapter, wanted)
             if HEAD in wanted and EMBEDDING in self._replaced and EMBEDDING in self._stored:
@@ -230,9 +232,8 @@ class Checkpoint:
         ]
         problems += [problem for _, wrong in checked for problem in wrong]
         if problems:
-            raise UserError(
-                f"the weights in {self.folder} do not fit its config.json: {_some(problems)}"
-            )
+            shown = some(problems, 12, "; ")
+            raise UserError(f"the weights in {self.folder} do not fit its config.json: {shown}")
         if config.tie_word_embeddings and HEAD in self._stored:
             self._check_tied()
 
@@ -264,7 +265,7 @@ class Checkpoint:
         if problems := adapter.misfits(wanted):
             raise UserError(
                 f"the adapter in {adapter.folder} is of another model than {self.folder}: "
-                f"{_some(problems)}"
+                + some(problems, 12, "; ")
             )
 
     def _check_tied(self) -> None:
@@ -361,12 +362,18 @@ class Checkpoint:
         return np.pad(tensor, room) if any(after for _, after in room) else tensor
 
 
+def open_checkpoint(model_path: str | Path, adapter_path: str | None = None) -> Checkpoint:
+    """The checkpoint of a model's folder, with the adapter that is asked for, or, where the folder
+    is that of an adapter, of the base that it names. Reads headers alone. Raises UserError."""
+    folder, adapter_folder = base_and_adapter(str(model_folder(model_path)), adapter_path)
+    config, adapter = ModelConfig.from_hf(folder), None
+    if adapter_folder is not None:
+        adapter = read_adapter(adapter_folder)
+        config = adapter.untied(config)
+    return Checkpoint(folder, config, adapter)
+
+
 def fingerprint(shares: Iterable[dict[Any, str]]) -> str:
     """sha256 over the sha256 of every block, from the shares that `Checkpoint.digests` gives."""
     digests = {int(number): digest for share in shares for number, digest in share.items()}
     return sha256("".join(digests[number] for number in sorted(digests)).encode()).hexdigest()
-
-
-def _some(problems: list[str], most: int = 12) -> str:
-    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
-    return "; ".join(problems[:most]) + more

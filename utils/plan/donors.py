@@ -89,8 +89,7 @@ class Donor:
         if key not in self.entries:
             raise UserError(f"{self.folder} holds no sample {list(key)} to patch from")
         items = _shard(self.folder, json.dumps(self.entries[key]))
-        item = next(item for item in items if sample_key(item) == key)
-        return item
+        return next(item for item in items if sample_key(item) == key)
 
 
 @lru_cache(maxsize=4)

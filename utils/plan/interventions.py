@@ -25,6 +25,7 @@ from utils.plan.donors import Donor
 from utils.plan.request import Request
 from utils.plan.samples import Sample
 from utils.prompt.codec import Codec, Encoded
+from utils.shards.items import CELL_COLUMNS
 from utils.store.text import read_json
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ _KEYS = {
     "reconstruct": (("sae",), ()),
     "patch": (("from",), ("sample", "align")),
 }
-_COLUMNS = {"pair": 0, "role": 1, "row": 2, "col": 3, "color": 4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +223,7 @@ def _meant(cells: np.ndarray, where: dict[str, Any]) -> np.ndarray:
     for name in _OF_CELLS:
         if name not in where:
             continue
-        column, value = cells[:, _COLUMNS[name]], where[name]
+        column, value = cells[:, CELL_COLUMNS.index(name)], where[name]
         if name == "role":
             value = ("input", "output").index(value)
         elif name == "pair" and value == "train":

@@ -16,7 +16,7 @@ import numpy as np
 from utils.arc import tasks as arc
 from utils.arc.tasks import SampleKey
 from utils.errors import UserError
-from utils.model.adapters import Adapter, base_and_adapter, read_adapter
+from utils.model.adapters import Adapter
 from utils.model.capture import CaptureSpec, width_of
 from utils.model.config import ModelConfig
 from utils.model.layout import (
@@ -27,14 +27,14 @@ from utils.model.layout import (
     make_mesh,
     shapes_of,
 )
-from utils.model.weights import Checkpoint
+from utils.model.weights import Checkpoint, open_checkpoint
 from utils.plan.batching import Batch, Limits, cache_slots, chunk_tokens, plan_batches
 from utils.plan.inputs import localized
 from utils.plan.interventions import Intervention, check_interventions, read_interventions
 from utils.plan.memory import Workload, device_bytes, rows_that_fit
 from utils.plan.request import Request
 from utils.plan.samples import Sample, plan_samples, read_tasks, skip_reasons, tasks_hash
-from utils.prompt.codec import Codec, Encoded, load_codec
+from utils.prompt.codec import Codec, Encoded, load_codec, tokenizer_folder
 from utils.shards.manifest import stem
 from utils.store.bucket import BucketFolder, Receipt
 from utils.store.local import check_writable
@@ -210,11 +210,8 @@ def plan_meshes(
             if jax.process_index() == 0 and (warning := far_bucket(bucket)):
                 log.warning(warning)
     local = localized(request)
-    folder, adapter_folder = base_and_adapter(local.model_path, local.adapter)
-    config, adapter = ModelConfig.from_hf(folder), None
-    if adapter_folder is not None:
-        adapter = read_adapter(adapter_folder)
-        config = adapter.untied(config)
+    checkpoint = open_checkpoint(local.model_path, local.adapter)
+    config = checkpoint.config
     capture = CaptureSpec()
     if request.activations_dir is not None:
         capture = CaptureSpec.from_flags(
@@ -226,15 +223,12 @@ def plan_meshes(
             request.seed,
         )
     interventions = read_interventions(request.interventions, config, request.generates)
-    checkpoint = Checkpoint(folder, config, adapter)
-    # An adapter's folder may hold the tokenizer that it was trained with.
-    own = (Path(local.model_path) / "tokenizer.json").exists()
     codec = load_codec(
-        Path(local.model_path) if own else folder,
+        tokenizer_folder(local.model_path, checkpoint.folder),
         request.prompt_format,
         request.grid_encoding,
         config.vocab_size,
-        folder,
+        checkpoint.folder,
     )
     tasks, whole_hash = read_tasks(local)
     max_model_len = _max_model_len(request, config)

@@ -161,6 +161,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def tokenizer_folder(model_path: str | Path, base: Path) -> Path:
+    """An adapter's folder may hold the tokenizer that it was trained with; else the base's."""
+    return Path(model_path) if (Path(model_path) / "tokenizer.json").exists() else base
+
+
 def load_tokenizer(model_path: str | Path) -> "PreTrainedTokenizerFast":
     """The fast tokenizer of a model folder, offline. Raises UserError where it is not there as a
     whole."""

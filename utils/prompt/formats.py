@@ -28,7 +28,7 @@ from utils.prompt.chat import (
     rendered,
 )
 from utils.prompt.encodings import FENCE, GRID_ENCODINGS, NoGridError, read_grid, write_grid
-from utils.prompt.known import KNOWN, NVARC_END
+from utils.prompt.known import KNOWN, NVARC_END, compact, train_pairs
 from utils.store.text import read_text
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def load_format(
     composers: dict[str, Composer] = {
         "chat": functools.partial(_chat, encoding=encoding),
         "turns": _turns,
-        "compact": functools.partial(_compact, eos=eos),
+        "compact": functools.partial(compact, eos=eos),
         "plain": _plain,
         **{name: functools.partial(known.compose, eos=eos) for name, known in KNOWN.items()},
     }
@@ -278,11 +278,6 @@ def _turns(grids: list[str], chat: Chat) -> str:
     return chat([{"role": role, "content": g} for role, g in zip(roles, grids, strict=False)])
 
 
-def _compact(grids: list[str], _: Chat, eos: str) -> str:
-    pairs = (f"I{given}\n+/-=O{wanted}\n{eos}" for given, wanted in train_pairs(grids))
-    return "".join(pairs) + f"I{grids[-1]}\n+/-=O"
-
-
 def _plain(grids: list[str], _: Chat) -> str:
     parts = [PLAIN_NOTE]
     for k, (given, wanted) in enumerate([*train_pairs(grids), (grids[-1], "")], 1):
@@ -299,11 +294,6 @@ def _adds_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
 def _placeholders(num_pairs: int) -> list[str]:
     """Input and output of each train pair, then the test input."""
     return [f"\ue000{slot}\ue001" for slot in range(2 * num_pairs + 1)]
-
-
-def train_pairs(grids: list[str]) -> list[tuple[str, str]]:
-    """Placeholders in the order of their slots -> (input, output) of each train pair."""
-    return list(zip(grids[:-1:2], grids[1::2], strict=True))
 
 
 def jinja_file(path: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, Composer]:

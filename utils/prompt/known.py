@@ -32,30 +32,36 @@ class Known:
     compose: Callable[[list[str], Callable[[list[dict[str, str]]], str], str], str]
 
 
-def _pairs(grids: list[str]) -> list[tuple[str, str]]:
+def train_pairs(grids: list[str]) -> list[tuple[str, str]]:
+    """Grids in the order of a prompt -> (input, output) of each train pair."""
     return list(zip(grids[:-1:2], grids[1::2], strict=True))
+
+
+def compact(grids: list[str], _: object, eos: str) -> str:
+    """What the ARChitects write of the grids, and `compact` writes alone."""
+    pairs = (f"I{given}\n+/-=O{wanted}\n{eos}" for given, wanted in train_pairs(grids))
+    return "".join(pairs) + f"I{grids[-1]}\n+/-=O"
 
 
 def _nvarc(grids: list[str], _: object, eos: str) -> str:
     """github.com/1ytic/NVARC: `get_messages` in SDG/scripts/build_datasets.py, through
     ARChitects/qwen3_configs/chat_template.j2, which puts nothing between two turns."""
     turn = "<|im_start|>user\n{}" + NVARC_END + "<|im_start|>assistant\n"
-    pairs = (turn.format(given) + wanted + NVARC_END for given, wanted in _pairs(grids))
+    pairs = (turn.format(given) + wanted + NVARC_END for given, wanted in train_pairs(grids))
     return "".join(pairs) + turn.format(grids[-1])
 
 
 def _architects(grids: list[str], _: object, eos: str) -> str:
     """github.com/da-fr/arc-prize-2024: `fmt_opts` in training_code/run_finetuning_Nemo-full.py and
     run_finetuning_Llama-rearc.py, `fmt_task` in training_code/arc_loader.py."""
-    pairs = (f"I{given}\n+/-=O{wanted}\n{eos}" for given, wanted in _pairs(grids))
-    return ARCHITECTS_LETTERS + "".join(pairs) + f"I{grids[-1]}\n+/-=O"
+    return ARCHITECTS_LETTERS + compact(grids, _, eos)
 
 
 def _arc24(grids: list[str], chat: Callable[[list[dict[str, str]]], str], eos: str) -> str:
     """github.com/ironbar/arc24: `output-from-examples-v1` in scripts/arc24/prompting.py, which
     docs/modeling/Iteration_50_last_trainings.md trains with; the grids of scripts/inference.py."""
     parts = [ARC24_TASK]
-    for number, (given, wanted) in enumerate(_pairs(grids), 1):
+    for number, (given, wanted) in enumerate(train_pairs(grids), 1):
         parts.append(f"\n## Example {number}\n\n### Input\n\n{given}\n\n### Output\n\n{wanted}\n")
     parts.append(f"\n## Test case\n\n### Input\n\n{grids[-1]}")
     system = {"role": "system", "content": ARC24_SYSTEM}

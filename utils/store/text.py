@@ -24,8 +24,9 @@ from utils.errors import UserError
 MOST_BYTES = 1 << 28  # of a text, or a line, that is read whole
 MOST_DEPTH = 200  # of lists and objects inside one another, in a file that is read piece by piece
 
+GIT_LFS = b"version https://git-lfs"  # which a pointer begins with
 _FOREIGN = (  # what a file of another kind begins with, what it is, and what to do
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file: fetch it with git lfs pull"),
+    (GIT_LFS, "a pointer of Git LFS, not the file: fetch it with git lfs pull"),
     (b"\x00\x05\x16\x07", "a file that macOS puts beside the real one (AppleDouble): delete it"),
     (codecs.BOM_UTF16_LE, "UTF-16: save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16: save it as UTF-8"),
