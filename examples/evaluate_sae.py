@@ -14,7 +14,6 @@ counted that it still gets right.
 # N rows   T tokens   P prompt tokens   W width   L latents   V vocabulary
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -177,16 +176,12 @@ class Divergence:
 
     def finish(self) -> float:
         """The sum, of all that was added."""
-        import jax
-
         if not self._waiting:
             return self.total
         pairs = [np.concatenate(rows) for rows in zip(*self._waiting, strict=True)]
         self._waiting.clear()
         engine, layout = self.computation.engine, self.computation.layout
-        exact = self.computation.plan.dtype == "float32"
-        precision = jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
-        with precision:
+        with self.computation.precision():
             for start in range(0, len(pairs[0]), self._block):
                 parts = [rows[start : start + self._block] for rows in pairs]
                 n = len(parts[0])

@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from examples.probe import held_out_tasks
 from utils import cli
 from utils.errors import UserError
 from utils.model.capture import HOOK_POINTS
@@ -89,10 +90,7 @@ def split(rows: "ActivationRows", task_ids: Sequence[str]) -> tuple[np.ndarray, 
     task_ids: of `rows.samples`. A task is held out with all its test inputs and views, by its id
     alone. Raises UserError for rows of one task.
     """
-    tasks = sorted(set(task_ids), key=lambda task: sha256(task.encode()).digest())
-    if len(tasks) < 2:
-        raise UserError("the rows are of one task, and one has to be held out: extract more tasks")
-    chosen = set(tasks[: max(1, len(tasks) // HELD_OUT)])
+    chosen = held_out_tasks(task_ids, HELD_OUT)
     held_out = np.array([task in chosen for task in task_ids])
     return rows.activations[~held_out], rows.activations[held_out]
 

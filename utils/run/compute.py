@@ -129,11 +129,11 @@ class Computation:
 
     def programs(self, shape: Shape) -> list[Any]:
         """The compiled prefill of a shape, and its decoding where answers are generated."""
-        with self._precision():
+        with self.precision():
             prefill = self.engine.prefill_program(shape)
             return [prefill, *([self.engine.decode_program(shape)] if self.temperatures else [])]
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
         """For what is compiled within, in this thread: a float32 run multiplies float32, which
         accelerators by default do in fewer bits."""
         if self.plan.dtype == "float32":
@@ -164,7 +164,7 @@ class Computation:
             del used  # before a cache of another size is made
             self._batch = _Batch.of(plan, job.batch, self.engine.begin(shape, cache))
         batch = self._batch
-        with self._precision():
+        with self.precision():
             if job.prediction is None:
                 part, batch.state = self._prefill(job, batch)
             else:
