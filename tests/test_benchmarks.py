@@ -1,5 +1,6 @@
 """Every benchmark runs from its first line to its last; what it measures is for a quiet machine."""
 
+import importlib
 import importlib.util
 
 import pytest
@@ -34,6 +35,12 @@ def test_every_benchmark_is_run():
         path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()
     }
     assert scripts == set(SAID)
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_its_help_gives_every_default(name):
+    parser = importlib.import_module(f"benchmarks.{name}").build_parser()
+    assert "--smoke" in parser.format_help()
 
 
 @pytest.mark.parametrize("name", SAID)

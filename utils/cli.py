@@ -45,7 +45,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if default is None or default is False or default == argparse.SUPPRESS:
             return action.help or ""
         if isinstance(default, list | tuple):
-            default = " ".join(default)
+            default = " ".join(map(str, default))
         return f"{action.help} (default: {default})"
 
 
