@@ -278,14 +278,15 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     print(bench.processor())
     print(f"matrix product, float32: {rate / 1e9:.0f} GFLOP/s; reading: {memory / 1e9:.1f} GB/s")
 
+    count = None
     for length in args.lengths:
-        count = max(2, round(args.tokens / length))
-        tasks = bench.write_tasks(scratch / f"extract{length}", count, length)
+        rows = max(1, round(args.tokens / length))
+        tasks = bench.write_tasks(scratch / f"extract{length}", rows, length)
         forced = requests(args, folder, tasks, teacher_forcing=True)
         tokens = sum(sample.length.total for sample in forced.samples)
         flops = prefill_flops(forced, forced.config.num_layers, True)
         theirs = torch_loop(model, forced, False)
-        count = 1 if args.smoke else threads(theirs, 1)
+        count = count or (1 if args.smoke else threads(theirs, 1))
         mine, stock = alternate(ours(forced), theirs, args.repeats)
         tuned = best(torch_loop(model, forced, True), args.repeats)
         report(
