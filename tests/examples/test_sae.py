@@ -90,7 +90,8 @@ def test_the_auxiliary_loss_wakes_latents_that_would_never_fire(planted, monkeyp
     def dead(coefficient):
         trainer = trainer_of(rows, steps=400, aux_coefficient=coefficient, dead_steps=20)
         state = trainer.begin(rows[:256])
-        state["params"]["w_enc"] *= np.where(np.arange(32) < 16, 1, 0.1).astype(np.float32)
+        strong = (np.arange(32) < 16)[:, None]
+        state["params"]["encoder"] *= np.where(strong, 1, 0.1).astype(np.float32)
         for batch in itertools.islice(shuffled(rows, 256, 0), 400):
             state, _ = trainer.step(state, batch)
         return measure(trainer.autoencoder(state), rows)["dead_fraction"]
