@@ -13,7 +13,7 @@ import platform
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,18 +75,18 @@ def processor() -> str:
     return f"{name}{f' ({vectors})' if vectors else ''}, {cores} cores"
 
 
-def write_tasks(path: Path, count: int, tokens: int) -> Path:
-    """Tasks of four pairs of square grids, with solutions beside them, whose prompts have about so
-    many tokens: one a cell and one a row."""
+def write_tasks(path: Path, lengths: Sequence[int]) -> Path:
+    """A task of square grids for each of these lengths, with solutions beside them, whose prompt
+    has about so many tokens: one a cell and one a row."""
     rng = random.Random(0)
-    side = max(1, min(30, round((tokens / 7.5) ** 0.5 - 0.5)))
-    pairs = max(1, round((tokens / (side * (side + 1)) - 1) / 2))
-
-    def grid() -> list[list[int]]:
-        return [[rng.randint(0, 9) for _ in range(side)] for _ in range(side)]
-
     tasks, solutions = {}, {}
-    for i in range(count):
+    for i, tokens in enumerate(lengths):
+        side = max(1, min(30, round((tokens / 7.5) ** 0.5 - 0.5)))
+        pairs = max(1, round((tokens / (side * (side + 1)) - 1) / 2))
+
+        def grid(side: int = side) -> list[list[int]]:
+            return [[rng.randint(0, 9) for _ in range(side)] for _ in range(side)]
+
         train = [{"input": grid(), "output": grid()} for _ in range(pairs)]
         tasks[f"task{i:03}"] = {"train": train, "test": [{"input": grid()}]}
         solutions[f"task{i:03}"] = [grid()]

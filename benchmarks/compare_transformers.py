@@ -281,7 +281,7 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
     count = None
     for length in args.lengths:
         rows = max(1, round(args.tokens / length))
-        tasks = bench.write_tasks(scratch / f"extract{length}", rows, length)
+        tasks = bench.write_tasks(scratch / f"extract{length}", rows * [length])
         forced = requests(args, folder, tasks, teacher_forcing=True)
         tokens = sum(sample.length.total for sample in forced.samples)
         flops = prefill_flops(forced, forced.config.num_layers, True)
@@ -297,7 +297,7 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
             f"{flops / mine / rate:.0%} of the matrix-product rate",
         )
 
-    tasks = bench.write_tasks(scratch / "generate", 4, args.prompt)
+    tasks = bench.write_tasks(scratch / "generate", 4 * [args.prompt])
     for batch_size in (1, 4):
         run = requests(args, folder, tasks, batch_size=batch_size)
         plain = requests(args, folder, tasks, batch_size=batch_size, no_extraction=True)

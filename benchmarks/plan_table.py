@@ -89,7 +89,7 @@ def line(args: argparse.Namespace, folder: Path, name: str, slice_name: str, len
     tasks = folder / f"{name}-{slice_name}-{length}"
     request = Request(
         model_path=str(folder / name),
-        dataset_path=str(bench.write_tasks(tasks, args.batch_size * len(devices), length)),
+        dataset_path=str(bench.write_tasks(tasks, args.batch_size * len(devices) * [length])),
         distributed=True,
         batch_size=args.batch_size,
         mesh_shape=mesh_shapes(args.mesh_shape)[0],

@@ -17,6 +17,7 @@ SAID = {  # by each benchmark, so that a run which measures nothing does not pas
         *("GFLOP/s", "teacher-forced", "batch 1", "batch 4", "cost of extraction"),
         "of the memory rate",
     ),
+    "first_sample": ("| this checkout | compiled |", "| this checkout | from the cache |"),
     "loader_speed": ("no more", "in order", "shuffled", "output cells alone"),
     "loading": ("| bfloat16 | ", "an adapter | ", "nf4, nested | ", "fp8, blocks | "),
     "overlap": ("cost of extraction", "device idle"),
