@@ -224,7 +224,7 @@ def report(name: str, tokens: int, mine: float, others: dict[str, float], limit:
 
 
 def main(args: argparse.Namespace, signals: cli.Signals) -> None:
-    tiny = {"lengths": [120, 400], "tokens": 800, "prompt": 100, "new_tokens": 4, "repeats": 1}
+    tiny = {"lengths": [120, 400], "tokens": 400, "prompt": 100, "new_tokens": 4, "repeats": 1}
     with bench.scratch(args, **tiny) as scratch:
         model_path = Path(args.model_path or random_model(scratch / "model", args.tokenizer))
         measure(args, model_path, scratch)
@@ -305,8 +305,9 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
         new = len(run.samples) * args.new_tokens
         theirs = torch_generate(model, run, batch_size, args.new_tokens)
         count = 1 if args.smoke else threads(theirs, 1)
-        mine, other = alternate(ours(run), theirs, args.repeats)
-        captured, without = alternate(ours(run), ours(plain), args.repeats)
+        capturing = ours(run)
+        mine, other = alternate(capturing, theirs, args.repeats)
+        captured, without = alternate(capturing, ours(plain), args.repeats)
         step = (mine - best(ours(prompts), args.repeats)) * batch_size / new
         read = 4 * sum(parameter.numel() for parameter in model.parameters())
         report(

@@ -86,6 +86,7 @@ def prefill(
         part, state = engine.prefill(
             state, padded, places, starts.astype(np.int32), prompts, lengths, shape, here
         )
+        part = jax.device_get(part)  # once, since each index into an array on a device takes long
         for b, start, number in zip(places, starts, range(data), strict=True):
             for name, value in part.captures.items():
                 states = np.zeros((len(rows), room, value.shape[-1]), value.dtype)
@@ -121,9 +122,11 @@ def generate(
     temperature=0.0,
     keys=None,
     answer_changes=(),
+    on_host=True,
     **chunks,
 ):
-    """Prefill and decode; (prefilled, decoded). answer_changes: of each edit its mask, [B, A]."""
+    """Prefill and decode; (prefilled, decoded). answer_changes: of each edit its mask, [B, A].
+    on_host: whether what was decoded is fetched."""
     prompts = np.array([1 if row is None else len(row) for row in rows], np.int32)
     first = prefill(engine, rows, length, **chunks)
     if keys is None:
@@ -136,7 +139,7 @@ def generate(
     decoded, first.state = engine.decode(
         first.state, prompts, np.array(keys, np.uint32), temperature, shape, tuple(answer_changes)
     )
-    return first, decoded
+    return first, jax.device_get(decoded) if on_host else decoded
 
 
 def log_softmax(logits):

@@ -17,6 +17,8 @@ from utils.model.engine import Engine
 from utils.model.generate import Outputs, Sampling, Shape
 from utils.model.layout import make_mesh
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "qwen2"
 PROMPTS = [[5, 6, 7], list(range(10, 40)), [9], list(range(50, 120))]
 

@@ -98,7 +98,7 @@ def test_a_mesh_says_what_the_reference_says(family):
 def test_rows_leave_a_mesh_whole_and_each_is_fetched_once(checkpoint, prompts):
     engine = load_engine(checkpoint, mesh=make_mesh(2, 4))
     layout = engine.model.layout
-    _, decoded = generate(engine, prompts, 96, 5)
+    _, decoded = generate(engine, prompts, 96, 5, on_host=False)
     owned = layout.owned(8)
     assert sorted(row for rows in owned.values() for row in rows) == list(range(8))
     assert {len(rows) for rows in owned.values()} == {1}  # all devices take part
