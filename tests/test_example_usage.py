@@ -18,8 +18,6 @@ import example_usage
 from utils.errors import UserError
 from utils.shards import iter_items
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 FILES = [
     "arc_data/arc_format_train.json",
     "arc_data/test_outputs_train.json",

@@ -80,7 +80,8 @@ def test_every_flag_that_a_page_names_exists():
     declared = set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in sources)))
     for script in ("simple_extraction_inference.py", "distributed_inference_with_activations.py"):
         declared |= set(parser_of(script)._option_string_actions)
-    declared |= set(parser_of("examples/sae.py")._option_string_actions)
+    for script in ("examples/sae.py", "benchmarks/compare_sae_training.py"):
+        declared |= set(parser_of(script)._option_string_actions)
     for page, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--\w[\w-]+", text)) <= declared | FOREIGN, page
 

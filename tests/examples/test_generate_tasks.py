@@ -10,8 +10,6 @@ from conftest import ROOT, run_script
 from examples.generate_tasks import FAMILIES, draw_composed, draw_row, draw_rows, family_of
 from utils.arc.rows import to_task
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_source_of_a_row_solves_its_pairs(name):

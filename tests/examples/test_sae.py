@@ -19,8 +19,6 @@ from utils.errors import UserError
 from utils.model.autoencoder import Autoencoder, load_autoencoder
 from utils.shards.writer import RunFolder
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 D, F = 16, 24
 
 

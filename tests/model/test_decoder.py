@@ -22,8 +22,6 @@ from utils.model.config import Scores
 from utils.model.layout import Layout, single_device_mesh
 from utils.model.rope import Rope
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.npz"))
 

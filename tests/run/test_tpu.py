@@ -22,8 +22,6 @@ from utils.run.prices import costs
 from utils.run.roofline import collectives_of
 from utils.run.tpu import SLICES
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 MULTIPLE = "ALLOW_MULTIPLE_LIBTPU_LOAD"
 SCRIPT = "distributed_inference_with_activations.py"
 needs_compiler = pytest.mark.skipif(
