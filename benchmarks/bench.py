@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,12 @@ def scratch(args: argparse.Namespace, **tiny: object) -> Iterator[Path]:
                 args.dataset_path = str(inputs.write_tasks(folder / "tiny_tasks"))
             vars(args).update(tiny)
         yield folder
+
+
+def peak_bytes(process: int | str = "self") -> int:
+    """The most memory that a process has held so far."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
 
 
 def processor() -> str:

@@ -11,7 +11,6 @@ process's memory stands beside what the plan expects of parameters, cache, captu
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import time
@@ -42,21 +41,10 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def peak_bytes(process: int) -> int:
-    """The most memory that a process has held so far."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
-
-
 def first_sample(checkout: Path, flags: list[str], folder: Path) -> tuple[float, int]:
     """Seconds until the first shard is stored, and the peak memory in bytes until then."""
     folder.mkdir()
-    own = [
-        "--output_path",
-        folder / "predictions.json",
-        "--activations_dir",
-        folder / "activations",
-    ]
+    own = ["--output_path", "predictions.json", "--activations_dir", "activations"]
     command = [sys.executable, checkout / SCRIPT, *flags, *own]
     with open(folder / "log.txt", "w") as log:
         start = time.perf_counter()
@@ -64,16 +52,20 @@ def first_sample(checkout: Path, flags: list[str], folder: Path) -> tuple[float,
         try:
             while not list(folder.glob("activations/*.pkl")):
                 if process.poll() is not None:
-                    said = (folder / "log.txt").read_text()
-                    raise UserError(f"{checkout / SCRIPT} ended with nothing stored: {said}")
+                    said = (folder / "log.txt").read_text().strip().splitlines()
+                    raise UserError(
+                        f"{checkout / SCRIPT} stored nothing: {said[-1] if said else ''}"
+                    )
                 time.sleep(0.01)
-            return time.perf_counter() - start, peak_bytes(process.pid)
+            return time.perf_counter() - start, bench.peak_bytes(process.pid)
         finally:
             process.kill()
             process.wait()
 
 
 def main(args: argparse.Namespace, signals: cli.Signals) -> None:
+    if args.beside is not None and not (Path(args.beside) / SCRIPT).is_file():
+        raise UserError(f"--beside {args.beside} holds no {SCRIPT}: give a checkout's folder")
     with bench.scratch(args, tokens=200, new_tokens=4, lengths=2) as scratch:
         measure(args, scratch, signals)
 

@@ -9,7 +9,6 @@ what counts is the most memory that this process held, the parameters and all of
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -60,8 +59,7 @@ def load(folder: str, adapter: str) -> None:
     params = jax.block_until_ready(checkpoint.load(layout, np.float32))
     seconds = time.perf_counter() - start
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
-    print(json.dumps([size, int(peak) * 1024, seconds]))
+    print(json.dumps([size, bench.peak_bytes(), seconds]))
 
 
 def once_a_shape(how: Callable) -> Callable:
