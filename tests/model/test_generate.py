@@ -173,6 +173,17 @@ def test_programs_do_not_grow_with_the_prompt(engine):
         assert len(programs[0]) == len(programs[1])
 
 
+@pytest.mark.parametrize("slots", [512, 1024])
+def test_no_program_copies_the_cache(engine, slots):
+    """What a pass needs besides what it is given does not grow with the rows of the batch."""
+    engine, shape = replace(engine, sampling=Sampling(16, (0,))), Shape(128, slots, 192)
+    cache = sum(np.prod(spec.shape) * 4 for spec in engine.state(shape)[0].values())
+    for program in (engine.prefill_program(shape), engine.decode_program(shape)):
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= cache
+        assert memory.temp_size_in_bytes < cache / 3
+
+
 def test_chunks_change_nothing(engine, batch):
     """Prompts and answers over chunks of other lengths, and in the cache of a former batch."""
     for chunk in (16, 48, 128):

@@ -18,6 +18,7 @@ from utils.model.layout import INVALID_POSITION, Layout
 from utils.model.rope import Rope
 
 QUERY_TILE, KEY_TILE = 64, 512  # tokens of a tile of scores, which stays in a CPU's cache
+LEAST_KEYS, TILE_BYTES = 64, 2**22  # fewer keys where they and their values would not stay there
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -153,7 +154,8 @@ def attend_cached(
             return flash(query, cache, row, query_at, past.key_at, scores), cache
         if by_cudnn:
             return _by_cudnn(query, new, cache, row, past.slot, scores.scale), cache
-        return _in_tiles(query, cache, row, query_at, past.key_at, scores, shared), cache
+        keys = _tile_keys(len(query), cache, layout.platform)
+        return _in_tiles(query, cache, row, query_at, past.key_at, scores, shared, keys), cache
 
     data = P("data")
     past_specs = Past(slots, data, data, data)
@@ -198,6 +200,19 @@ def _sees(query_at: Array, key_at: Array, window: int | None) -> Array:
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
+def _tile_keys(rows: int, cache: Array, platform: str) -> int:
+    """The keys of a tile of attention, of so many rows of a cache."""
+    _, K, S, W = cache.shape
+    # Never the whole cache: XLA would read it before the loop, and copy it to do so.
+    keys = min(S // 2, KEY_TILE)
+    if S % keys:
+        raise ValueError(f"a cache of {S} slots cannot be read in tiles of {keys}")
+    if platform == "cpu":
+        while keys > LEAST_KEYS and rows * K * keys * W * cache.dtype.itemsize > TILE_BYTES:
+            keys //= 2
+    return keys
+
+
 def _in_tiles(
     query: Array,
     cache: Array,
@@ -206,18 +221,17 @@ def _in_tiles(
     key_at: Array,
     scores: Scores,
     shared: str | None,
+    keys: int,
 ) -> Array:
     """Tile by tile of queries and keys, in loops of one body (Dao et al. 2022, FlashAttention).
 
-    The rows of the cache are those from `row` on; its slots are a multiple of KEY_TILE, or fewer.
+    The rows of the cache are those from `row` on; its slots are a multiple of `keys`, of a tile.
     Tiles of keys that no query of a tile sees are left out. shared: the mesh axis whose devices
     share the tiles of keys.
     """
     (B, T, N, H), (_, K, S, _) = query.shape, cache.shape
-    size, keys = min(T, QUERY_TILE), min(S, KEY_TILE)
+    size = min(T, QUERY_TILE)
     tiles, blocks, R, zero = math.ceil(T / size), S // keys, size * N // K, jnp.int32(0)
-    if S % keys:
-        raise ValueError(f"a cache of {S} slots is no multiple of {keys}")
     # Padding queries are at the last token's position.
     query = jnp.pad(query, ((0, 0), (0, tiles * size - T), (0, 0), (0, 0)))
     query_at = jnp.pad(query_at, ((0, 0), (0, tiles * size - T)), "edge")
