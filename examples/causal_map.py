@@ -109,7 +109,6 @@ class Lab:
         if op == "zero":  # asks for nobody's states
             plan = replace(plan, capture=CaptureSpec())
         computation = Computation(replace(plan, interventions=tuple(changes)))
-        computation.programs(shape)
         self.engine = computation.engine
         self._state = self.engine.begin(shape)
 

@@ -181,7 +181,7 @@ class Divergence:
         pairs = [np.concatenate(rows) for rows in zip(*self._waiting, strict=True)]
         self._waiting.clear()
         engine, layout = self.computation.engine, self.computation.layout
-        with self.computation.precision():
+        with engine.precision():
             for start in range(0, len(pairs[0]), self._block):
                 parts = [rows[start : start + self._block] for rows in pairs]
                 n = len(parts[0])

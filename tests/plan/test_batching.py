@@ -82,7 +82,14 @@ def test_a_group_without_a_sample_runs_padding():
 def test_answers_of_like_length_go_together():
     lengths = [Length(500, expected=e) for e in (9, 1, 8, 2)]
     batches = plan_batches(lengths, Limits(256, 2, 100))
-    assert [set(batch.rows) for batch in batches] == [{0, 2}, {3, 1}]
+    assert [set(batch.rows) for batch in batches] == [{3, 1}, {0, 2}]
+
+
+def test_the_first_sample_is_the_shortest_of_the_largest_cache():
+    lengths = [Length(n) for n in (700, 5000, 8000, 600, 900, 7000)]
+    batches = plan_batches(lengths, Limits(512, {8192: 1, 1024: 2}))
+    rows = [{i for i in batch.rows if i >= 0} for batch in batches]
+    assert rows == [{1}, {5}, {2}, {3, 0}, {4}]
 
 
 @pytest.mark.parametrize(

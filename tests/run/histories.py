@@ -34,7 +34,8 @@ from shard_crashes import item
 from utils.arc.tasks import Pair, Task
 from utils.cli import Interrupted
 from utils.errors import UserError
-from utils.plan.batching import Batch
+from utils.model.capture import CaptureSpec
+from utils.plan.batching import Batch, Length
 from utils.plan.request import Request
 from utils.run import conclude, loop, opening
 from utils.run.compute import Pass, Usage
@@ -237,7 +238,11 @@ class FakeComputation:
         peers = self.plan.peers
         size = len(batch.rows) // peers.count
         mine = batch.rows[peers.index * size : (peers.index + 1) * size]
-        return [SimpleNamespace(index=i, nbytes=1, num_tokens=4) for i in mine if i >= 0]
+        return [
+            SimpleNamespace(index=i, sample=self.plan.samples[i], nbytes=1, num_tokens=4)
+            for i in mine
+            if i >= 0
+        ]
 
 
 def key_of(index: int) -> tuple[str, int]:
@@ -282,7 +287,10 @@ def fake_plan(root: Path, session, peers, bucket) -> SimpleNamespace:
         run_folder=folder,
         checkpoint=None,
         settings=lambda _: {"model": {"hash": "m"}, "activations": {}},
-        samples=[SimpleNamespace(key=key_of(i)) for i in range(SAMPLES)],
+        samples=[
+            SimpleNamespace(key=key_of(i), length=Length(4), cell_tokens=0) for i in range(SAMPLES)
+        ],
+        capture=CaptureSpec(),
         tasks=tasks,
         skipped=(),
         batches=batches,

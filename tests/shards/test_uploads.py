@@ -608,10 +608,10 @@ def test_a_disk_that_will_fill(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(storage, "free_bytes", lambda folder: next(free) * 10**6)
     monkeypatch.setattr(storage, "LOOK_SECONDS", 0)
     outlook = storage.DiskOutlook(tmp_path)
-    outlook.look(10, 100)  # 10 MB each: 900 MB for 90 more, just enough
+    outlook.look(10, 100)  # 10 MB a row: 900 MB for 90 more, just enough
     assert caplog.text == ""
-    outlook.look(15, 100)  # 13.3 MB each: 1133 MB for 85 more
-    assert "full after about 60 more of the 85 samples" in caplog.text
+    outlook.look(15, 100)  # 13.3 MB a row: 1133 MB for 85 more
+    assert "full after about 71% of what is left" in caplog.text
     outlook.look(20, 100)  # says it once, and does not look again
     assert caplog.text.count("will be full") == 1
 

@@ -1,23 +1,24 @@
 """The compiled programs of a model: one for the chunks of prefill and one for decoding, of each
 shape."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm import tqdm
 
 from utils.model.capture import width_of
 from utils.model.decoder import Cache, Changes, Decoder, cache_arrays
 from utils.model.generate import Chunk, Decoded, Outputs, Sampling, Shape, decode, prefill
 from utils.model.layout import INVALID_POSITION
 
-COMPILERS = 4  # shapes that are compiled at once
+COMPILERS = min(4, os.cpu_count() or 1)  # programs that are compiled at once
 
 
 def specs(tree: Any) -> Any:
@@ -136,6 +137,15 @@ class Engine:
             for constants, arrays in zip(self.constants, changes, strict=True)
         )
 
+    def compiling(self, shapes: Iterable[Shape]) -> dict[Shape, list[Future[Any]]]:
+        """The programs of each shape that differs, prefill and, where answers are generated,
+        decoding: compiled in the background, in this order."""
+        kinds = [self.prefill_program, *([self.decode_program] if self.sampling else [])]
+        pool = ThreadPoolExecutor(COMPILERS, "compile")
+        found = {s: [pool.submit(kind, s) for kind in kinds] for s in dict.fromkeys(shapes)}
+        pool.shutdown(wait=False)
+        return found
+
     def prefill_program(self, shape: Shape) -> Any:
         """`prefill`, compiled for a shape."""
         return self._compiled("prefill", shape, self.lower_prefill)
@@ -146,8 +156,15 @@ class Engine:
 
     def _compiled(self, name: str, shape: Shape, lower: Callable[[Shape], Any]) -> Any:
         if (name, shape) not in self._programs:
-            self._programs[name, shape] = lower(shape).compile()
+            with self.precision():
+                self._programs[name, shape] = lower(shape).compile()
         return self._programs[name, shape]
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """For what is compiled within, in this thread: a model in float32 multiplies float32, which
+        accelerators by default do in fewer bits."""
+        exact = jax.tree.leaves(self.params)[0].dtype == jnp.float32
+        return jax.default_matmul_precision("highest") if exact else nullcontext()
 
     def lower_prefill(self, shape: Shape) -> Any:
         """`prefill` before it is compiled."""
@@ -204,22 +221,3 @@ class Engine:
 
     def _scalar(self, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=self.model.layout.sharding())
-
-
-Figures = TypeVar("Figures")
-
-
-def for_every_shape(
-    shapes: Iterable[Shape], compile: Callable[[Shape], Figures], label: str
-) -> dict[Shape, Figures]:
-    """`compile` of each shape that differs, COMPILERS at once and under a bar, by shape."""
-    distinct = list(dict.fromkeys(shapes))
-    with (
-        ThreadPoolExecutor(COMPILERS, "compile") as pool,
-        tqdm(total=len(distinct), desc=label, unit=" shapes", disable=None) as bar,
-    ):
-        found = {}
-        for shape, figures in zip(distinct, pool.map(compile, distinct), strict=True):
-            found[shape] = figures
-            bar.update()
-    return found

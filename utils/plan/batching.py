@@ -88,14 +88,15 @@ def cache_slots(length: Length, chunk: int, room: int) -> int:
 
 def plan_batches(lengths: Sequence[Length], limits: Limits) -> list[Batch]:
     """Batches of at most MAX_CACHES sizes of cache, the largest first, so that a run that does not
-    fit in memory ends at its start.
+    fit in memory ends at its start; of each the shortest samples first, so that it soon has stored
+    some.
 
     Samples whose answers are expected to be of like length go together, so that no row waits long
     for another. A batch's rows are dealt out to the data groups so that each has as many chunks.
     """
     batches = []
     for slots, members in _by_cache(lengths, limits).items():
-        members.sort(key=lambda i: (-lengths[i].expected, -lengths[i].total, i))
+        members.sort(key=lambda i: (lengths[i].expected, lengths[i].total, i))
         # As few batches as the limits allow, with as few rows as then suffice.
         count = limits.batches(len(members), slots)
         size = math.ceil(len(members) / count / limits.data)

@@ -8,16 +8,17 @@ Knows no folders; `loop` stores what this makes.
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from utils.model.capture import width_of
 from utils.model.decoder import Changes, Decoder
-from utils.model.engine import Engine, for_every_shape
+from utils.model.engine import Engine
 from utils.model.generate import Chunk, Decoded, Outputs, Sampling, Shape
 from utils.model.layout import use_compilation_cache
 from utils.plan.batching import Batch, Length, pad_rows, prefill_passes
@@ -105,7 +106,8 @@ class Computation:
         self.temperatures = request.temperatures if generates else []
         self.keeps_logits = not request.no_logits and request.activations_dir is not None
         self.usage = Usage()
-        self.compile_seconds = 0.0
+        self.compile_seconds = 0.0  # that the run has waited for programs
+        self._compiling: dict[Shape, Sequence[Future[Any]]] = {}
         self._batch: _Batch | None = None  # the one whose passes are being launched
         self._unfinished: dict[int, _Unfinished] = {}  # by place, the rows that are being fetched
 
@@ -122,23 +124,17 @@ class Computation:
         return jax.tree.map(put, arrays)
 
     def compile(self, batches: Sequence[Batch]) -> None:
-        """Every program that the batches need, before the first is launched."""
+        """Begins to compile every program that the batches need, in their order, and waits for
+        those of the first; the others are compiled while it is computed."""
+        self._compiling = self.engine.compiling(batch.shape for batch in batches)
+        self._wait_for(batches[0].shape)
+
+    def _wait_for(self, shape: Shape) -> None:
         start = time.perf_counter()
-        for_every_shape((batch.shape for batch in batches), self.programs, "compiling")
-        self.compile_seconds = time.perf_counter() - start
-
-    def programs(self, shape: Shape) -> list[Any]:
-        """The compiled prefill of a shape, and its decoding where answers are generated."""
-        with self.precision():
-            prefill = self.engine.prefill_program(shape)
-            return [prefill, *([self.engine.decode_program(shape)] if self.temperatures else [])]
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """For what is compiled within, in this thread: a float32 run multiplies float32, which
-        accelerators by default do in fewer bits."""
-        if self.plan.dtype == "float32":
-            return jax.default_matmul_precision("highest")
-        return nullcontext()
+        if programs := self._compiling.pop(shape, ()):
+            for program in tqdm(programs, "compiling", unit=" programs", disable=None):
+                program.result()
+        self.compile_seconds += time.perf_counter() - start
 
     def passes(self, batches: Iterable[Batch]) -> list[Pass]:
         """What is launched for these batches, in this order."""
@@ -159,29 +155,28 @@ class Computation:
         `plan_samples`."""
         plan, shape = self.plan, job.batch.shape
         if job.first:
+            self._wait_for(shape)
             used, self._batch = self._batch, None
             cache = used.state[0] if used and used.shape == shape else None
             del used  # before a cache of another size is made
             self._batch = _Batch.of(plan, job.batch, self.engine.begin(shape, cache))
         batch = self._batch
-        with self.precision():
-            if job.prediction is None:
-                part, batch.state = self._prefill(job, batch)
-            else:
-                keys = [
-                    _sample_key(plan.request.seed, s, job.prediction) if s else 0
-                    for s in batch.samples
-                ]
-                part, batch.state = self.engine.decode(
-                    batch.state,
-                    batch.prompts,
-                    np.array(keys, np.uint32),
-                    self.temperatures[job.prediction],
-                    shape,
-                    self._changes_of_answers(batch),
-                )
-                if job.prediction:  # of several predictions only the first is captured
-                    part = replace(part, captures={})
+        if job.prediction is None:
+            part, batch.state = self._prefill(job, batch)
+        else:
+            keys = [
+                _sample_key(plan.request.seed, s, job.prediction) if s else 0 for s in batch.samples
+            ]
+            part, batch.state = self.engine.decode(
+                batch.state,
+                batch.prompts,
+                np.array(keys, np.uint32),
+                self.temperatures[job.prediction],
+                shape,
+                self._changes_of_answers(batch),
+            )
+            if job.prediction:  # of several predictions only the first is captured
+                part = replace(part, captures={})
         return Launched(job, batch.rows, batch.owned, part)
 
     def _prefill(self, job: Pass, batch: "_Batch") -> tuple[Chunk, Any]:

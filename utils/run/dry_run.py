@@ -120,6 +120,11 @@ def bytes_per_layer(plan: Plan) -> int:
     return rows * a_row // len({name.rpartition(".")[2] for name in names})
 
 
+def kept_rows(plan: Plan, sample: Sample) -> int:
+    """Of a sample's tokens, without those of a generated answer."""
+    return plan.capture.num_kept(sample.length.prompt, sample.length.answer, sample.cell_tokens)
+
+
 def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> None:
     """Raises UserError when even answers of one token would not fit on the disk.
 
@@ -128,10 +133,7 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
     """
     request = plan.request
     todo = [sample for sample in plan.samples if sample.key not in done]
-    kept = sum(
-        plan.capture.num_kept(sample.length.prompt, sample.length.answer, sample.cell_tokens)
-        for sample in todo
-    )
+    kept = sum(kept_rows(plan, sample) for sample in todo)
     dtype, logits = (
         np.dtype(name).itemsize
         for name in (request.activation_dtype, logits_dtype(request.activation_dtype))
@@ -211,19 +213,17 @@ class DiskOutlook:
         self._folder, self._free, self._told = folder, free_bytes(folder), False
         self._looked = time.monotonic()
 
-    def look(self, stored: int, total: float) -> None:
-        """stored: samples since the beginning, of the `total` that there will be."""
+    def look(self, stored: float, total: float) -> None:
+        """stored: rows since the beginning, of the `total` that there will be."""
         if self._told or not stored or time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
         free = free_bytes(self._folder)
-        a_sample = (self._free - free) / stored
-        if a_sample * (total - stored) > free:
+        needed = (self._free - free) / stored * (total - stored)
+        if needed > free:
             self._told = True
             log.warning(
-                "the disk of %s will be full after about %d more of the %d samples that are left: "
-                "%s are free, %s are needed; free space, or stop and --resume with "
-                "--delete_after_upload",
-                *(self._folder, free / a_sample, total - stored, in_words(free)),
-                in_words(a_sample * (total - stored)),
+                "the disk of %s will be full after about %.0f%% of what is left: %s are free, %s "
+                "are needed; free space, or stop and --resume with --delete_after_upload",
+                *(self._folder, 100 * free / needed, in_words(free), in_words(needed)),
             )

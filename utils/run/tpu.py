@@ -14,8 +14,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from tqdm import tqdm
 
 from utils.cli import COMPILER_ALONE
 from utils.errors import UserError
-from utils.model.engine import for_every_shape
 from utils.model.generate import Shape
 from utils.model.weights import abstract_params, placement
 from utils.plan.batching import Batch, padding_share, prefill_passes
@@ -115,10 +115,10 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
     for batch in plan.batches:
         by_shape.setdefault(batch.shape, []).append(batch)
     start = time.perf_counter()
-    with programs_compiled() as programs:
-        figures = for_every_shape(
-            by_shape, partial(_compiled, computation), f"compiling for {name}"
-        )
+    with programs_compiled() as compiled:
+        compiling = computation.engine.compiling(by_shape)
+        bar = tqdm(compiling.items(), f"compiling for {name}", unit=" shapes", disable=None)
+        figures = {shape: _figures(programs) for shape, programs in bar}
     compile_seconds = time.perf_counter() - start
     buckets = [_bucket(plan, by_shape[shape], found, chip) for shape, found in figures.items()]
     tokens, shards = plan_storage(plan)
@@ -140,7 +140,7 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
         "hbm_bytes_per_device": need,
         "hbm_limit_bytes": limit,
         "fits": fits,
-        "programs": len(programs),
+        "programs": len(compiled),
         "compile_seconds": compile_seconds,
         "prefill": worst["prefill"],
         "decode": worst["decode"],
@@ -198,10 +198,10 @@ def _abstract(plan: Plan) -> Any:
     return unflatten_dict(leaves, sep="/")
 
 
-def _compiled(computation: Computation, shape: Shape) -> list[dict[str, Any]] | str:
-    """The figures of a shape's programs, or why they do not fit."""
+def _figures(programs: Sequence[Future[Any]]) -> list[dict[str, Any]] | str:
+    """Of a shape's programs, or why they do not fit."""
     try:
-        return [figures_of(program) for program in computation.programs(shape)]
+        return [figures_of(program.result()) for program in programs]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise

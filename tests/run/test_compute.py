@@ -1,0 +1,74 @@
+"""The model's side of a run: what is launched before what is compiled."""
+
+import json
+import random
+import threading
+
+import pytest
+from runs import planned
+from tiny import random_task
+
+from utils.model.engine import Engine
+from utils.run.compute import Computation
+
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
+
+@pytest.fixture
+def plan(tiny_model, tmp_path):
+    """Of two cache sizes: a large prompt, and four small ones that one batch holds."""
+    rng = random.Random(0)
+    sizes = {"large": 12, **{f"small{i}": 2 for i in range(4)}}
+    tasks = {name: random_task(rng, 2, side=side)[0] for name, side in sizes.items()}
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    flags = ["--max_output_tokens", 4, "--prompt_format", "compact", "--max_batch_tokens", 2048]
+    return planned(tiny_model, tmp_path / "tasks.json", tmp_path, "--batch_size", 4, *flags)
+
+
+def test_the_first_batch_waits_for_its_own_programs_alone(plan, monkeypatch):
+    first, *_, last = plan.batches
+    assert first.shape.slots > last.shape.slots
+    compiled, may_go_on = [], threading.Event()
+    lower = Engine.lower_decode
+
+    def lower_decode(engine, shape):
+        if shape == last.shape:
+            assert may_go_on.wait(60)
+        compiled.append(shape)
+        return lower(engine, shape)
+
+    monkeypatch.setattr(Engine, "lower_decode", lower_decode)
+    computation = Computation(plan)
+    computation.compile(plan.batches)
+    waited = computation.compile_seconds
+    assert compiled == [first.shape] and waited > 0
+    jobs = computation.passes(plan.batches)
+    results = []
+    for job in jobs:
+        if job.batch == last and job.first:
+            assert [result.sample.key[0] for result in results] == ["large"]
+            assert computation.compile_seconds - waited < 0.1
+            threading.Timer(0.5, may_go_on.set).start()
+        results += computation.fetch(computation.launch(job))
+    assert compiled == [first.shape, last.shape]
+    assert computation.compile_seconds - waited > 0.4  # what it waited counts as compiling
+    assert len(results) == 5
+
+
+def test_what_cannot_be_compiled_ends_the_run(plan, monkeypatch):
+    last = plan.batches[-1]
+    lower = Engine.lower_prefill
+
+    def lower_prefill(engine, shape):
+        if shape == last.shape:
+            raise ValueError("too large")
+        return lower(engine, shape)
+
+    monkeypatch.setattr(Engine, "lower_prefill", lower_prefill)
+    computation = Computation(plan)
+    computation.compile(plan.batches)
+    jobs = computation.passes(plan.batches)
+    with pytest.raises(ValueError, match="too large"):
+        for job in jobs:
+            computation.launch(job)
+    assert job.batch.shape == last.shape
