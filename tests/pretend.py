@@ -1,20 +1,17 @@
 """Runs that no model computes, for tests that ask about folders, buckets, signals and processes,
-and not about numbers; and the distributed script as a process forked from one that has imported it.
+and not about numbers.
 """
 
-import os
-import sys
 import time
 import zlib
 
-import google.cloud.storage  # noqa: F401 (imported before a process is forked, as what follows)
+import google.cloud.storage  # noqa: F401
 import jax.experimental.multihost_utils  # noqa: F401
 import numpy as np
 import tokenizers  # noqa: F401
 import transformers.tokenization_utils_fast  # noqa: F401
 
-import distributed_inference_with_activations as script
-from utils import cli
+import distributed_inference_with_activations  # noqa: F401 (before a process is forked, as below)
 from utils.plan.plan import Plan
 from utils.prompt.codec import Encoded
 from utils.run import loop
@@ -81,16 +78,7 @@ class FakeComputation:
         )
 
 
-def distributed(words: list[str], environment: dict[str, str], log: str, seconds: float | None):
-    """The distributed script in a process just forked: its flags, its environment, where its output
-    goes, and, where no model is to compute, how long a pass takes. Ends the process."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.clear()
-    os.environ.update(environment)
-    if seconds is not None:
-        FakeComputation.seconds = seconds
-        loop.Computation = FakeComputation
-    sys.argv = [script.__file__, *words]
-    cli.run(script.main, script.build_parser())
+def from_now_on(seconds: float) -> None:
+    """No run of this process is computed by a model any more."""
+    FakeComputation.seconds = seconds
+    loop.Computation = FakeComputation

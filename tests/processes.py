@@ -1,17 +1,13 @@
 """Runs of the distributed script: on meshes of this process, and in several processes."""
 
 import contextlib
-import functools
 import json
-import multiprocessing.forkserver
-import os
 import socket
 import time
 
 import numpy as np
-import pretend as forked
-import pytest
-from conftest import ROOT, NoSignals, words
+from conftest import NoSignals, words
+from forks import Script
 from parity import TOLERANCE, worst_error
 
 import distributed_inference_with_activations as script
@@ -77,41 +73,6 @@ def assert_same(found, expected):
             assert worst_error(other["activations"][name], states) < TOLERANCE
 
 
-@functools.cache
-def forks():
-    """A process that has imported all and computed nothing: those forked from it start at once."""
-    context, path = multiprocessing.get_context("forkserver"), f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    context.set_forkserver_preload(["pretend"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)  # the server takes it from here alone
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
-class Process:
-    """One that was forked, spoken to as to a `subprocess.Popen`."""
-
-    def __init__(self, *arguments):
-        self._process = forks().Process(target=forked.distributed, args=arguments)
-        self._process.start()
-        self.pid = self._process.pid
-
-    def poll(self):
-        return self._process.exitcode
-
-    def wait(self, timeout=None):
-        self._process.join(timeout)
-        if self.poll() is None:
-            raise TimeoutError(f"process {self.pid} has not ended within {timeout} s")
-        return self.poll()
-
-    def send_signal(self, signum):
-        os.kill(self.pid, signum)
-
-    def kill(self):
-        self._process.kill()
-
-
 class Processes:
     """Several processes of one run, their output and exit codes."""
 
@@ -170,12 +131,9 @@ def start(
         flags |= {**changed, **(each or {}).get(i, {})}
         logs.append(folder / f"log{i}.txt")
         logs[-1].write_text("")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        processes.append(Process(words(flags), environment, str(logs[-1]), pretend))
+        flags_of_xla = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        where = {"env": flags_of_xla, "log": logs[-1], "pretended": pretend}
+        processes.append(Script(f"{script.__name__}.py", *words(flags), **where))
     return Processes(processes, logs)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, random_task, run_script
+from forks import Script, run_forked
 
 import simple_extraction_inference as script
 from utils.errors import UserError
@@ -289,9 +290,11 @@ def test_help_and_flag_errors_import_nothing_heavy(name, flag, code):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_gives_the_default_of_every_flag_that_takes_a_value(name):
-    text = run_script(name, "--help", env={"COLUMNS": "400"}).stdout
+    text = run_forked(name, "--help", env={"COLUMNS": "400"}).stdout
     usage, _, options = text.partition("\n\n")
-    for flag in re.findall(r"^  (--\w+) \S", options, re.M):
+    flags = re.findall(r"^  (--\w+) \S", options, re.M)
+    assert flags, text
+    for flag in flags:
         described = re.search(rf"^  {flag} .*(\n {{10,}}.*)?", options, re.M)[0]
         required = f"[{flag} " not in usage
         assert required or "(default: " in described, described
@@ -299,7 +302,7 @@ def test_help_gives_the_default_of_every_flag_that_takes_a_value(name):
 
 
 def test_help_shows_choices_in_braces_also_beside_a_file():
-    text = run_script(SCRIPT, "--help", env={"COLUMNS": "400"}).stdout
+    text = run_forked(SCRIPT, "--help", env={"COLUMNS": "400"}).stdout
     for choices in (
         "--prompt_format {chat,turns,compact,plain,nvarc,architects,arc24}|FILE",
         "--grid_encoding {digits,spaced,numbered,words}",
@@ -324,7 +327,7 @@ def test_a_refused_transformation_leaves_no_folder(tmp_path, text):
         rows.write_text(text)
     before = snapshot(tmp_path)
     wrong = ["--split", "test"] if text else []
-    run = run_script(
+    run = run_forked(
         "transform_hf_to_arc.py", "--dataset", rows, "--output_dir", tmp_path / "a" / "b", *wrong
     )
     assert run.returncode == 2 and "error: " in run.stderr
@@ -701,7 +704,7 @@ def finished(tiny_model, tasks_file, tmp_path_factory) -> tuple[Path, dict]:
         "save_every_n_samples": 2,
         "max_train_pairs": 1,
     }
-    run = run_script(SCRIPT, *line(made_with | places(folder)), "--resume")
+    run = run_forked(SCRIPT, *line(made_with | places(folder)), "--resume")
     assert run.returncode == 0, run.stderr
     assert read_manifest(folder / "activations")["status"] == "complete"
     return folder, made_with
@@ -728,7 +731,7 @@ def test_a_folder_that_holds_a_run_is_refused_naming_both_ways_out(refused, run)
 def test_resume_on_a_complete_run_does_nothing(flags, run):
     before = snapshot(run)
     times = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    ended = run_script(SCRIPT, *line(flags), "--resume")
+    ended = run_forked(SCRIPT, *line(flags), "--resume")
     assert (ended.returncode, ended.stdout) == (0, "")
     assert ended.stderr == f"the run in {run / 'activations'} is complete; there is nothing to do\n"
     assert snapshot(run) == before
@@ -870,7 +873,7 @@ def _list_as_is(shard: Path) -> None:
 def test_overwrite_replaces_the_run_and_nothing_else(run, flags):
     (run / "activations" / "mine.txt").write_text("mine")
     changed = flags | {"max_tasks": 2, "no_logits": True}
-    ended = run_script(SCRIPT, *line(changed), "--overwrite")
+    ended = run_forked(SCRIPT, *line(changed), "--overwrite")
     assert ended.returncode == 0, ended.stderr
     names = {path.name for path in (run / "activations").iterdir()}
     assert names == {"metadata.json", "answers.jsonl", "activations_batch_000001.pkl", "mine.txt"}
@@ -880,14 +883,14 @@ def test_overwrite_replaces_the_run_and_nothing_else(run, flags):
 
 def test_without_extraction_the_predictions_are_guarded_alike(shell, flags, tmp_path):
     flags |= {"no_extraction": True, "max_tasks": 1, "activations_dir": tmp_path / "untouched"}
-    ended = run_script(SCRIPT, *line(flags))
+    ended = run_forked(SCRIPT, *line(flags))
     assert ended.returncode == 0, ended.stderr
     before = snapshot(tmp_path)
     files = {"out/predictions.json", "out/predictions.json.run/metadata.json"}
     assert set(before) == {"out", "out/predictions.json.run", *files}
     code, _, stderr = shell(*line(flags))
     assert code == 2 and "--resume" in one_line(stderr) and "--overwrite" in stderr
-    ended = run_script(SCRIPT, *line(flags), "--resume")
+    ended = run_forked(SCRIPT, *line(flags), "--resume")
     assert (ended.returncode, ended.stdout) == (0, "")
     assert "is complete; there is nothing to do" in ended.stderr
     assert snapshot(tmp_path) == before
@@ -917,7 +920,7 @@ def test_a_disk_that_fills_up_during_the_run(flags, tmp_path):
     flags |= {"max_output_tokens": 300, "save_every_n_samples": 1, "max_train_pairs": 1}
     with small_disk(tmp_path / "disk", "900k") as disk:
         folder = flags["activations_dir"] = disk / "activations"
-        ended = run_script(SCRIPT, *line(flags))
+        ended = run_forked(SCRIPT, *line(flags))
         assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
         assert "Traceback" not in ended.stderr
         assert re.search(
@@ -929,7 +932,7 @@ def test_a_disk_that_fills_up_during_the_run(flags, tmp_path):
         kept = samples_of(folder)
         assert 0 < len(kept) < 8
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
-        ended = run_script(SCRIPT, *line(flags), "--resume")
+        ended = run_forked(SCRIPT, *line(flags), "--resume")
         assert ended.returncode == 0, ended.stderr
         assert samples_of(folder)[: len(kept)] == kept and len(samples_of(folder)) == 8
         scored = json.loads(flags["output_path"].read_text())
@@ -969,7 +972,7 @@ def long_flags(tiny_model, tmp_path_factory) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def undisturbed(long_flags, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = run_script(SCRIPT, *line(long_flags | places(folder)))
+    run = run_forked(SCRIPT, *line(long_flags | places(folder)))
     assert run.returncode == 0, run.stderr
     assert len(samples_of(folder / "activations")) == 60
     return folder
@@ -977,7 +980,7 @@ def undisturbed(long_flags, tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def started(*words: object, env: dict[str, str] | None = None):
-    """The script in a process of its own, killed at the end if it still runs."""
+    """The script as its users start it; killed at the end if it still runs."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / SCRIPT), *map(str, words)],
         env={**os.environ, **(env or {})},
@@ -993,7 +996,7 @@ def started(*words: object, env: dict[str, str] | None = None):
         process.stderr.close()
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(condition, process: Script, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stderr.read()
@@ -1010,7 +1013,7 @@ def test_stopped_twice_and_resumed(long_flags, undisturbed, tmp_path):
     folder, before = tmp_path / "activations", 0
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         shards = stored(folder)
-        with started(*words) as process:
+        with Script(SCRIPT, *words) as process:
             wait_for(lambda shards=shards: stored(folder) > shards + 1, process)
             process.send_signal(signum)
             sent = time.monotonic()
@@ -1029,7 +1032,7 @@ def test_stopped_twice_and_resumed(long_flags, undisturbed, tmp_path):
         before = len(samples_of(folder))
         assert not list(folder.glob("*.partial"))
         assert not (tmp_path / "predictions.json").exists()
-    run = run_script(SCRIPT, *words)
+    run = run_forked(SCRIPT, *words)
     assert run.returncode == 0, run.stderr
     assert sorted(samples_of(folder)) == sorted(samples_of(undisturbed / "activations"))
     predictions = (tmp_path / "predictions.json").read_bytes()
@@ -1061,14 +1064,14 @@ def test_stopped_and_resumed_without_extraction(long_flags, tmp_path):
     kept = samples_of(folder)
     assert 7 <= len(kept) < 60 and stored(folder) == 1  # the open shard was closed
     answers = read_answers(folder)
-    assert run_script(SCRIPT, *words).returncode == 2
-    run = run_script(SCRIPT, *words, "--resume")
+    assert run_forked(SCRIPT, *words).returncode == 2
+    run = run_forked(SCRIPT, *words, "--resume")
     assert run.returncode == 0, run.stderr
     assert [path.name for path in folder.iterdir()] == ["metadata.json"]
     before = output.read_bytes()
-    again = run_script(SCRIPT, *words, "--resume")
+    again = run_forked(SCRIPT, *words, "--resume")
     assert again.returncode == 0 and "nothing to do" in again.stderr
-    other = run_script(SCRIPT, *words, "--resume", "--seed", 1)
+    other = run_forked(SCRIPT, *words, "--resume", "--seed", 1)
     assert other.returncode == 2 and "generation.seed was 0, is 1" in other.stderr
     assert output.read_bytes() == before
     scored = json.loads(output.read_text())
@@ -1136,7 +1139,7 @@ def kill_until(folder: Path, words: list[object], kills: int, seed: int) -> list
 
     for _ in range(kills):
         aim = listed() + rng.randint(1, 3)
-        with started(*words) as process:
+        with Script(SCRIPT, *words) as process:
             if rng.random() < 0.25:  # while it is getting ready
                 time.sleep(rng.uniform(0, 3))
             else:
@@ -1148,7 +1151,7 @@ def kill_until(folder: Path, words: list[object], kills: int, seed: int) -> list
         if process.returncode != -signal.SIGKILL:
             break
         kept.append(len(samples_of(activations)) if listed() else 0)
-    run = run_script(SCRIPT, *words)
+    run = run_forked(SCRIPT, *words)
     assert run.returncode == 0, run.stderr
     return kept
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Script, run_forked
 
 from transform_hf_to_arc import Spread, split_name
 from utils.arc.tasks import read_solutions, read_tasks, solutions_beside
@@ -30,12 +31,13 @@ ROWS = [
 
 
 def run(script: str, *flags: object, env: dict = OFFLINE) -> subprocess.CompletedProcess:
+    """As its users start it."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 def transform(*flags: object) -> subprocess.CompletedProcess:
-    return run("transform_hf_to_arc.py", *flags)
+    return run_forked("transform_hf_to_arc.py", *flags)
 
 
 def fails(result: subprocess.CompletedProcess, exit_code: int = 2) -> str:
@@ -194,17 +196,16 @@ def test_interrupted_it_leaves_the_earlier_files(tmp_path):
     path.write_text("\n".join(rows))
     assert transform("--dataset", path, "--output_dir", out, "--max_samples", 2).returncode == 0
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    command = [sys.executable, str(ROOT / "transform_hf_to_arc.py"), "--dataset", str(path)]
-    command += ["--output_dir", str(out), "--overwrite"]
+    command = ["transform_hf_to_arc.py", "--dataset", path, "--output_dir", out, "--overwrite"]
     for stop, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, env=OFFLINE, cwd=ROOT)
-        while not any(file.suffix == ".partial" for file in out.iterdir()):
-            time.sleep(0.005)
-        child.send_signal(stop)
-        child.communicate(timeout=60)
+        with Script(*command) as child:
+            while not any(file.suffix == ".partial" for file in out.iterdir()):
+                time.sleep(0.005)
+            child.send_signal(stop)
+            child.communicate(timeout=60)
         assert child.returncode == code
         assert {f.name: f.read_bytes() for f in out.iterdir() if f.suffix != ".partial"} == before
-    assert transform(*command[2:]).returncode == 0
+    assert transform(*command[1:]).returncode == 0
     assert not [file for file in out.iterdir() if file.suffix == ".partial"]
 
 
@@ -213,13 +214,9 @@ def test_two_at_once_into_one_folder(tmp_path):
     path, out = tmp_path / "r.jsonl", tmp_path / "o"
     rows = (json.dumps({"examples": [A, B, [[[i % 10] * 20] * 20, [[1]]]]}) for i in range(20_000))
     path.write_text("\n".join(rows))
-    command = [sys.executable, str(ROOT / "transform_hf_to_arc.py"), "--dataset", str(path)]
-    command += ["--output_dir", str(out), "--overwrite"]
-    children = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=OFFLINE)
-        for _ in range(2)
-    ]
-    ends = [(child.communicate(timeout=120)[1].decode(), child.returncode) for child in children]
+    command = ["transform_hf_to_arc.py", "--dataset", path, "--output_dir", out, "--overwrite"]
+    children = [Script(*command) for _ in range(2)]
+    ends = [(child.communicate(timeout=120)[1], child.returncode) for child in children]
     assert sorted(code for _, code in ends) == [0, 2], ends
     refusal = next(words for words, code in ends if code == 2)
     assert refusal.startswith(f"error: another process is writing to {out}: wait")
@@ -237,7 +234,7 @@ def test_help_is_quick(script):
 
 
 def test_inspection_shows_columns_rows_picture_faults_and_the_next_command(dataset):
-    result = run("test_transformation.py", "--dataset", dataset, "--num_rows", 6)
+    result = run_forked("test_transformation.py", "--dataset", dataset, "--num_rows", 6)
     assert result.returncode == 0, result.stderr
     for words in (
         r"examples +list\[list\[list\[list\[int\]\]\]\]",
@@ -284,4 +281,4 @@ def test_the_quick_start_on_real_rows(tmp_path):
         pairs = [[pair.input, pair.output] for pair in task.train]
         assert [*pairs, [task.test[0].input, truth[task.task_id][0]]] == row["examples"]
     assert json.loads((tmp_path / "transformation_errors.json").read_text()) == []
-    assert run("test_transformation.py", "--dataset", rows).returncode == 0
+    assert run_forked("test_transformation.py", "--dataset", rows).returncode == 0

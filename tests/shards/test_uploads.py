@@ -2,19 +2,17 @@
 
 import json
 import logging
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, NoSignals, random_task, words
+from conftest import NoSignals, random_task, words
+from forks import Script
 
 import simple_extraction_inference as script
 from utils.errors import UserError
@@ -77,13 +75,8 @@ def shell(in_shell, caplog):
 
 
 def start(flags, gcs, module=script, env=None):
-    return subprocess.Popen(
-        [sys.executable, ROOT / f"{module.__name__}.py", *words(flags)],
-        env={**os.environ, "STORAGE_EMULATOR_HOST": gcs.url, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = {"STORAGE_EMULATOR_HOST": gcs.url, **(env or {})}
+    return Script(f"{module.__name__}.py", *words(flags), env=env)
 
 
 def there(gcs, prefix=PREFIX) -> dict[str, bytes]:
