@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from utils.model.attention import Past, attend, attend_cached, rotate, rotation, softcapped
 from utils.model.capture import CaptureSpec, width_of
 from utils.model.config import ModelConfig
-from utils.model.interventions import Edit
+from utils.model.interventions import Edit, LayerPart
 from utils.model.layout import INVALID_POSITION, Layout
 
 Cache = dict[str, Any]
@@ -85,28 +85,25 @@ class Hooked(nn.Module):
     """
 
     config: ModelConfig
-    layer: int
     layout: Layout
-    capture: CaptureSpec
-    edits: tuple[Edit, ...]
+    part: LayerPart
 
     def at(self, hook_point: str, x: Array, changes: Changes) -> Array:
         """x, [B, T, ...], as it goes on from a hook point, where it is changed by the edits in
         their order and then captured: [B, T, W], sown as a bare array."""
-        name = f"{hook_point}.{self.layer}"
         here = [
-            (edit, arrays)
-            for edit, arrays in zip(self.edits, changes, strict=True)
-            if edit.hook == name and arrays is not None
+            (edit, changes[number])
+            for number, edit in self.part.edits
+            if edit.hook_point == hook_point and changes[number] is not None
         ]
-        if not here and name not in self.capture.names:
+        if not here and hook_point not in self.part.captured:
             return x
-        width = width_of(self.config, name)  # x may have zeros behind it
+        width = width_of(self.config, hook_point)  # x may have zeros behind it
         flat = x.reshape(*x.shape[:2], -1)
         value = flat[..., :width]
         for edit, arrays in here:
             value = edit.apply(value, arrays)
-        if name in self.capture.names:
+        if hook_point in self.part.captured:
             self.sow("intermediates", hook_point, value, lambda _, new: new, lambda: None)
         if not here:
             return x
@@ -150,7 +147,7 @@ class Attention(Hooked):
         value = layout.split(self.at("v", value, changes), *heads)
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
 
-        scores, cache = c.scores(self.layer), None
+        scores, cache = self.part.scores, None
         if past is None:
             key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
             y = attend(query, key, value, positions, positions, scores)
@@ -250,7 +247,7 @@ class Block(Hooked):
     ) -> tuple[Array, Array | None]:
         """The residual stream [B, T, D] after this layer, and the rest as `Attention` gives it."""
         c = self.config
-        part = c, self.layer, self.layout, self.capture, self.edits
+        part = c, self.layout, self.part
 
         def split(y: Array) -> Array:
             return self.layout.split(y, *self.layout.stream(prompt=x.shape[1] > 1))
@@ -268,6 +265,9 @@ class Block(Hooked):
         y = to_add(mlp(RMSNorm(c, name="mlp_norm")(x), changes), "mlp_out_norm")
         y = self.at("mlp_out", y, changes)
         return self.at("resid_post", split(x + y), changes), cache
+
+
+_Layer = nn.jit(Block)
 
 
 class Decoder(nn.Module):
@@ -289,7 +289,8 @@ class Decoder(nn.Module):
         V = self.layout.padded(c.vocab_size)
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (V, c.hidden_size))
-        self.layers = [Block(c, i, self.layout, self.capture, self.edits) for i in range(n)]
+        parts = [LayerPart.of(c, i, self.capture, self.edits) for i in range(n)]
+        self.layers = [_Layer(c, self.layout, part) for part in parts]
         if n == c.num_layers:
             self.final_norm = RMSNorm(c)
             if not c.tie_word_embeddings:
@@ -327,9 +328,9 @@ class Decoder(nn.Module):
         if cache is not None:
             key_at = self._key_positions(cache, positions, lengths, row, slot)
             new["positions"] = self.layout.write_rows(cache["positions"], key_at, row, "data")
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             past = None if cache is None else Past(cache[layer.name], key_at, row, slot)
-            rotated_by = cos_sin[c.rope_of(layer.layer)]
+            rotated_by = cos_sin[c.rope_of(i)]
             x, new[layer.name] = layer(x, positions, rotated_by, past, changes)
         return x, new
 
