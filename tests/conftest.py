@@ -35,7 +35,8 @@ SHARED = ROOT.parent / "shared"
 
 # Files that take minutes, which two workers share best where they begin with them.
 LONG = ("test_example_usage", "test_benchmarks", "test_processes", "test_processes_with_bucket")
-LONG += ("test_uploads", "test_cli", "test_bad_input", "test_meshes", "test_tpu", "test_histories")
+LONG += ("test_decoder", "test_uploads", "test_cli", "test_bad_input", "test_meshes", "test_tpu")
+LONG += ("test_flash", "test_histories", "test_generate", "test_sae", "test_edits", "test_views")
 
 
 def pytest_collection_modifyitems(items):

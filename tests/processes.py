@@ -28,6 +28,7 @@ FLAGS = {
 }
 
 
+LONG = {"max_output_tokens": 300, "save_every_n_samples": 1}
 PEER_TIMEOUT, PRETENDED_PEER_TIMEOUT = 10, 6  # seconds
 
 HEADS = {
@@ -132,9 +133,7 @@ def start(
         logs.append(folder / f"log{i}.txt")
         logs[-1].write_text("")
         flags_of_xla = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        where = {"env": flags_of_xla, "log": logs[-1], "pretended": pretend}
-        processes.append(Script(f"{script.__name__}.py", *words(flags), **where))
+        how = {"env": flags_of_xla, "log": logs[-1], "pretended": pretend}
+        how["in_haste"] = flags["max_output_tokens"] < LONG["max_output_tokens"]
+        processes.append(Script(f"{script.__name__}.py", *words(flags), **how))
     return Processes(processes, logs)
-
-
-LONG = {"max_output_tokens": 300, "save_every_n_samples": 1}

@@ -31,15 +31,19 @@ def test_every_family_has_a_stored_reference():
     assert families >= {"qwen2", "qwen3", "llama3", "llama", "mistral", "gemma2", "gemma3"}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stored_reference(case):
+@pytest.fixture(scope="module", params=CASES)
+def stored(request):
+    """A stored reference, the names of the states in it, and the engine with its checkpoint."""
+    reference = np.load(GOLDEN / request.param / "reference.npz")
+    names = set(reference.files) - {"ids", "prompt", "logits"}
+    return reference, names, load_engine(GOLDEN / request.param, sorted(names))
+
+
+def test_stored_reference(stored):
     """Prompt through prefill, answer through decode, beside batch mates and a padding row."""
-    reference = np.load(GOLDEN / case / "reference.npz")
-    ids, P = reference["ids"], int(reference["prompt"])
-    mate, names = [5, 6, 7, 8, 9], set(reference.files) - {"ids", "prompt", "logits"}
-    first, decoded = generate(
-        load_engine(GOLDEN / case, sorted(names)), [mate, ids[:P].tolist(), None], 32, len(ids) - P
-    )
+    reference, names, engine = stored
+    ids, P, mate = reference["ids"], int(reference["prompt"]), [5, 6, 7, 8, 9]
+    first, decoded = generate(engine, [mate, ids[:P].tolist(), None], 32, len(ids) - P)
     assert decoded.tokens[1].tolist() == ids[P:].tolist()
     assert decoded.counts.tolist() == [len(ids) - P, len(ids) - P, 0]
     assert set(first.captures) == set(decoded.captures) == names
@@ -53,14 +57,12 @@ def test_stored_reference(case):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_forced_answer(case):
+def test_forced_answer(stored):
     """Prompt and answer in one pass say the same as the reference."""
-    reference = np.load(GOLDEN / case / "reference.npz")
+    reference, names, engine = stored
     ids, P = reference["ids"].tolist(), int(reference["prompt"])
-    engine = load_engine(GOLDEN / case)
-    result = prefill(engine, [[4, 5], ids[:P]], 48, answers=[[6, 7, 8], ids[P:]])
-    for name in set(reference.files) - {"ids", "prompt", "logits"}:
+    result = prefill(engine, [[4, 5], ids[:P], None], 48, answers=[[6, 7, 8], ids[P:], []])
+    for name in names:
         found = result.captures[name][1, : len(ids)]
         assert worst_error(found, reference[name]) < TOLERANCE, name
     expected = log_softmax(reference["logits"])[np.arange(P - 1, len(ids) - 1), ids[P:]]
