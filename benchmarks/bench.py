@@ -1,7 +1,7 @@
 """What the benchmarks share: `--smoke` with its tiny inputs, and the processor at hand.
 
 A figure means something on a quiet machine alone. A smoke run shows that the script still works:
-it makes a random model of four layers and a few tasks, runs the whole path, and its figures mean
+it makes a random model of two layers and a few tasks, runs the whole path, and its figures mean
 nothing. It needs no network and no file from outside the repository.
 """
 
@@ -53,7 +53,9 @@ def scratch(args: argparse.Namespace, **tiny: object) -> Iterator[Path]:
 
             print("smoke run: tiny inputs, the figures mean nothing", flush=True)
             if getattr(args, "model_path", "") is None:
-                args.model_path = str(inputs.write_model(folder / "tiny_model"))
+                args.model_path = str(
+                    inputs.write_model(folder / "tiny_model", num_hidden_layers=2)
+                )
             if getattr(args, "dataset_path", "") is None:
                 args.dataset_path = str(inputs.write_tasks(folder / "tiny_tasks"))
             vars(args).update(tiny)
