@@ -13,6 +13,7 @@ from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst
 from safetensors.numpy import load_file, save_file
 
 from utils.model import generate as generation
+from utils.model.decoder import Attention
 from utils.model.engine import Engine
 from utils.model.generate import Outputs, Sampling, Shape
 from utils.model.layout import make_mesh
@@ -171,6 +172,22 @@ def test_programs_do_not_grow_with_the_prompt(engine):
         small, large = (Shape(2, slots, chunk) for slots in (1024, 16384))
         programs = [engine.lower_prefill(shape).as_text().splitlines() for shape in (small, large)]
         assert len(programs[0]) == len(programs[1])
+
+
+def test_layers_alike_are_traced_once(engine, monkeypatch):
+    traced, call = [], Attention.__call__
+
+    def counted(attention, *arguments):
+        traced.append(attention.captured)
+        return call(attention, *arguments)
+
+    monkeypatch.setattr(Attention, "__call__", counted)
+    jax.clear_caches()
+    engine.lower_prefill(Shape(2, 1024, 96))
+    assert engine.model.config.num_layers == 3 and len(traced) == 1
+    spec = replace(engine.model.capture, names=("resid_post.1",))
+    replace(engine, model=replace(engine.model, capture=spec)).lower_prefill(Shape(2, 1024, 96))
+    assert traced[1:] == [(), ("resid_post",)]
 
 
 @pytest.mark.parametrize("slots", [512, 1024])

@@ -205,11 +205,11 @@ def _tile_keys(rows: int, cache: Array, platform: str) -> int:
     _, K, S, W = cache.shape
     # Never the whole cache: XLA would read it before the loop, and copy it to do so.
     keys = min(S // 2, KEY_TILE)
-    if S % keys:
-        raise ValueError(f"a cache of {S} slots cannot be read in tiles of {keys}")
     if platform == "cpu":
         while keys > LEAST_KEYS and rows * K * keys * W * cache.dtype.itemsize > TILE_BYTES:
             keys //= 2
+    if S % keys:
+        raise ValueError(f"a cache of {S} slots cannot be read in tiles of {keys}")
     return keys
 
 

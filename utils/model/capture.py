@@ -106,6 +106,11 @@ class CaptureSpec:
         chosen = cell_tokens if self.tokens == "cells" else len(self.rows(prompt, answer))
         return chosen if self.max_rows is None else min(chosen, self.max_rows)
 
+    def points(self, layer: int) -> tuple[str, ...]:
+        """The hook points that are captured in a layer."""
+        parts = (name.partition(".") for name in self.names)
+        return tuple(point for point, _, number in parts if int(number) == layer)
+
     @property
     def in_prefill(self) -> bool:
         """Whether any prompt token is captured."""

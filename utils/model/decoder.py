@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from utils.model.attention import Past, attend, attend_cached, rotate, rotation, softcapped
 from utils.model.capture import CaptureSpec, width_of
-from utils.model.config import ModelConfig
-from utils.model.interventions import Edit, LayerPart
+from utils.model.config import ModelConfig, Scores
+from utils.model.interventions import Edit
 from utils.model.layout import INVALID_POSITION, Layout
 
 Cache = dict[str, Any]
@@ -82,28 +82,32 @@ class Hooked(nn.Module):
     """A part of a layer, with the hook points at which its values are changed and captured.
 
     Which ones is static, so that a program without them is as if there were none.
+
+    captured: hook points of this layer. edits: the model's in this layer, each with its number.
     """
 
     config: ModelConfig
     layout: Layout
-    part: LayerPart
+    scores: Scores
+    captured: tuple[str, ...]
+    edits: tuple[tuple[int, Edit], ...]
 
     def at(self, hook_point: str, x: Array, changes: Changes) -> Array:
         """x, [B, T, ...], as it goes on from a hook point, where it is changed by the edits in
         their order and then captured: [B, T, W], sown as a bare array."""
         here = [
             (edit, changes[number])
-            for number, edit in self.part.edits
+            for number, edit in self.edits
             if edit.hook_point == hook_point and changes[number] is not None
         ]
-        if not here and hook_point not in self.part.captured:
+        if not here and hook_point not in self.captured:
             return x
         width = width_of(self.config, hook_point)  # x may have zeros behind it
         flat = x.reshape(*x.shape[:2], -1)
         value = flat[..., :width]
         for edit, arrays in here:
             value = edit.apply(value, arrays)
-        if hook_point in self.part.captured:
+        if hook_point in self.captured:
             self.sow("intermediates", hook_point, value, lambda _, new: new, lambda: None)
         if not here:
             return x
@@ -147,15 +151,15 @@ class Attention(Hooked):
         value = layout.split(self.at("v", value, changes), *heads)
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
 
-        scores, cache = self.part.scores, None
         if past is None:
             key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-            y = attend(query, key, value, positions, positions, scores)
+            y, cache = attend(query, key, value, positions, positions, self.scores), None
         else:
             new = jnp.concatenate([key, value], axis=-1)
             if not layout.by_heads:  # the tokens of all devices, in the order of the prompt
                 new = layout.collect(layout.whole_rows(new))
-            y, cache = attend_cached(query, new.swapaxes(1, 2), past, positions, scores, layout)
+            new = new.swapaxes(1, 2)
+            y, cache = attend_cached(query, new, past, positions, self.scores, layout)
         y = layout.split(self.at("z", layout.split(y, *heads), changes), *heads)
 
         kernel = self.param("out", _kernel_init(2), (D, N, H))
@@ -247,7 +251,7 @@ class Block(Hooked):
     ) -> tuple[Array, Array | None]:
         """The residual stream [B, T, D] after this layer, and the rest as `Attention` gives it."""
         c = self.config
-        part = c, self.layout, self.part
+        part = c, self.layout, self.scores, self.captured, self.edits
 
         def split(y: Array) -> Array:
             return self.layout.split(y, *self.layout.stream(prompt=x.shape[1] > 1))
@@ -267,7 +271,7 @@ class Block(Hooked):
         return self.at("resid_post", split(x + y), changes), cache
 
 
-_Layer = nn.jit(Block)
+_Layer = nn.jit(Block)  # which is traced once for all layers whose fields are equal
 
 
 class Decoder(nn.Module):
@@ -289,8 +293,10 @@ class Decoder(nn.Module):
         V = self.layout.padded(c.vocab_size)
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (V, c.hidden_size))
-        parts = [LayerPart.of(c, i, self.capture, self.edits) for i in range(n)]
-        self.layers = [_Layer(c, self.layout, part) for part in parts]
+        edits = [tuple(e for e in enumerate(self.edits) if e[1].layer == i) for i in range(n)]
+        self.layers = [
+            _Layer(c, self.layout, c.scores(i), self.capture.points(i), edits[i]) for i in range(n)
+        ]
         if n == c.num_layers:
             self.final_norm = RMSNorm(c)
             if not c.tie_word_embeddings:

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from utils.model.autoencoder import decode, encode
-from utils.model.capture import CaptureSpec
-from utils.model.config import ModelConfig, Scores
 
 OPS = ("zero", "set", "add", "scale", "ablate_direction", "latent", "reconstruct", "patch")
 OVERWRITING = ("zero", "set", "patch", "reconstruct")
@@ -84,26 +82,3 @@ class Edit:
 
     def _patch(self, x: Array, arrays: Arrays) -> Array:
         return arrays["values"].astype(jnp.float32)
-
-
-@dataclass(frozen=True)
-class LayerPart:
-    """What sets a layer apart from others: layers alike are traced once.
-
-    captured: hook points. edits: those of the model in this layer, by their number.
-    """
-
-    scores: Scores
-    captured: tuple[str, ...]
-    edits: tuple[tuple[int, Edit], ...]
-
-    @classmethod
-    def of(
-        cls, config: ModelConfig, layer: int, capture: CaptureSpec, edits: tuple[Edit, ...]
-    ) -> "LayerPart":
-        names = [name.split(".") for name in capture.names]
-        return cls(
-            config.scores(layer),
-            tuple(point for point, number in names if int(number) == layer),
-            tuple((i, edit) for i, edit in enumerate(edits) if edit.layer == layer),
-        )

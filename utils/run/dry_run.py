@@ -125,6 +125,11 @@ def kept_rows(plan: Plan, sample: Sample) -> int:
     return plan.capture.num_kept(sample.length.prompt, sample.length.answer, sample.cell_tokens)
 
 
+def weight(plan: Plan, sample: Sample) -> int:
+    """What a sample takes on the disk beside others: its rows, and one for all that is no row."""
+    return 1 + kept_rows(plan, sample)
+
+
 def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> None:
     """Raises UserError when even answers of one token would not fit on the disk.
 
@@ -214,7 +219,7 @@ class DiskOutlook:
         self._looked = time.monotonic()
 
     def look(self, stored: float, total: float) -> None:
-        """stored: rows since the beginning, of the `total` that there will be."""
+        """stored: of the `total` that there will be, since the beginning; see `weight`."""
         if self._told or not stored or time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()

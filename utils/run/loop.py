@@ -21,7 +21,7 @@ from utils.plan.batching import Batch
 from utils.plan.plan import Plan
 from utils.run.compute import Computation, Usage
 from utils.run.conclude import conclude, last_files, send_the_rest
-from utils.run.dry_run import DiskOutlook, check_disk, kept_rows
+from utils.run.dry_run import DiskOutlook, check_disk, weight
 from utils.run.opening import opened
 from utils.run.peers import Ending, LeftBehind, Peers
 from utils.run.pipeline import Pipeline
@@ -159,10 +159,9 @@ def _compute(
         passes, computation.launch, computation.fetch, lambda result: result.nbytes, check
     )
     outlook, stored, tokens = DiskOutlook(folder.path), 0, 0
-    # In rows of activations, and one for what a sample holds besides.
-    room = sum(1 + kept_rows(plan, plan.samples[i]) for b in todo for i in b.rows if i >= 0)
-    room /= ending.peers.count
-    begin, compiling = time.perf_counter(), computation.compile_seconds
+    to_store = sum(weight(plan, plan.samples[i]) for b in todo for i in b.rows if i >= 0)
+    to_store /= ending.peers.count
+    begin = time.perf_counter() - computation.compile_seconds
     with tqdm(
         total=num_done + round(share),  # of several processes the first one's bar counts its own
         initial=num_done,
@@ -172,9 +171,9 @@ def _compute(
     ) as bar:
         for job, results in zip(passes, pipeline, strict=True):
             tokens += sum(result.num_tokens for result in results)
-            waited = computation.compile_seconds
-            seconds = time.perf_counter() - begin - (waited - compiling)
-            folder.update_timing(seconds, waited, tokens)
+            compiling = computation.compile_seconds
+            seconds = time.perf_counter() - begin - compiling
+            folder.update_timing(seconds, compiling, tokens)
             for result in results:
                 check()
                 folder.add(*to_item(result, plan))
@@ -185,9 +184,9 @@ def _compute(
             # Not drawn by each pass, but as often as the bar is: a line every half minute in a log.
             bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s", refresh=False)
             bar.update(len(results))
-            stored += sum(1 + kept_rows(plan, result.sample) for result in results)
-            outlook.look(stored, room)
-    waited, seconds = pipeline.disk_wait, time.perf_counter() - begin
+            stored += sum(weight(plan, result.sample) for result in results)
+            outlook.look(stored, to_store)
+    waited, seconds = pipeline.disk_wait, time.perf_counter() - begin - computation.compile_seconds
     if waited > 0.1 * seconds:
         log.warning(
             "the disk was the bottleneck: the device waited %.0f of %.0f s for what was computed "
