@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -99,6 +100,24 @@ def test_a_process_that_stood_still_or_was_cut_off_is_left_behind(monkeypatch):
     for each in (first, second):
         with pytest.raises(peers.LeftBehind, match="it stood still, or process 0"):
             each.check()
+
+
+def test_a_process_takes_its_leave_itself(monkeypatch):
+    """Not by its watching thread: process 0, and with it the store, would be gone before it is."""
+    store, (_, second) = two_peers(monkeypatch)
+    gone, set_value = [], store.key_value_set
+
+    def noted(key, value, **options):
+        state = json.loads(value)
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.3)  # in which the thread has six turns
+        if key == "process/1" and state["gone"]:
+            gone.append(threading.current_thread().name)
+        set_value(key, value, **options)
+
+    monkeypatch.setattr(store, "key_value_set", noted)
+    second.farewell()
+    assert gone == [threading.main_thread().name]
 
 
 def test_the_watch_does_not_die_in_silence(monkeypatch):

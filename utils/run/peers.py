@@ -67,6 +67,7 @@ class Peers:
         self._round = time.monotonic()  # when the last look at all that came through began
         self._heard = dict.fromkeys(range(count), self._round)  # the round of the last new beat
         self._failure: BaseException | None = None  # of the thread
+        self._publishing = threading.Lock()
         if count > 1:
             threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
@@ -132,8 +133,9 @@ class Peers:
         try:
             while (begin := time.monotonic()) - self._round <= self._silence:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
-                    self._state["beat"] += 1
-                    self._publish()
+                    with self._publishing:
+                        self._state["beat"] += 1
+                        self._publish()
                     self._read(begin)
                     self._round = begin
                 time.sleep(BEAT_SECONDS)
@@ -235,10 +237,13 @@ class Peers:
         """Before the process ends: the first, where the others meet, stays until all are gone."""
         if self.count == 1:
             return
-        self._state["gone"] = True
         deadline = time.monotonic() + FAREWELL_SECONDS
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._publish()
+            # Not by the thread: process 0 would be gone, and with it the store, before this one has
+            # spoken, which would then wait for it in vain.
+            with self._publishing:
+                self._state["gone"] = True
+                self._publish()
             while self.index == 0 and time.monotonic() < deadline:
                 self._read(time.monotonic())
                 gone = {other for other, state in self._states.items() if state["gone"]}
