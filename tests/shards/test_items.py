@@ -132,6 +132,7 @@ def test_dtypes_of_a_stored_item():
         ({"view": {}}, "view"),
         ({"view": {**VIEW, "number": True}}, "view"),
         ({"view": {**VIEW, "colors": None}}, "view"),
+        ({"view": {**VIEW, "colors": [0] * 10}}, "view"),
         ({"sample_idx": -1}, "sample_idx"),
         ({"prompt_length": 5}, "prompt_length"),
         ({"prompt_length": -1}, "prompt_length"),

@@ -232,6 +232,7 @@ def _is_view(view: dict[str, Any]) -> bool:
         whole(view["number"])
         and whole(view["dihedral"])
         and all(type(values) is list and all(map(whole, values)) for values in lists)
+        and sorted(view["colors"]) == [*range(10)]
     )
 
 
