@@ -35,7 +35,7 @@ SHARED = ROOT.parent / "shared"
 
 # Files that take minutes, which two workers share best where they begin with them.
 LONG = ("test_example_usage", "test_benchmarks", "test_processes", "test_processes_with_bucket")
-LONG += ("test_decoder", "test_uploads", "test_cli", "test_bad_input", "test_meshes", "test_tpu")
+LONG += ("test_references", "test_uploads", "test_cli", "test_bad_input", "test_meshes", "test_tpu")
 LONG += ("test_flash", "test_histories", "test_generate", "test_sae", "test_edits", "test_views")
 
 
@@ -53,15 +53,24 @@ def forget_programs():
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def compiled_in_haste():
-    """Programs of this process are not optimised, for tests of many programs that run for moments:
-    two of a mesh then take 8.7 instead of 14.4 CPU seconds."""
-    import jax
+@pytest.fixture(autouse=True, scope="session")
+def in_haste():
+    """What this process compiles is not optimised, but where a test takes `optimised`."""
+    import haste
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    haste.be(hasty=True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    haste.be(hasty=False)
+
+
+@pytest.fixture
+def optimised(in_haste):
+    """What the test compiles is what a user's run compiles."""
+    import haste
+
+    haste.be(hasty=False)
+    yield
+    haste.be(hasty=True)
 
 
 @pytest.fixture(autouse=True)

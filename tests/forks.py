@@ -4,6 +4,7 @@ takes a tenth of a second of the processor instead of three.
 Tests that ask how a script starts, and with what it imports, run it by `subprocess` instead.
 """
 
+import contextlib
 import functools
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -31,7 +32,7 @@ def forks():
     return context
 
 
-def _script(words, environment, folder, streams, pretended, in_haste):
+def _script(words, environment, folder, streams, pretended):
     """What the process just forked does, and ends with."""
     changed = {name for name, _ in os.environ.items() ^ environment.items()}
     stale = {name for name in changed if name.startswith(("JAX_", "HF_"))}
@@ -51,10 +52,9 @@ def _script(words, environment, folder, streams, pretended, in_haste):
         import pretend
 
         pretend.from_now_on(pretended)
-    if in_haste:
-        import jax
+    import haste
 
-        jax.config.update("jax_disable_most_optimizations", True)
+    haste.be(hasty=True)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
@@ -64,19 +64,16 @@ class Script:
     output is text and goes into pipes.
 
     env: what is changed in the environment. log: a file that all output goes to instead. pretended:
-    no model computes, and a pass takes so many seconds. in_haste: programs are not optimised, for
-    those that run for moments.
+    no model computes, and a pass takes so many seconds.
     """
 
-    def __init__(
-        self, script, *flags, env=None, cwd=None, log=None, pretended=None, in_haste=False
-    ):
+    def __init__(self, script, *flags, env=None, cwd=None, log=None, pretended=None):
         self.args = [str(ROOT / script), *map(str, flags)]
         pipes = [] if log else [multiprocessing.connection.Pipe(duplex=False) for _ in range(2)]
         streams = [str(log)] * 2 if log else [writer for _, writer in pipes]
         place = {**os.environ, **(env or {})}, str(cwd or os.getcwd())
         self._process = forks().Process(
-            target=_script, args=(self.args, *place, streams, pretended, in_haste)
+            target=_script, args=(self.args, *place, streams, pretended)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -111,7 +108,8 @@ class Script:
 
     def send_signal(self, signum: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signum)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, signum)
 
     def kill(self) -> None:
         self._process.kill()

@@ -35,8 +35,6 @@ from utils.shards import iter_items
 from utils.shards.items import sample_key
 from utils.shards.manifest import read_answers, read_manifest
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 GRID = [[1, 2, 3], [4, 5, 6]]
 SYMMETRIES = [  # of GRID, turned counter-clockwise; the second four of its transpose
     [[1, 2, 3], [4, 5, 6]],

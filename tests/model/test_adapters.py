@@ -19,8 +19,6 @@ from utils.model.config import ModelConfig
 from utils.model.layout import Layout, make_mesh, single_device_mesh
 from utils.model.weights import Checkpoint
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 UP, QUERY = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"
 SHAPES = {UP: (64, 32), QUERY: (32, 32)}
 WEIGHTS = "adapter_model.safetensors"

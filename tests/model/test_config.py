@@ -11,8 +11,6 @@ from conftest import TINY
 from utils.errors import UserError
 from utils.model.config import _HARMLESS, _OF_WEIGHTS, _REFUSED, FAMILIES, MODEL_TYPES, ModelConfig
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -190,6 +190,7 @@ def test_layers_alike_are_traced_once(engine, monkeypatch):
     assert traced[1:] == [(), ("resid_post",)]
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("slots", [512, 1024])
 def test_no_program_copies_the_cache(engine, slots):
     """What a pass needs besides what it is given does not grow with the rows of the batch."""

@@ -13,8 +13,6 @@ from parity import TOLERANCE, generate, load_engine, prefill, worst_error
 
 from utils.model.layout import make_mesh, use_compilation_cache
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 HEADS = {
     "14 heads, 2 key/value heads": {

@@ -24,8 +24,6 @@ from utils.model.schemes import Module
 from utils.model.stored import stored_in
 from utils.model.weights import Checkpoint
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 FIELDS = {**TINY, "num_hidden_layers": 2, "tie_word_embeddings": False}
 WEIGHTS = "model.safetensors"
 GOLDEN = Path(__file__).parents[1] / "golden" / "quantized.safetensors"

@@ -18,8 +18,6 @@ from utils.run.loop import run
 from utils.shards import iter_items
 from utils.shards.manifest import read_manifest
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 # pair, role, row, col, color, start, stop: two train cells in one token, a test input, an answer
 CELLS = np.array(
     [

@@ -11,8 +11,6 @@ from tiny import random_task
 from utils.model.engine import Engine
 from utils.run.compute import Computation
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 
 @pytest.fixture
 def plan(tiny_model, tmp_path):

@@ -19,8 +19,6 @@ from utils.plan.request import Request
 from utils.run.loop import run
 from utils.shards.manifest import read_manifest
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
 
 @pytest.fixture(scope="module", params=HEADS)
 def alone(request, models, tasks, tmp_path_factory):
