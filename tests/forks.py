@@ -32,7 +32,7 @@ def forks():
     return context
 
 
-def _script(words, environment, folder, streams, pretended):
+def _script(words, environment, folder, streams, pretended, in_haste):
     """What the process just forked does, and ends with."""
     changed = {name for name, _ in os.environ.items() ^ environment.items()}
     stale = {name for name in changed if name.startswith(("JAX_", "HF_"))}
@@ -52,9 +52,10 @@ def _script(words, environment, folder, streams, pretended):
         import pretend
 
         pretend.from_now_on(pretended)
-    import haste
+    if in_haste:
+        import haste
 
-    haste.be(hasty=True)
+        haste.be(hasty=True)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
@@ -64,16 +65,19 @@ class Script:
     output is text and goes into pipes.
 
     env: what is changed in the environment. log: a file that all output goes to instead. pretended:
-    no model computes, and a pass takes so many seconds.
+    no model computes, and a pass takes so many seconds. in_haste: programs are not optimised, for
+    those that run for moments.
     """
 
-    def __init__(self, script, *flags, env=None, cwd=None, log=None, pretended=None):
+    def __init__(
+        self, script, *flags, env=None, cwd=None, log=None, pretended=None, in_haste=False
+    ):
         self.args = [str(ROOT / script), *map(str, flags)]
         pipes = [] if log else [multiprocessing.connection.Pipe(duplex=False) for _ in range(2)]
         streams = [str(log)] * 2 if log else [writer for _, writer in pipes]
         place = {**os.environ, **(env or {})}, str(cwd or os.getcwd())
         self._process = forks().Process(
-            target=_script, args=(self.args, *place, streams, pretended)
+            target=_script, args=(self.args, *place, streams, pretended, in_haste)
         )
         self._process.start()
         self.pid = self._process.pid

@@ -134,5 +134,6 @@ def start(
         logs[-1].write_text("")
         flags_of_xla = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         how = {"env": flags_of_xla, "log": logs[-1], "pretended": pretend}
+        how["in_haste"] = flags["max_output_tokens"] < LONG["max_output_tokens"]
         processes.append(Script(f"{script.__name__}.py", *words(flags), **how))
     return Processes(processes, logs)
