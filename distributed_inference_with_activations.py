@@ -14,6 +14,10 @@ same command with --resume, on the same mesh or another, does the rest. Before m
 """
 
 import argparse
+import signal
+
+if __name__ == "__main__":  # until `cli.run`; an import may lose the exception of an interrupt
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from utils import cli
 from utils.errors import UserError

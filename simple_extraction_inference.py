@@ -9,6 +9,10 @@ seconds with all that was stored intact; the same command with --resume does the
 """
 
 import argparse
+import signal
+
+if __name__ == "__main__":  # until `cli.run`; an import may lose the exception of an interrupt
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from utils import cli
 from utils.plan.request import DRY_RUN, Request

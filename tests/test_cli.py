@@ -176,6 +176,18 @@ def test_a_signal_in_foreign_code_is_not_lost(where, held):
     assert run.stderr.endswith(last_line(signal.SIGTERM))
 
 
+@pytest.mark.parametrize(
+    "name", ["simple_extraction_inference", "distributed_inference_with_activations"]
+)
+def test_an_interrupt_while_a_script_imports_is_not_lost(tmp_path, name):
+    """Python's exception is, where an import takes all exceptions or calls back."""
+    taken = "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass"
+    (tmp_path / "ijson.py").write_text(f"import os, signal\n{taken}")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, ROOT / f"{name}.py"], env=env, capture_output=True)
+    assert (run.returncode, run.stderr) == (-signal.SIGINT, b"")
+
+
 def test_who_does_not_ask_is_ended_all_the_same():
     run = ended("""
         cli.GRACE_SECONDS = 0.5
