@@ -106,9 +106,12 @@ def test_visible_keys():
     ]
 
 
-@pytest.mark.parametrize("window", [None, 1, 70, 1000])
 @pytest.mark.parametrize(
-    ("start", "T"), [(0, 63), (0, 64), (0, 300), (511, 65), (700, 300), (9, 1)]
+    ("start", "T", "window"),
+    [
+        *((0, 63, 1), (0, 64, 70), (511, 65, None), (511, 65, 70), (9, 1, None), (9, 1, 1)),
+        *((start, 300, window) for start in (0, 700) for window in (None, 1, 70, 1000)),
+    ],
 )
 def test_tiles_change_nothing(start, T, window):
     """A chunk against rows of a cache in tiles is the plain attention, at and around the borders of

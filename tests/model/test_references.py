@@ -1,4 +1,4 @@
-"""The decoder, compiled as for a user's run, against torch transformers."""
+"""The decoder against torch transformers, live; where all parts meet, compiled as users do."""
 
 import copy
 
@@ -12,12 +12,22 @@ torch = pytest.importorskip("torch", reason="torch is not installed: requirement
 import reference  # noqa: E402
 import transformers  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("optimised")
+AS_USERS_COMPILE = ("llama3", "gemma2", "qwen3_moe")  # with every part of the decoder
 
 
-@pytest.mark.parametrize("case", reference.CASES)
-def test_live_reference(case, tmp_path):
+def cases():
+    """Each in haste or optimised, and the other way among the slow tests."""
+    for case in reference.CASES:
+        for optimised in (False, True):
+            slow = optimised != (case in AS_USERS_COMPILE)
+            yield pytest.param(case, optimised, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(("case", "optimised"), cases())
+def test_live_reference(request, case, optimised, tmp_path):
     """Other weights and a longer prompt than the stored ones, in several files on disk."""
+    if optimised:
+        request.getfixturevalue("optimised")
     config, dtype = reference.CASES[case]
     model = reference.random_model(config, dtype, seed=7)
     reference.save(model, tmp_path, dtype, max_shard_size="20KB")
@@ -41,6 +51,7 @@ def test_live_reference(case, tmp_path):
     np.testing.assert_allclose(decoded.logprobs[0], expected, atol=TOLERANCE)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_text_model_of_one_of_text_and_images(tmp_path):
     """As the larger models of Gemma 3 are saved, with a vision tower that nobody reads."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28}
@@ -60,6 +71,7 @@ def test_the_text_model_of_one_of_text_and_images(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("case", ["llama3", "qwen2_sliding_yarn"])
 def test_a_prompt_of_nine_thousand_tokens(case, tmp_path):
     """In chunks of 1,024, with a full and with a sliding window, and an answer behind it."""
