@@ -58,9 +58,9 @@ def in_haste():
     """What this process compiles is not optimised, but where a test takes `optimised`."""
     import haste
 
-    haste.be(hasty=True)
+    haste.optimise(False)
     yield
-    haste.be(hasty=False)
+    haste.optimise(True)
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def optimised(in_haste):
     """What the test compiles is what a user's run compiles."""
     import haste
 
-    haste.be(hasty=False)
+    haste.optimise(True)
     yield
-    haste.be(hasty=True)
+    haste.optimise(False)
 
 
 @pytest.fixture(autouse=True)

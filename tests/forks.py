@@ -55,7 +55,7 @@ def _script(words, environment, folder, streams, pretended, in_haste):
     if in_haste:
         import haste
 
-        haste.be(hasty=True)
+        haste.optimise(False)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 

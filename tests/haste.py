@@ -14,7 +14,7 @@ def compile_in_haste(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     return compile_as_users_do(lowered, compiler_options=OPTIONS)
 
 
-def be(hasty: bool) -> None:
-    """Of this process, from now on."""
-    jax.config.update("jax_disable_most_optimizations", hasty)
-    jax.stages.Lowered.compile = compile_in_haste if hasty else compile_as_users_do
+def optimise(programs: bool) -> None:
+    """Whether what this process compiles from now on is optimised."""
+    jax.config.update("jax_disable_most_optimizations", not programs)
+    jax.stages.Lowered.compile = compile_as_users_do if programs else compile_in_haste
