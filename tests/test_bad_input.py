@@ -32,6 +32,8 @@ from utils.model.config import FAMILIES, MODEL_TYPES, ModelConfig
 from utils.shards import iter_items, load_shard
 from utils.shards.manifest import read_answers, read_manifest
 
+# Runs of this process and of others, whose predictions are compared byte for byte.
+pytestmark = pytest.mark.usefixtures("optimised")
 SCRIPT = "simple_extraction_inference.py"
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 HEAVY = {"jax", "flax", "transformers", "tokenizers", "datasets", "torch", "matplotlib", "pyarrow"}

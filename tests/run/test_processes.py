@@ -30,7 +30,7 @@ from utils.shards.manifest import read_answers, read_manifest
 @pytest.mark.parametrize(
     ("count", "shape", "separate"),
     [
-        (2, [2, 4], False),
+        pytest.param(2, [2, 4], False, marks=pytest.mark.slow),
         (2, [2, 4], True),
         pytest.param(4, [1, 8], False, marks=pytest.mark.slow),
         (4, [1, 8], True),

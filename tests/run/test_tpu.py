@@ -180,7 +180,7 @@ def test_prompts_that_do_not_fit_are_counted(tiny_model, tasks_file, tmp_path, c
 @needs_compiler
 def test_a_slice_of_chips_with_two_cores(inputs):
     """v4-64 has 32 devices, and says so when asked for 64."""
-    p, _ = plan(inputs, "v4-64", "--mesh_shape", 8, 4)
+    p, _ = plan(inputs, "v4-64", "--mesh_shape", 8, 4, "--max_output_tokens", 0)
     assert (p["devices"], p["mesh_shape"]) == (32, [8, 4])
     result = run_script(
         *(SCRIPT, "--model_path", inputs, "--dataset_path", inputs / "tasks.json"),
