@@ -25,14 +25,10 @@ from utils import cli  # noqa: E402
 
 # Of options which a smoke run fills in: whether the parser has to ask for them.
 NEEDED = "--smoke" not in sys.argv
-if not NEEDED:  # what is compiled runs for moments: not optimised it takes a quarter of the time
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["XLA_FLAGS"] = " ".join(
-        (
-            os.environ.get("XLA_FLAGS", ""),
-            "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-        )
-    )
+if not NEEDED:
+    import haste
+
+    os.environ.update(haste.environment())
 
 
 def build_parser(description: str) -> cli.Parser:

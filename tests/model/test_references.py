@@ -23,7 +23,7 @@ def cases():
             yield pytest.param(case, optimised, marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize(("case", "optimised"), cases())
+@pytest.mark.parametrize(("case", "optimised"), [*cases()])
 def test_live_reference(request, case, optimised, tmp_path):
     """Other weights and a longer prompt than the stored ones, in several files on disk."""
     if optimised:

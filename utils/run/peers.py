@@ -133,20 +133,22 @@ class Peers:
         try:
             while (begin := time.monotonic()) - self._round <= self._silence:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
-                    with self._publishing:
-                        self._state["beat"] += 1
-                        self._publish()
+                    self._publish(beat=self._state["beat"] + 1)
                     self._read(begin)
                     self._round = begin
                 time.sleep(BEAT_SECONDS)
         except BaseException as error:
             self._failure = error
 
-    def _publish(self) -> None:
-        if self._signals.signum is not None:
-            self._state.setdefault("end", {"signum": self._signals.signum})
-        key = f"process/{self.index}"
-        self._client.key_value_set(key, json.dumps(self._state), allow_overwrite=True)
+    def _publish(self, **changes: Any) -> None:
+        """This process's state, changed, by one thread at a time: once another has read that this
+        one is gone, the store may be gone too, and who wrote later would wait for it in vain."""
+        with self._publishing:
+            self._state |= changes
+            if self._signals.signum is not None:
+                self._state.setdefault("end", {"signum": self._signals.signum})
+            key = f"process/{self.index}"
+            self._client.key_value_set(key, json.dumps(self._state), allow_overwrite=True)
 
     def _read(self, now: float) -> None:
         for key, text in self._client.key_value_dir_get("process/"):
@@ -239,11 +241,7 @@ class Peers:
             return
         deadline = time.monotonic() + FAREWELL_SECONDS
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            # Not by the thread: process 0 would be gone, and with it the store, before this one has
-            # spoken, which would then wait for it in vain.
-            with self._publishing:
-                self._state["gone"] = True
-                self._publish()
+            self._publish(gone=True)
             while self.index == 0 and time.monotonic() < deadline:
                 self._read(time.monotonic())
                 gone = {other for other, state in self._states.items() if state["gone"]}
