@@ -280,7 +280,7 @@ def train_sae(folder: Path, layer: int) -> dict[str, Any]:
     from examples.sae import SaeConfig, describe, fit, write
     from utils.dataset import ActivationDataset, Selection
 
-    activations, config = folder / "results" / "activations", SaeConfig(steps=1200)
+    activations, config = folder / "results" / "activations", SaeConfig(steps=1200, batch_size=512)
     dataset = ActivationDataset(activations, Selection(layer, drop_special=True))
     sae, measured = fit(dataset, config)
     write(folder / "sae", sae, dataset, config, measured)
