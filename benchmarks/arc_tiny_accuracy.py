@@ -28,7 +28,7 @@ def build_parser() -> cli.Parser:
     parser = bench.build_parser(__doc__)
     parser.add_argument(
         "--model_path",
-        default=str(bench.ROOT / "examples" / "arc_tiny"),
+        default=str(bench.ROOT / "examples" / "arc_tiny") if bench.NEEDED else None,
         help="folder of the model",
     )
     parser.add_argument(

@@ -224,7 +224,7 @@ def report(name: str, tokens: int, mine: float, others: dict[str, float], limit:
 
 
 def main(args: argparse.Namespace, signals: cli.Signals) -> None:
-    tiny = {"lengths": [120, 400], "tokens": 400, "prompt": 100, "new_tokens": 4, "repeats": 1}
+    tiny = {"lengths": [120], "tokens": 400, "prompt": 100, "new_tokens": 4, "repeats": 1}
     with bench.scratch(args, **tiny) as scratch:
         model_path = Path(args.model_path or random_model(scratch / "model", args.tokenizer))
         measure(args, model_path, scratch)
