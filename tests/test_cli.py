@@ -532,7 +532,7 @@ def stop_at_random(flags, folder, rng, env, writing) -> tuple[float, int]:
     return seconds, len(listed)
 
 
-@pytest.mark.parametrize("trials", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_signals_at_random_moments(steady, tmp_path, trials):
     """None is lost, whatever the process does just then."""
     rng = random.Random(trials)
