@@ -57,9 +57,7 @@ def scratch(args: argparse.Namespace, **tiny: object) -> Iterator[Path]:
 
             print("smoke run: tiny inputs, the figures mean nothing", flush=True)
             if getattr(args, "model_path", "") is None:
-                args.model_path = str(
-                    inputs.write_model(folder / "tiny_model", num_hidden_layers=2)
-                )
+                args.model_path = str(inputs.write_model(folder / "tiny_model"))
             if getattr(args, "dataset_path", "") is None:
                 args.dataset_path = str(inputs.write_tasks(folder / "tiny_tasks"))
             vars(args).update(tiny)

@@ -81,8 +81,14 @@ def stay(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """Folder of a random Qwen2 of four layers, one token a character."""
+    """Folder of a random Qwen2 of two layers, one token a character."""
     return write_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def four_layers(tmp_path_factory) -> Path:
+    """The same of four layers, for runs that pretend to compute."""
+    return write_model(tmp_path_factory.mktemp("four_layers"), num_hidden_layers=4)
 
 
 @pytest.fixture(scope="session")
@@ -92,11 +98,11 @@ def tasks_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, tiny_model, tasks_file) -> Path:
+def run_folder(tmp_path_factory, four_layers, tasks_file) -> Path:
     """The shards of a pretended run of seven tasks with generated answers, for reading."""
     from runs import extracted
 
-    return extracted(tmp_path_factory.mktemp("run"), tiny_model, tasks_file)
+    return extracted(tmp_path_factory.mktemp("run"), four_layers, tasks_file)
 
 
 @pytest.fixture(scope="session")

@@ -285,8 +285,8 @@ def test_stopped_by_sigterm_what_it_made_can_be_overwritten(tmp_path):
 
 def test_a_model_of_one_s_own_is_looked_into_in_the_middle(tiny_model, tmp_path):
     model = example_usage.model_at(tiny_model)
-    assert (model.path, model.layer) == (tiny_model, 2)
-    assert model.flags["--layers_to_extract"] == 2 and example_usage.model_at(None).layer == 3
+    assert (model.path, model.layer) == (tiny_model, 1)
+    assert model.flags["--layers_to_extract"] == 1 and example_usage.model_at(None).layer == 3
     result = run_script("example_usage.py", "--model_path", tmp_path / "none", cwd=tmp_path)
     assert result.returncode == 2 and re.fullmatch(
         r"error: .*none is not a folder.*\n", result.stderr

@@ -12,7 +12,7 @@ TINY = {
     "vocab_size": 288,
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
@@ -45,7 +45,7 @@ def random_task(
 
 
 def write_model(folder: Path, **fields) -> Path:
-    """A random Qwen2 of four layers whose tokenizer makes one token of a character.
+    """A random Qwen2 of two layers whose tokenizer makes one token of a character.
 
     fields: of its config.json, where they are not those of TINY.
     """

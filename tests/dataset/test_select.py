@@ -121,8 +121,8 @@ def test_what_is_dropped_is_counted_and_said(run_folder, caplog):
     assert f"{(norms > limit).sum()} attention sinks" in caplog.text
 
 
-def test_a_run_that_kept_some_positions_is_read_too(tmp_path, tiny_model, tasks_file):
-    folder = extracted(tmp_path, tiny_model, tasks_file, token_positions="answer")
+def test_a_run_that_kept_some_positions_is_read_too(tmp_path, four_layers, tasks_file):
+    folder = extracted(tmp_path, four_layers, tasks_file, token_positions="answer")
     rows = ActivationDataset(folder, Selection(0)).rows()
     items = list(iter_items(folder))
     assert np.array_equal(rows.tokens, np.concatenate([item["positions"] for item in items]))
@@ -174,7 +174,7 @@ def bad(**given):
     return Selection(**{"layer": 0, **given})
 
 
-def test_mistakes_are_one_line(run_folder, tmp_path, tiny_model, tasks_file):
+def test_mistakes_are_one_line(run_folder, tmp_path, four_layers, tasks_file):
     def refused(*words_, folder=run_folder, **selection):
         with pytest.raises(UserError) as error:
             ActivationDataset(folder, bad(**selection)).rows()
@@ -206,15 +206,15 @@ def test_mistakes_are_one_line(run_folder, tmp_path, tiny_model, tasks_file):
         next(dataset.batches(0))
 
 
-def test_what_is_not_known_to_be_right_or_wrong_is_named(tmp_path, tiny_model, tasks_file):
-    folder = extracted(tmp_path, tiny_model, tasks_file, teacher_forcing=True)
+def test_what_is_not_known_to_be_right_or_wrong_is_named(tmp_path, four_layers, tasks_file):
+    folder = extracted(tmp_path, four_layers, tasks_file, teacher_forcing=True)
     with pytest.raises(UserError, match="without a generated answer"):
         ActivationDataset(folder, Selection(0, correct=True)).rows()
 
 
-def test_views_are_selected_by_the_cells_of_the_task(tmp_path, tiny_model, tasks_file):
+def test_views_are_selected_by_the_cells_of_the_task(tmp_path, four_layers, tasks_file):
     flags = {"augmentations": 3, "teacher_forcing": True}
-    folder = extracted(tmp_path, tiny_model, tasks_file, **flags)
+    folder = extracted(tmp_path, four_layers, tasks_file, **flags)
     original = ActivationDataset(folder, Selection(0, colors=3, pair=0, original=True)).rows()
     want, seen = [], []
     for item in iter_items(folder):
@@ -358,19 +358,21 @@ def test_rows_that_are_not_finite_are_left_out_and_said(run_folder, monkeypatch,
     assert "left out 16 with a NaN or an infinity, which the model made" in caplog.text
 
 
-def test_runs_that_do_not_belong_together_are_refused(run_folder, tmp_path, tiny_model, tasks_file):
-    spaced = extracted(tmp_path / "a", tiny_model, tasks_file, grid_encoding="spaced")
+def test_runs_that_do_not_belong_together_are_refused(
+    run_folder, tmp_path, four_layers, tasks_file
+):
+    spaced = extracted(tmp_path / "a", four_layers, tasks_file, grid_encoding="spaced")
     with pytest.raises(UserError, match=r"is of another run than .*prompt.encoding"):
         ActivationDataset([run_folder, spaced], Selection(0))
     with pytest.raises(UserError, match=r"both hold the shard .* count double"):
         ActivationDataset([run_folder, f"{run_folder}/"], Selection(0))
-    fewer = extracted(tmp_path / "b", tiny_model, tasks_file, layers_to_extract=[0])
+    fewer = extracted(tmp_path / "b", four_layers, tasks_file, layers_to_extract=[0])
     with pytest.raises(UserError, match=r"has no resid_post.2, which"):
         ActivationDataset([run_folder, fewer], Selection(2))
-    some = extracted(tmp_path / "d", tiny_model, tasks_file, token_positions="last")
+    some = extracted(tmp_path / "d", four_layers, tasks_file, token_positions="last")
     with pytest.raises(UserError, match="the states of last tokens"):
         ActivationDataset([run_folder, some], Selection(0))
-    more = extracted(tmp_path / "c", tiny_model, tasks_file, max_tasks=2, dtype="float32", seed=1)
+    more = extracted(tmp_path / "c", four_layers, tasks_file, max_tasks=2, dtype="float32", seed=1)
     both = ActivationDataset([run_folder, more], Selection(0)).rows()
     assert np.array_equal(
         both.activations, np.concatenate([stored(f, "resid_post.0") for f in (run_folder, more)])

@@ -29,7 +29,7 @@ TASKS = ["task1", "task4"]  # of two train pairs each
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 class Given:

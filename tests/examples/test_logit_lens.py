@@ -18,18 +18,18 @@ from utils.shards.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
-def forced(tmp_path_factory, tiny_model, tasks_file):
+def forced(tmp_path_factory, four_layers, tasks_file):
     """A pretended run whose states are noise and whose answers are the true ones."""
     folder = tmp_path_factory.mktemp("forced")
     flags = {"layers_to_extract": [0, 3], "hook_points": ["resid_pre", "resid_post", "mlp_out"]}
-    return extracted(folder, tiny_model, tasks_file, teacher_forcing=True, **flags)
+    return extracted(folder, four_layers, tasks_file, teacher_forcing=True, **flags)
 
 
-def test_it_is_the_final_norm_and_the_unembedding(forced, tiny_model):
-    lens = script.load_lens(open_checkpoint(tiny_model), read_manifest(forced))
+def test_it_is_the_final_norm_and_the_unembedding(forced, four_layers):
+    lens = script.load_lens(open_checkpoint(four_layers), read_manifest(forced))
     item = next(iter_items(forced))
     P = item["prompt_length"]
-    weights = load_file(tiny_model / "model.safetensors")
+    weights = load_file(four_layers / "model.safetensors")
     states = item["activations"]["resid_post.3"][P - 1 : -1].astype(np.float32)
     normed = states / np.sqrt((states**2).mean(axis=1, keepdims=True) + 1e-6)
     logits = normed * weights["model.norm.weight"] @ weights["model.embed_tokens.weight"].T
@@ -41,12 +41,12 @@ def test_it_is_the_final_norm_and_the_unembedding(forced, tiny_model):
     np.testing.assert_allclose(reading.top_logprob, logprobs.max(axis=1), atol=1e-4)
 
 
-def test_the_adapter_is_that_of_the_run(forced, tiny_model):
+def test_the_adapter_is_that_of_the_run(forced, four_layers):
     """The states of a run with another one would be read through the wrong unembedding."""
     manifest = read_manifest(forced)
     manifest["model"]["adapter"] = {"path": "lora", "hash": "0" * 64}
     with pytest.raises(UserError, match=r"made with another adapter \(lora\): see --adapter"):
-        script.load_lens(open_checkpoint(tiny_model), manifest)
+        script.load_lens(open_checkpoint(four_layers), manifest)
 
 
 def test_tokens_whose_state_was_not_stored_are_left_out():
@@ -127,9 +127,9 @@ def test_the_page_says_what_each_layer_would_say():
     assert "67% of the cells as in the answer" in text and "nan" not in text
 
 
-def test_the_script_writes_numbers_and_a_page(forced, tiny_model, tmp_path, in_shell):
+def test_the_script_writes_numbers_and_a_page(forced, four_layers, tmp_path, in_shell):
     output = tmp_path / "out" / "lens.json"
-    given = ["--model_path", tiny_model, "--activations_dir", forced]
+    given = ["--model_path", four_layers, "--activations_dir", forced]
     code, out, _ = in_shell(script, [*given, "--output", output])
     assert code == 0 and "right" in out
     found = json.loads(output.read_text())
@@ -148,9 +148,13 @@ def test_the_script_writes_numbers_and_a_page(forced, tiny_model, tmp_path, in_s
     assert len(json.loads(output.read_text())["samples"]) == 7
 
 
-def test_mistakes_are_one_line(forced, run_folder, tiny_model, models, tmp_path, in_shell):
+def test_mistakes_are_one_line(forced, run_folder, four_layers, models, tmp_path, in_shell):
     def said(**changed):
-        flags = {"model_path": tiny_model, "activations_dir": forced, "output": tmp_path / "l.json"}
+        flags = {
+            "model_path": four_layers,
+            "activations_dir": forced,
+            "output": tmp_path / "l.json",
+        }
         words = [word for k, v in {**flags, **changed}.items() for word in (f"--{k}", v)]
         code, _, err = in_shell(script, words)
         assert code == 2 and err.count("error:") == 1

@@ -38,8 +38,8 @@ def findings(folder) -> Findings:
 
 
 @pytest.mark.parametrize("flags", [{}, {"teacher_forcing": True}, {"augmentations": 2}])
-def test_it_is_written_for_any_run_and_never_over_another(tmp_path, tiny_model, tasks_file, flags):
-    folder = extracted(tmp_path, tiny_model, tasks_file, **flags)
+def test_it_is_written_for_any_run_and_never_over_another(tmp_path, four_layers, tasks_file, flags):
+    folder = extracted(tmp_path, four_layers, tasks_file, **flags)
     found = findings(folder)
     write_report(tmp_path / "page" / "report.html", found)
     page = (tmp_path / "page" / "report.html").read_text()
@@ -57,15 +57,15 @@ def test_it_is_written_for_any_run_and_never_over_another(tmp_path, tiny_model, 
     assert (tmp_path / "page" / "report.html").read_text() == page
 
 
-def test_a_run_that_kept_some_tokens_is_refused(tmp_path, tiny_model, tasks_file):
-    folder = extracted(tmp_path, tiny_model, tasks_file, token_positions="prompt")
+def test_a_run_that_kept_some_tokens_is_refused(tmp_path, four_layers, tasks_file):
+    folder = extracted(tmp_path, four_layers, tasks_file, token_positions="prompt")
     with pytest.raises(UserError, match="--token_positions all"):
         write_report(tmp_path / "report.html", findings(folder))
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path, tiny_model, tasks_file):
-    folder = extracted(tmp_path, tiny_model, tasks_file)
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, four_layers, tasks_file):
+    folder = extracted(tmp_path, four_layers, tasks_file)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write_report(tmp_path / "file" / "report.html", findings(folder))

@@ -45,8 +45,8 @@ def test_layers_that_do_not_exist(layers):
 
 def test_names_go_by_layer_then_along_the_block():
     spec = CaptureSpec.from_flags(CONFIG, ["-1", "0"], ["resid_post", "attn_out"], "all")
-    assert spec.names == ("resid_post.0", "attn_out.0", "resid_post.3", "attn_out.3")
-    assert spec.last_layer == 3
+    assert spec.names == ("resid_post.0", "attn_out.0", "resid_post.1", "attn_out.1")
+    assert spec.last_layer == 1
 
 
 def test_unknown_hook_point():

@@ -21,7 +21,7 @@ LLAMA3 = {
 
 
 def config(**fields):
-    merged = {**TINY, **fields}
+    merged = {**TINY, "num_hidden_layers": 4, **fields}
     return ModelConfig.from_dict({k: v for k, v in merged.items() if v is not ...})
 
 
@@ -157,7 +157,14 @@ LOOKED_FOR = {
     "vision_feature_select_strategy": "full",
 }
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
-SMALL = {**TINY, "hidden_size": 256, "num_attention_heads": 32, "sliding_window": 3, "head_dim": 8}
+SMALL = {
+    **TINY,
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "num_attention_heads": 32,
+    "sliding_window": 3,
+    "head_dim": 8,
+}
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)

@@ -114,7 +114,7 @@ def test_parts_of_a_tensor_are_read_as_the_sharding_asks(folder, shape):
 
 def test_all_misfits_in_one_error(folder):
     def change(tensors):
-        del tensors["model.layers.2.mlp.up_proj.weight"]
+        del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros((64, 32), np.float32)
         tensors["model.norm.weight"] = np.ones(31, np.float32)
         tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((32, 64), np.int8)
@@ -124,7 +124,7 @@ def test_all_misfits_in_one_error(folder):
     with pytest.raises(UserError) as error:
         load(folder)
     message = str(error.value)
-    assert "missing model.layers.2.mlp.up_proj.weight" in message
+    assert "missing model.layers.1.mlp.up_proj.weight" in message
     assert "unexpected model.layers.9.mlp.up_proj.weight" in message
     assert "model.norm.weight has shape [31], not [32]" in message
     assert "down_proj.weight has dtype I8" in message

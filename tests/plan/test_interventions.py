@@ -116,7 +116,7 @@ ZERO = {"hook": "resid_post.1", "op": "zero"}
         ("[3]", "entry 0: it must be an object"),
         ([ZERO, {**ZERO, "op": "noise"}], "entry 1: op 'noise' does not exist; there are zero"),
         ([{**ZERO, "hook": "resid.1"}], "hook 'resid.1' does not exist"),
-        ([{**ZERO, "hook": "resid_post.4"}], "the model has layers 0 to 3"),
+        ([{**ZERO, "hook": "resid_post.4"}], "the model has layers 0 to 1"),
         ([{**ZERO, "hook": None}], "hook None does not exist"),
         ([{**ZERO, "alpha": 2}], "zero does not take alpha"),
         ([{**ZERO, "op": "set"}], "set needs vector"),
@@ -194,14 +194,14 @@ def test_whole_runs(computed, tmp_path):
     assert manifest["interventions"] == []
     vector = tmp_path / "vector.npy"
     np.save(vector, np.arange(32, dtype=np.float32))
-    nothing = {"hook": "resid_mid.2", "op": "add", "vector": str(vector), "alpha": 0}
+    nothing = {"hook": "resid_mid.1", "op": "add", "vector": str(vector), "alpha": 0}
     same, manifest = computed("alpha 0", [nothing])
     assert manifest["interventions"][0].items() > nothing.items()
     assert len(manifest["interventions"][0]["sha256"]) == 64
     for key, item in plain.items():
         for name, states in item["activations"].items():
             assert states.tobytes() == same[key]["activations"][name].tobytes()
-    itself = {"hook": "resid_post.1", "op": "patch", "from": str(tmp_path / "plain" / "acts")}
+    itself = {"hook": "resid_post.0", "op": "patch", "from": str(tmp_path / "plain" / "acts")}
     patched, _ = computed("itself", [itself])
     shifted, _ = computed("shifted", [{**nothing, "hook": "resid_post.0", "alpha": 1}])
     donor = {**itself, "from": str(tmp_path / "shifted" / "acts")}
@@ -209,7 +209,7 @@ def test_whole_runs(computed, tmp_path):
     for key, item in plain.items():
         assert (
             worst_error(
-                patched[key]["activations"]["resid_post.3"], item["activations"]["resid_post.3"]
+                patched[key]["activations"]["resid_post.1"], item["activations"]["resid_post.1"]
             )
             < 1e-5
         )
@@ -221,20 +221,20 @@ def test_whole_runs(computed, tmp_path):
 
 def test_a_run_that_answers_and_is_resumed_with_others(computed, tmp_path):
     """Captures of generated tokens see the value after the change; `--resume` compares the list."""
-    zeroed = {"hook": "mlp_out.3", "op": "zero", "where": {"part": "answer"}}
+    zeroed = {"hook": "mlp_out.1", "op": "zero", "where": {"part": "answer"}}
     points = ["mlp_out", "k", "mlp_act"]
     flags = {"hook_points": points, "max_output_tokens": 5, "generates": True}
     found, manifest = computed("answers", [zeroed], **flags)
-    widths = {"mlp_out.3": 32, "k.3": 16, "mlp_act.3": 64}
+    widths = {"mlp_out.1": 32, "k.1": 16, "mlp_act.1": 64}
     assert {name: manifest["activations"][name]["width"] for name in widths} == widths
     for item in found.values():
-        states, P = item["activations"]["mlp_out.3"], item["prompt_length"]
+        states, P = item["activations"]["mlp_out.1"], item["prompt_length"]
         shapes = {name: item["activations"][name].shape for name in widths}
         assert shapes == {name: (len(states), width) for name, width in widths.items()}
         assert states[:P].any(axis=1).all() and not states[P:].any() and len(states) > P
-        assert item["activations"]["mlp_out.2"].any(axis=1).all()
+        assert item["activations"]["mlp_out.0"].any(axis=1).all()
     with pytest.raises(UserError, match="interventions"):
-        computed("answers", [{**zeroed, "hook": "mlp_out.2"}], resume=True, **flags)
+        computed("answers", [{**zeroed, "hook": "mlp_out.0"}], resume=True, **flags)
 
 
 def test_entries_that_meet_nothing_or_contradict(computed):

@@ -33,16 +33,16 @@ def answers_hold_a_cell(monkeypatch):
 
 @pytest.mark.parametrize("forced", [True, False])
 def test_rows_of_cells_are_those_of_the_item(
-    forced, tiny_model, tasks_file, tmp_path, answers_hold_a_cell
+    forced, four_layers, tasks_file, tmp_path, answers_hold_a_cell
 ):
     """All of them, or some that are drawn, whatever the batches; those of the answer too."""
     flags = {"teacher_forcing": True} if forced else {}
-    every = items_of(tmp_path / "all", tiny_model, tasks_file, **flags)
+    every = items_of(tmp_path / "all", four_layers, tasks_file, **flags)
     flags["token_positions"] = "cells"
-    cells = items_of(tmp_path / "cells", tiny_model, tasks_file, **flags)
+    cells = items_of(tmp_path / "cells", four_layers, tasks_file, **flags)
     flags["max_rows_per_sample"] = 9
     some, batched, other = (
-        items_of(tmp_path / name, tiny_model, tasks_file, **flags, **more)
+        items_of(tmp_path / name, four_layers, tasks_file, **flags, **more)
         for name, more in (("some", {}), ("batched", {"batch_size": 3}), ("other", {"seed": 1}))
     )
     assert cells.keys() == some.keys() == batched.keys() == every.keys()
@@ -64,15 +64,15 @@ def test_rows_of_cells_are_those_of_the_item(
 @pytest.mark.parametrize("max_rows", [None, 30])
 @pytest.mark.parametrize("positions", ["cells", "prompt"])
 def test_the_dry_run_counts_the_rows_that_are_kept(
-    positions, max_rows, dtype, tiny_model, tasks_file, tmp_path
+    positions, max_rows, dtype, four_layers, tasks_file, tmp_path
 ):
     flags = {"teacher_forcing": True, "token_positions": positions, "activation_dtype": dtype}
     flags |= {"max_rows_per_sample": max_rows} if max_rows else {}
-    folder = extracted(tmp_path, tiny_model, tasks_file, **flags)
+    folder = extracted(tmp_path, four_layers, tasks_file, **flags)
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     words = [word for word in words if word is not True]
     words += ["--layers_to_extract", 0, 2, 3, "--save_every_n_samples", 2]
-    plan = planned(tiny_model, tasks_file, tmp_path / "dry", *words)
+    plan = planned(four_layers, tasks_file, tmp_path / "dry", *words)
     written = [(e["num_samples"], e["size_bytes"]) for e in read_manifest(folder)["files"]]
     assert plan_storage(plan)[1] == written
     for item in iter_items(folder):
@@ -82,10 +82,10 @@ def test_the_dry_run_counts_the_rows_that_are_kept(
         assert counted == len(item["positions"])
 
 
-def test_a_generated_answer_is_planned_as_cells_alone(tiny_model, tasks_file, tmp_path):
+def test_a_generated_answer_is_planned_as_cells_alone(four_layers, tasks_file, tmp_path):
     flags = ["--token_positions", "cells", "--max_output_tokens", 6, "--save_every_n_samples", 2]
-    plan = planned(tiny_model, tasks_file, tmp_path / "dry", *flags)
-    folder = extracted(tmp_path, tiny_model, tasks_file, token_positions="cells")
+    plan = planned(four_layers, tasks_file, tmp_path / "dry", *flags)
+    folder = extracted(tmp_path, four_layers, tasks_file, token_positions="cells")
     written = [e["size_bytes"] for e in read_manifest(folder)["files"]]
     at_most = [size for _, size in plan_storage(plan)[1]]
     # Of eight samples, six tokens each in three layers of 32 float16 values, and what says so.

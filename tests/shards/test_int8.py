@@ -217,12 +217,12 @@ def test_int8_and_scales_belong_together():
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, tiny_model, tasks_file) -> tuple[Path, Path]:
+def pair(tmp_path_factory, four_layers, tasks_file) -> tuple[Path, Path]:
     """A run in int8 of three hook points, one of which is all zero, and one in float32 that holds
     the same values; every other sample is solved."""
     folder = tmp_path_factory.mktemp("pair")
     flags = {"hook_points": ["resid_pre", "resid_post"], "activation_dtype": "float32"}
-    made = extracted(folder / "made", tiny_model, tasks_file, **flags)
+    made = extracted(folder / "made", four_layers, tasks_file, **flags)
     manifest = read_manifest(made)
     settings = {key: manifest[key] for key in ("model", "prompt", "capture", "activations")}
     facts = {"special_ids": manifest["special_ids"]}

@@ -178,9 +178,10 @@ def test_no_object_is_written_twice_within_a_second(gcs, flags, monkeypatch):
     assert_bucket_is_whole(gcs, flags)
 
 
-def test_large_shards(gcs, flags, tasks, shell):
+def test_large_shards(gcs, flags, tasks, four_layers, shell):
     """Above 8 MiB a shard is sent in chunks; here several at once, on a bad day."""
     flags |= {
+        "model_path": four_layers,
         "dataset_path": tasks,
         "layers_to_extract": "all",
         "hook_points": ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"],
@@ -462,11 +463,12 @@ def test_a_manifest_deleted_by_hand_is_put_back(gcs, flags, shell):
     assert_bucket_is_whole(gcs, flags)
 
 
-def test_progress_within_a_shard_counts(gcs, flags, monkeypatch):
+def test_progress_within_a_shard_counts(gcs, flags, four_layers, monkeypatch):
     """A slow network is not a dead one."""
     monkeypatch.setattr(cloud, "CHUNK_BYTES", 1 << 18)
     monkeypatch.setattr("google.cloud.storage.blob._MAX_MULTIPART_SIZE", 1 << 16)
     flags |= {"activation_dtype": "float32", "layers_to_extract": "all", "upload_timeout": 4}
+    flags |= {"model_path": four_layers}
     plan = plan_run(request_of(flags))
     object.__setattr__(plan.request, "max_pending_gb", 0.0001)
     gcs.latency = 1.5
