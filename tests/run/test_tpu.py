@@ -215,7 +215,10 @@ input()
 
 
 @needs_compiler
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_a_plan_that_compiles(inputs, stop, code):
     """Within 20 seconds, in the compiler's C++ code, and whatever handlers libtpu installs."""
     compiling = """
