@@ -87,7 +87,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def four_layers(tmp_path_factory) -> Path:
-    """The same of four layers, for runs that pretend to compute."""
+    """The same of four layers, for what reads several layers of a run that only pretends."""
     return write_model(tmp_path_factory.mktemp("four_layers"), num_hidden_layers=4)
 
 

@@ -19,7 +19,7 @@ SAID = {  # by each benchmark, so that a run which measures nothing does not pas
     ),
     "first_sample": ("| this checkout | compiled |", "| this checkout | from the cache |"),
     "loader_speed": ("no more", "in order", "shuffled", "output cells alone"),
-    "loading": ("| bfloat16 | ", "an adapter | ", "nf4, nested | "),
+    "loading": ("| bfloat16 | ", "an adapter | ", "nf4, nested | ", "fp8, blocks | "),
     "overlap": ("cost of extraction", "device idle"),
     "plan_table": ("| Qwen2-0.5B | v5e-4 | ",),
     "transform_rows": ("rows/s",),

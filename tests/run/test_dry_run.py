@@ -38,8 +38,8 @@ class TwoPeers(Peers):
         yield
 
 
-def test_of_several_processes_all_that_is_stored_counts(four_layers, tasks_file, tmp_path):
-    plan = planned(four_layers, tasks_file, tmp_path, *ALONE)
+def test_of_several_processes_all_that_is_stored_counts(tiny_model, tasks_file, tmp_path):
+    plan = planned(tiny_model, tasks_file, tmp_path, *ALONE)
     keys = [sample.key for sample in plan.samples]
     assert stored_already(plan, TwoPeers(keys[:3])) == (set(keys[:3]), 0.5)
     assert stored_already(plan, Peers()) == (set(), 1)
@@ -47,9 +47,9 @@ def test_of_several_processes_all_that_is_stored_counts(four_layers, tasks_file,
 
 
 def test_a_disk_that_holds_its_share_is_not_refused(
-    four_layers, tasks_file, tmp_path, monkeypatch, capsys
+    tiny_model, tasks_file, tmp_path, monkeypatch, capsys
 ):
-    plan = planned(four_layers, tasks_file, tmp_path, *ALONE, "--no_logits")
+    plan = planned(tiny_model, tasks_file, tmp_path, *ALONE, "--no_logits")
     need = sum(s.length.total for s in plan.samples) * 32 * 2 * len(plan.capture.names)
     monkeypatch.setattr("utils.run.dry_run.free_bytes", lambda folder: need * 0.6)
     print_plan(plan, set())
@@ -58,10 +58,10 @@ def test_a_disk_that_holds_its_share_is_not_refused(
     assert "would be refused: " not in capsys.readouterr().out
 
 
-def test_generated_answers_are_planned_at_their_longest(four_layers, tasks_file, tmp_path):
+def test_generated_answers_are_planned_at_their_longest(tiny_model, tasks_file, tmp_path):
     """The bound holds shard by shard, and nothing of a model is asked for it."""
     flags = ["--max_output_tokens", 24, "--save_every_n_samples", 3, "--augmentations", 2]
-    plan = planned(four_layers, tasks_file, tmp_path, *flags)
+    plan = planned(tiny_model, tasks_file, tmp_path, *flags)
     tokens, shards = plan_storage(plan)
     items = {sample_key(item): item for item in planned_items(plan, 0)}
     assert {len(i["input_ids"]) - i["prompt_length"] for i in items.values()} == {24}
@@ -82,16 +82,14 @@ def test_generated_answers_are_planned_at_their_longest(four_layers, tasks_file,
         ("prompt", ["--max_rows_per_sample", 5]),
     ],
 )
-def test_bytes_of_a_layer_are_those_that_are_stored(
-    four_layers, tasks_file, tmp_path, tokens, more
-):
+def test_bytes_of_a_layer_are_those_that_are_stored(tiny_model, tasks_file, tmp_path, tokens, more):
     """At both its hook points, scales of int8 too, of prompts and forced answers."""
-    flags = ["--teacher_forcing", "--token_positions", tokens, "--layers_to_extract", 0, 2, *more]
+    flags = ["--teacher_forcing", "--token_positions", tokens, "--layers_to_extract", 0, 1, *more]
     flags += ["--hook_points", "resid_post", "mlp_out", "--max_output_tokens", 8]
-    plan = planned(four_layers, tasks_file, tmp_path, *flags)
+    plan = planned(tiny_model, tasks_file, tmp_path, *flags)
     manifest = run(plan, NoSignals())
     shards = [load_shard(plan.run_folder / entry["filename"]) for entry in manifest["files"]]
     items = [item for shard in shards for item in shard]
     kinds = [item[kind] for item in items for kind in ("activations", "scales") if kind in item]
-    stored = [a.nbytes for kind in kinds for name, a in kind.items() if name.endswith(".2")]
+    stored = [a.nbytes for kind in kinds for name, a in kind.items() if name.endswith(".1")]
     assert bytes_per_layer(plan) == sum(stored) > 0
