@@ -22,6 +22,8 @@ from utils.model.layout import Layout, single_device_mesh
 from utils.model.rope import Rope
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+in_one_piece = jax.jit(attend, static_argnames="scores")
+in_tiles = jax.jit(attend_cached, static_argnames=("scores", "layout"))
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.npz"))
 
 
@@ -129,7 +131,7 @@ def test_tiles_change_nothing(start, T, window):
     at[1, :3] = INVALID_POSITION  # the first slots of a row
     query_at = np.broadcast_to(np.arange(start, end, dtype=np.int32), (2, T))
     scores = Scores(0.3, window, softcap=1.5)
-    plain = attend(query, key, value, query_at, at, scores)
+    plain = in_one_piece(query, key, value, query_at, at, scores)
     cache = np.full((4, 2, S, 16), np.nan, np.float32)
     cache[1:3, :, :end] = np.concatenate([key, value], axis=-1)
     new = cache[1:3, :, start:end].copy()
@@ -138,7 +140,7 @@ def test_tiles_change_nothing(start, T, window):
     key_at[:, :end] = at
     past = Past(jnp.asarray(cache), key_at, jnp.array([1]), jnp.array([start]))
     layout = Layout(single_device_mesh(), True)
-    tiled, written = attend_cached(query, jnp.asarray(new), past, query_at, scores, layout)
+    tiled, written = in_tiles(query, new, past, query_at, scores, layout)
     np.testing.assert_array_equal(written[1:3, :, start:end], new)
     distance = query_at[..., None] - at[:, None]
     sees = ((distance >= 0) & (distance < (window or S))).any(-1)
@@ -163,9 +165,10 @@ def test_attention_of_a_gpu(start, monkeypatch):
 
     original = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    found = attention._by_cudnn(query, new, cache, jnp.int32(1), jnp.array([start]), 0.2)
+    in_parts = jax.jit(functools.partial(attention._by_cudnn, scale=0.2))
+    found = in_parts(query, new, cache, jnp.int32(1), jnp.array([start]))
     key, value = cache[1:, ..., :64], cache[1:, ..., 64:]
-    expected = attend(query, key, value, at[:, start : start + T], at, Scores(0.2))
+    expected = in_one_piece(query, key, value, at[:, start : start + T], at, Scores(0.2))
     np.testing.assert_allclose(found, expected, atol=2e-6)
     assert asked == [
         ("cudnn", {"scale", "return_residual", "key_value_seq_lengths"}),
