@@ -165,6 +165,12 @@ SMALL = {
     "sliding_window": 3,
     "head_dim": 8,
 }
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def small(family):
+    experts = FEW_EXPERTS if family == "qwen3_moe" else {}
+    return {**SMALL, **experts, "model_type": family}
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
@@ -210,7 +216,7 @@ def test_every_field_of_transformers_is_read_refused_or_harmless(family, monkeyp
     import torch
     import transformers
 
-    settings = transformers.AutoConfig.for_model(**{**SMALL, "model_type": family})
+    settings = transformers.AutoConfig.for_model(**small(family))
     kind, names = type(settings), {field.name for field in dataclasses.fields(settings)}
     look_up = kind.__getattribute__
 
@@ -237,7 +243,7 @@ def test_what_is_let_through_changes_no_logits(family):
     import torch
     import transformers
 
-    fields = {**SMALL, "model_type": family}
+    fields = small(family)
     expected, model = logits(transformers.AutoConfig.for_model(**fields))
     default = model.config.to_dict()
     changed = {"problem_type": "regression", "num_labels": 3, "architectures": ["OtherForCausalLM"]}
