@@ -110,7 +110,7 @@ def test_prompt_table(name, encoding, tokenizer_name):
     tokenizer = tokenizer_named(tokenizer_name)
     fmt = format_named(name, encoding, tokenizer_name)
 
-    @settings(max_examples=48)
+    @settings(max_examples=24)
     @given(tasks())
     def check(task):
         prompt = fmt.render(task, 0)
@@ -131,7 +131,7 @@ def test_answer_table_forced_and_generated(name, encoding, tokenizer_name):
     fmt = format_named(name, encoding, tokenizer_name)
     stops = stop_ids(tokenizer, fmt=fmt)
 
-    @settings(max_examples=48)
+    @settings(max_examples=24)
     @given(grids())
     def check(grid):
         ids, cells = encode_answer(fmt, grid, tokenizer, 100)
@@ -166,7 +166,7 @@ def test_generated_ids_in_any_tokenisation(name, encoding, tokenizer_name):
     tokenizer = tokenizer_named(tokenizer_name)
     fmt = format_named(name, encoding, tokenizer_name)
 
-    @settings(max_examples=48)
+    @settings(max_examples=24)
     @given(grids(st.integers(1, 12)), st.randoms(use_true_random=False))
     def check(grid, rng):
         ids = split_at_random(encode_answer(fmt, grid, tokenizer)[0], tokenizer, rng)
