@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from tiny import TINY, random_task, write_model, write_tasks
+from xdist.scheduler import LoadFileScheduling
 
 from utils import cli
 
@@ -33,14 +34,30 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-# Files that take minutes, which two workers share best where they begin with them.
-LONG = ("test_example_usage", "test_benchmarks", "test_processes", "test_processes_with_bucket")
-LONG += ("test_references", "test_uploads", "test_cli", "test_bad_input", "test_meshes", "test_tpu")
-LONG += ("test_flash", "test_histories", "test_generate", "test_sae", "test_edits", "test_views")
+# Files that wait for processes and servers more than they compute: all in one worker, beside which
+# two others have the processor's two cores.
+WAITING = ("test_processes", "test_processes_with_bucket", "test_uploads", "test_bucket")
+WAITING += ("test_peers", "test_histories")
+# Files that take minutes, which the workers share best where they begin with them.
+LONG = (*WAITING, "test_example_usage", "test_benchmarks", "test_bad_input", "test_meshes")
+LONG += ("test_decoder", "test_sae", "test_references", "test_generate", "test_flash", "test_tpu")
+LONG += ("test_mesh", "test_arc_inference", "test_codec", "test_views", "test_cli")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+class ByFile(LoadFileScheduling):
+    """A file stays in one worker, so that what its tests share is made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "waiting" if Path(file).stem in WAITING else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def ran(tmp_path_factory):
     """A whole run of the example: its folder and what it printed."""
     place = tmp_path_factory.mktemp("example")
-    result = run_script("example_usage.py", cwd=place)
+    result = run_script("example_usage.py", cwd=place, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [path.name for path in place.iterdir()] == ["example_run"]
     return place / "example_run", result
