@@ -131,8 +131,8 @@ class Script:
             reader.close()
 
 
-def run_forked(script, *flags, cwd=None, env=None, timeout=300) -> subprocess.CompletedProcess:
-    """As `conftest.run_script`, where starting is not what is asked about."""
-    with Script(script, *flags, cwd=cwd, env=env) as process:
+def run_forked(script, *flags, timeout=300, **how) -> subprocess.CompletedProcess:
+    """As `conftest.run_script`, where starting is not what is asked about. how: of `Script`."""
+    with Script(script, *flags, **how) as process:
         stdout, stderr = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
+from forks import run_forked
 
 SAID = {  # by each benchmark, so that a run which measures nothing does not pass
     "arc_tiny_accuracy": (
@@ -50,7 +51,9 @@ def test_it_runs_on_inputs_of_its_own(name, tmp_path):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: {requirements}")
     # Elsewhere than in the checkout: it needs no file of the folder that it is called from.
-    result = run_script(f"benchmarks/{name}.py", "--smoke", cwd=tmp_path, timeout=240)
+    result = run_forked(
+        f"benchmarks/{name}.py", "--smoke", cwd=tmp_path, timeout=240, in_haste=True
+    )
     assert result.returncode == 0, result.stderr
     for words in SAID[name]:
         assert words in result.stdout

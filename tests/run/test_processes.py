@@ -28,21 +28,23 @@ from utils.shards.manifest import read_answers, read_manifest
 
 
 @pytest.mark.parametrize(
-    ("count", "shape", "separate"),
+    ("count", "shape", "separate", "pretend"),
     [
-        pytest.param(2, [2, 4], False, marks=pytest.mark.slow),
-        (2, [2, 4], True),
-        pytest.param(4, [1, 8], False, marks=pytest.mark.slow),
-        (4, [1, 8], True),
+        pytest.param(2, [2, 4], False, None, marks=pytest.mark.slow),
+        (2, [2, 4], True, None),
+        pytest.param(4, [1, 8], False, None, marks=pytest.mark.slow),
+        pytest.param(4, [1, 8], True, None, marks=pytest.mark.slow),
+        (4, [1, 8], True, 0),
     ],
-    ids=["2 shared", "2 separate", "4 shared", "4 separate"],
+    ids=["2 shared", "2 separate", "4 shared", "4 separate", "4 separate, pretended"],
 )
 def test_processes_store_each_sample_once(
-    models, tasks, tmp_path, reference, count, shape, separate
+    request, models, tasks, tmp_path, count, shape, separate, pretend
 ):
+    reference = request.getfixturevalue("reference" if pretend is None else "pretended")
     folder = tmp_path / "run"
-    devices = 8 // count
-    run = start(models["14-2"], tasks, folder, count, devices, separate, mesh_shape=shape)
+    devices, flags = 8 // count, {"mesh_shape": shape, "pretend": pretend}
+    run = start(models["14-2"], tasks, folder, count, devices, separate, **flags)
     run.finish()
     parts = [f"acts{i}" for i in range(count)] if separate else ["acts"]
     manifest = json.loads((folder / parts[0] / "metadata.json").read_text())
@@ -58,8 +60,7 @@ def test_processes_store_each_sample_once(
                 shutil.copy(path, folder / parts[0])
     assert_same(result_of(folder, parts[0]), reference)
     assert len(read_answers(folder / parts[0])) == 29
-    flags = {"mesh_shape": shape, "resume": True}
-    again = start(models["14-2"], tasks, folder, count, devices, separate, **flags)
+    again = start(models["14-2"], tasks, folder, count, devices, separate, resume=True, **flags)
     again.finish()
     assert "nothing to do" in again.text(0)
 
@@ -78,6 +79,8 @@ def test_the_end_of_one_is_the_end_of_all(models, tasks, tmp_path, which, sent, 
     """And another number of processes, on another mesh, does the rest: each sample once."""
     folder = tmp_path / "run"
     flags = {"mesh_shape": [1, 2], "pretend": pretend, **LONG}
+    if pretend is None:  # long enough, and not so long that optimising it pays
+        flags["max_output_tokens"] = 100
     run = start(models["14-2"], tasks, folder, 2, 1, **flags)
     run.wait_for(folder, "acts/*_batch_000002.pkl")
     run.processes[which].send_signal(sent)

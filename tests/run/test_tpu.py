@@ -13,6 +13,7 @@ from subprocess import DEVNULL, PIPE
 
 import pytest
 from conftest import ROOT, TINY, random_task, run_script
+from forks import run_forked
 from runs import planned
 
 import distributed_inference_with_activations as script
@@ -56,10 +57,10 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def plan(inputs, name, *flags, code=0):
+def plan(inputs, name, *flags, code=0, run=run_forked):
     file = inputs / "plan.json"
     file.unlink(missing_ok=True)
-    result = run_script(
+    result = run(
         *(SCRIPT, "--model_path", inputs, "--dataset_path", inputs / "tasks.json"),
         *("--extract_activations", "--max_output_tokens", 64, "--plan", name),
         *("--plan_json", file, *flags),
@@ -111,7 +112,7 @@ def test_what_is_known_before_compiling_and_what_it_costs(inputs):
     """Three tasks in one batch, of which one program fills the cache and one decodes."""
     prices = ("--usd_per_chip_hour", 2, "--usd_per_gb_month", 0.5)
     flags = ("--mesh_shape", 8, 1, "--max_tasks", 3, "--layers_to_extract", 0)
-    p, result = plan(inputs, "v5e-8", *flags, *prices)
+    p, result = plan(inputs, "v5e-8", *flags, *prices, run=run_script)
     seen = p["prompt_tokens"]
     assert 0 < seen["min"] <= seen["p10"] <= seen["median"] <= seen["p90"] <= seen["max"]
     assert seen["max"] <= p["buckets"][0]["length"] and seen["skipped"] == 0

@@ -467,11 +467,11 @@ def test_progress_within_a_shard_counts(gcs, flags, four_layers, monkeypatch):
     """A slow network is not a dead one."""
     monkeypatch.setattr(cloud, "CHUNK_BYTES", 1 << 18)
     monkeypatch.setattr("google.cloud.storage.blob._MAX_MULTIPART_SIZE", 1 << 16)
-    flags |= {"activation_dtype": "float32", "layers_to_extract": "all", "upload_timeout": 4}
+    flags |= {"activation_dtype": "float32", "layers_to_extract": "all", "upload_timeout": 2}
     flags |= {"model_path": four_layers}
     plan = plan_run(request_of(flags))
     object.__setattr__(plan.request, "max_pending_gb", 0.0001)
-    gcs.latency = 1.5
+    gcs.latency = 0.6
     try:
         run(plan, NoSignals())
     except UserError as error:  # at the end, where the deadline is, but not in between
