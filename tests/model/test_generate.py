@@ -191,7 +191,7 @@ def test_layers_alike_are_traced_once(engine, monkeypatch):
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("slots", [512, 1024])
+@pytest.mark.parametrize("slots", [512, pytest.param(1024, marks=pytest.mark.slow)])
 def test_no_program_copies_the_cache(engine, slots):
     """What a pass needs besides what it is given does not grow with the rows of the batch."""
     engine, shape = replace(engine, sampling=Sampling(16, (0,))), Shape(128, slots, 192)
