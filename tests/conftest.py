@@ -21,6 +21,10 @@ from utils import cli
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Workers share the cores: threads of torch (OMP_NUM_THREADS) and XLA (NPROC) would wait, spinning,
+# for cores that the other workers have.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NPROC", "1")
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
