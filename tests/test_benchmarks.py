@@ -1,10 +1,9 @@
 """Every benchmark runs from its first line to its last; what it measures is for a quiet machine."""
 
-import importlib
 import importlib.util
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from forks import run_forked
 
 SAID = {  # by each benchmark, so that a run which measures nothing does not pass
@@ -40,9 +39,10 @@ def test_every_benchmark_is_run():
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_its_help_gives_every_default(name):
-    parser = importlib.import_module(f"benchmarks.{name}").build_parser()
-    assert "--smoke" in parser.format_help()
+def test_it_starts_from_anywhere_and_explains_itself(name, tmp_path):
+    """As a script of its own, which finds the project by itself."""
+    result = run_script(f"benchmarks/{name}.py", "--help", cwd=tmp_path)
+    assert result.returncode == 0 and "--smoke" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("name", SAID)

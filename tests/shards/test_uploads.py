@@ -471,7 +471,7 @@ def test_progress_within_a_shard_counts(gcs, flags, four_layers, monkeypatch):
     flags |= {"model_path": four_layers}
     plan = plan_run(request_of(flags))
     object.__setattr__(plan.request, "max_pending_gb", 0.0001)
-    gcs.latency = 0.6
+    gcs.latency = 0.75
     try:
         run(plan, NoSignals())
     except UserError as error:  # at the end, where the deadline is, but not in between
