@@ -1,12 +1,14 @@
 """The decoder against stored references of torch transformers, and its attention by itself."""
 
 import functools
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst_error
 
 from utils.model import attention
@@ -149,38 +151,59 @@ def test_tiles_change_nothing(start, T, window):
     assert sees.all() == (start > 0)
 
 
-@pytest.mark.parametrize("start", [0, 512, 777])
-def test_attention_of_a_gpu(start, monkeypatch):
-    """The two parts that cuDNN is asked for, computed by XLA in its place, make the whole."""
+@pytest.mark.parametrize(
+    ("start", "dtype", "high", "tolerance"),
+    [(0, "float32", 1, 3e-6), (512, "float32", 1, 3e-6), (777, "bfloat16", 25, 1e-2)],
+)
+def test_attention_of_a_gpu(start, dtype, high, tolerance, monkeypatch):
+    """The two parts that cuDNN is asked for, computed by XLA in its place, make the whole, also of
+    scores so high that 16 bits do not tell the logarithms of their sums apart."""
     rng, T, S = np.random.default_rng(0), 300, 1536
-    query = jnp.asarray(rng.standard_normal((1, T, 14, 64)), jnp.float32)
-    cache = jnp.asarray(rng.standard_normal((2, 2, S, 128)), jnp.float32)
+    query = jnp.asarray(rng.standard_normal((1, T, 14, 64)), dtype).at[..., 0].set(high)
+    cache = jnp.asarray(rng.standard_normal((2, 2, S, 128)), dtype).at[..., 0].set(high)
+    cache = cache.at[..., 64].set(np.where(np.arange(S) < start, 1, -1))  # which part a value is of
     new = cache[1:, :, start : start + T]
     at = np.arange(S, dtype=np.int32)[None]
     asked = []
 
-    def by_xla(*arrays, implementation, **masks):
-        asked.append((implementation, set(masks)))
-        return original(*arrays, **masks)
+    def by_xla(*arrays, scale, mask_type, return_residual, q_seqlen=None, kv_seqlen=None):
+        assert return_residual
+        asked.append(mask_type)
+        y, log_sum = jax.nn.dot_product_attention(
+            *(x.astype(jnp.float32) for x in arrays),
+            scale=scale,
+            is_causal=mask_type == MaskType.CAUSAL,
+            query_seq_lengths=q_seqlen,
+            key_value_seq_lengths=kv_seqlen,
+            return_residual=True,
+        )
+        return y.astype(dtype), log_sum.swapaxes(1, 2)
 
-    original = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(attention.cudnn, "dot_product_attention", by_xla)
     in_parts = jax.jit(functools.partial(attention._by_cudnn, scale=0.2))
     found = in_parts(query, new, cache, jnp.int32(1), jnp.array([start]))
+    query, cache = query.astype(jnp.float32), cache.astype(jnp.float32)
     key, value = cache[1:, ..., :64], cache[1:, ..., 64:]
     expected = in_one_piece(query, key, value, at[:, start : start + T], at, Scores(0.2))
-    np.testing.assert_allclose(found, expected, atol=2e-6)
-    assert asked == [
-        ("cudnn", {"scale", "return_residual", "key_value_seq_lengths"}),
-        ("cudnn", {"scale", "return_residual", "is_causal"}),
-    ]
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=tolerance)
+    assert found.dtype == dtype and asked == [MaskType.PADDING, MaskType.CAUSAL]
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "has"),
+    [("gpu", "8.0", True), ("gpu", "7.5", False), ("gpu", "gfx942", False), ("cpu", None, False)],
+)
+def test_which_cards_have_fused_attention(platform, capability, has):
+    device = types.SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    mesh = types.SimpleNamespace(devices=np.array([device], object))
+    assert Layout(mesh, True).has_cudnn_attention == has
 
 
 def test_cudnn_is_asked_for_in_a_program_for_a_gpu(monkeypatch):
     """As far as it can be lowered without one: JAX asks for the library's version only."""
-    from jax._src.cudnn import fused_attention_stablehlo
-
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(attention.cudnn, "check_cudnn_version", lambda: 91000)
     query = jax.ShapeDtypeStruct((1, 256, 14, 64), jnp.bfloat16)
     new = jax.ShapeDtypeStruct((1, 2, 256, 128), jnp.bfloat16)
     cache = jax.ShapeDtypeStruct((4, 2, 2048, 128), jnp.bfloat16)

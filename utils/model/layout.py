@@ -62,6 +62,13 @@ class Layout:
         return self.mesh.devices.flat[0].platform
 
     @property
+    def has_cudnn_attention(self) -> bool:
+        """Whether cuDNN's fused attention runs here: NVIDIA's cards, from Ampere on."""
+        capability = getattr(self.mesh.devices.flat[0], "compute_capability", "")  # such as 9.0
+        major = capability.partition(".")[0]
+        return self.platform == "gpu" and major.isdigit() and int(major) >= 8
+
+    @property
     def alignment(self) -> int:
         """The tokens of a chunk are a multiple of it."""
         return self.model * (1 if self.by_heads else MAX_STRIPES)

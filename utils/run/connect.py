@@ -1,7 +1,7 @@
 """How the processes of a run come together, and what is said when JAX ends one of them.
 
-The private names of JAX that this project uses stand here: the store of the coordination service
-and the list of clusters, neither of which has a public name yet.
+The private names of JAX that processes need stand here: the store of the coordination service and
+the list of clusters, neither of which has a public name yet.
 """
 
 import ctypes
