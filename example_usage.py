@@ -265,10 +265,10 @@ def show_loaders(folder: Path, layer: int) -> None:
     for name, stats in known.items():
         print(f"  {name:13} {stats.count:6}  {stats.norm_mean:9.2f}  {stats.norm_max:7.2f}")
     solved = any(item["correct"] for item in iter_items(folder)) or None
-    red_outputs = Selection(layer, role="output", colors=[2], correct=solved)
-    dataset = ActivationDataset(folder, red_outputs)
+    colored = Selection(layer, role="output", colors=range(1, 10), correct=solved)
+    dataset = ActivationDataset(folder, colored)
     batch = next(dataset.batches(64, shuffle_buffer=2048))
-    print(f"\nOf {'solved' if solved else 'all'} tasks, the red cells of output grids, shuffled:")
+    print(f"\nOf {'solved' if solved else 'all'} tasks, the cells of output grids but black ones:")
     print(f"  {dataset.name}: {batch.activations.dtype} {list(batch.activations.shape)}")
     print("  pair, role, row, col, color of the first: ", batch.cells[0].tolist())
 
@@ -276,12 +276,18 @@ def show_loaders(folder: Path, layer: int) -> None:
 def train_sae(folder: Path, layer: int) -> dict[str, Any]:
     """What the report shows of an autoencoder: what was measured of it, its input's name, the cells
     of the run, its latents there, and those of them that a program names."""
+    import jax
+
     from examples.features import chosen, encoded, name_latents, read_cells
     from examples.sae import SaeConfig, describe, fit, write
     from utils.dataset import ActivationDataset, Selection
 
-    activations, config = folder / "results" / "activations", SaeConfig(steps=1200, batch_size=512)
+    # An accelerator belongs to one process at a time: it stays free for the scripts that follow.
+    jax.config.update("jax_platforms", "cpu")
+    activations = folder / "results" / "activations"
     dataset = ActivationDataset(activations, Selection(layer, drop_special=True))
+    width = max(SaeConfig.width, dataset.width)
+    config = SaeConfig(width=width, steps=1200, batch_size=512)
     sae, measured = fit(dataset, config)
     write(folder / "sae", sae, dataset, config, measured)
     print(f"{folder / 'sae'}: {describe(measured)} on held-out tasks")
@@ -430,13 +436,16 @@ def infer_on_mesh(signals: Signals, folder: Path, model: Model) -> None:
     )
     same = [key for key in mesh if np.array_equal(one[key]["input_ids"], mesh[key]["input_ids"])]
     name = f"resid_post.{model.layer}"
-    worst = max(
+    differences = [
         float((np.linalg.norm(a - b, axis=-1) / np.linalg.norm(a, axis=-1)).max())
         for key in same
         for a, b in [[i[key]["activations"][name].astype(np.float32) for i in (one, mesh)]]
-    )
-    print(f"\n{len(same)} of {len(mesh)} answers are those of one device; of their states the one")
-    print(f"that differs most does so by {worst:.0e} of its norm (stored as float16)")
+    ]
+    print(f"\n{len(same)} of {len(mesh)} answers are those of one device", end="")
+    if differences:
+        print("; of their states the one")
+        print(f"that differs most does so by {max(differences):.0e} of its norm", end="")
+    print()
 
 
 def show_next() -> None:
@@ -504,8 +513,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         infer_on_mesh(signals, folder, model)
         heading("13. With a model of your own")
         show_next()
-        pages = ("report.html", "lens.html", "causes/causal_map.html")
-        print(f"\nThe pictures: {', '.join(str(folder / page) for page in pages)}")
+        pages = [folder / name for name in ("report.html", "lens.html", "causes/causal_map.html")]
+        # A model whose answers are no grids has no lens.html.
+        print(f"\nThe pictures: {', '.join(str(page) for page in pages if page.exists())}")
     except BrokenPipeError:
         raise
     except OSError as error:

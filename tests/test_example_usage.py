@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, NoSignals, run_script
+from tiny import write_model
 
 import example_usage
 from utils.errors import UserError
@@ -292,6 +293,29 @@ def test_a_model_of_one_s_own_is_looked_into_in_the_middle(tiny_model, tmp_path)
         r"error: .*none is not a folder.*\n", result.stderr
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mesh_whose_answers_are_all_others_is_said_to_be_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(example_usage, "script", lambda *_, **__: None)
+    ids = {"results/activations": [1, 2], "mesh/activations": [1, 3]}
+    items = {
+        tmp_path / name: [{"task_id": "t", "sample_idx": 0, "input_ids": np.array(of)}]
+        for name, of in ids.items()
+    }
+    monkeypatch.setattr(example_usage, "iter_items", items.__getitem__)
+    example_usage.infer_on_mesh(NoSignals(), tmp_path, example_usage.ARC_TINY)
+    assert capsys.readouterr().out == "\n0 of 1 answers are those of one device\n"
+
+
+@pytest.mark.slow
+def test_the_tour_with_a_model_of_one_s_own(tmp_path):
+    """Wider than the tour's autoencoder, and so random that no answer is a grid."""
+    model = write_model(tmp_path / "model", hidden_size=1056, max_position_embeddings=8192)
+    result = run_script("example_usage.py", "--model_path", model, cwd=tmp_path, timeout=900)
+    assert result.returncode == 0, result.stderr
+    made = contents(tmp_path / "example_run").keys()
+    assert {name for name in FILES if "_batch_" not in name} - made == {"lens.html"}
+    assert "lens.html" not in result.stdout.splitlines()[-1]
 
 
 def test_nothing_heavy_is_imported_before_parsing():
