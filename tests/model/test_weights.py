@@ -112,6 +112,15 @@ def test_parts_of_a_tensor_are_read_as_the_sharding_asks(folder, shape):
     assert sum(held) < 1.2 * sum(leaf.size for leaf in jax.tree.leaves(whole)) / shape[1]
 
 
+def test_a_device_can_have_padding_alone(tmp_path):
+    """Of nine rows over eight devices, two each, the last three have none."""
+    write_random_checkpoint(tmp_path, {**TINY, "intermediate_size": 9})
+    config = ModelConfig.from_hf(tmp_path)
+    loaded = Checkpoint(tmp_path, config).load(Layout.of(config, make_mesh(1, 8)), np.float32)
+    up = np.asarray(loaded["layers_0"]["mlp"]["up"])
+    assert up.shape == (16, 32) and up[:9].any(axis=1).all() and not up[9:].any()
+
+
 def test_all_misfits_in_one_error(folder):
     def change(tensors):
         del tensors["model.layers.1.mlp.up_proj.weight"]
