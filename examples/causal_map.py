@@ -414,7 +414,8 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
             raise UserError(
                 f"{error}: choose a --donor of the same shape, or --sources test"
             ) from error
-    lab = Lab(plan, args.op, shape_for(plan, [sample], args.sources))
+    samples = [sample] if donor is None else [sample, donor]
+    lab = Lab(plan, args.op, shape_for(plan, samples, args.sources))
     found = lab.causal_map(sample, cells, donor)
     try:
         with new_folder(folder) as made:

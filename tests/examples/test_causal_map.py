@@ -186,6 +186,18 @@ def test_the_model_that_ships_takes_a_cell_from_where_it_came(tmp_path, in_shell
     assert code == 2 and "exists: choose another folder" in err
 
 
+def test_a_donor_can_be_longer(tmp_path, model, in_shell):
+    """In its other grids."""
+    grid, large = [[1, 2], [3, 4]], [[5] * 16] * 16
+    test = {"input": grid, "output": grid}
+    tasks = {"a": [test], "long": [{"input": large, "output": large}]}
+    made = {name: {"train": pairs, "test": [test]} for name, pairs in tasks.items()}
+    (tmp_path / "tasks.json").write_text(json.dumps(made))
+    argv = flags(model, tmp_path / "tasks.json", tmp_path, task="a", sources="test", op="patch")
+    code, out, err = in_shell(script, [*argv, "--donor", "long"])
+    assert code == 0 and "4 cells of the puzzle" in out, err
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
