@@ -16,7 +16,7 @@ counted that it still gets right.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from utils import cli
 from utils.errors import UserError
 from utils.plan.request import Request
-from utils.store.local import write_json_atomic
+from utils.store.local import check_file, write_json_atomic
 
 if TYPE_CHECKING:
     from utils.plan.interventions import Intervention
@@ -156,39 +156,19 @@ def _errors(architecture: str, k: int | None, weights: Any, rows: Any) -> tuple[
     return ((decode(weights, latents) - rows) ** 2).sum(-1), (latents > 0).sum(-1)
 
 
-@dataclass
-class Divergence:
+def divergence(computation: "Computation", clean: np.ndarray, spliced: np.ndarray) -> float:
     """KL from the clean model's next-token distribution to that of the spliced one, summed over
     pairs of the last hidden states, [N, W], that the two have at the same token."""
-
-    computation: "Computation"
-    total: float = 0.0
-    _waiting: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-
-    def add(self, clean: np.ndarray, spliced: np.ndarray) -> None:
-        self._waiting.append((clean, spliced))
-        if sum(len(rows) for rows, _ in self._waiting) >= self._block:
-            self.finish()
-
-    @property
-    def _block(self) -> int:
-        return KL_BLOCK * self.computation.layout.mesh.size
-
-    def finish(self) -> float:
-        """The sum, of all that was added."""
-        if not self._waiting:
-            return self.total
-        pairs = [np.concatenate(rows) for rows in zip(*self._waiting, strict=True)]
-        self._waiting.clear()
-        engine, layout = self.computation.engine, self.computation.layout
-        with engine.precision():
-            for start in range(0, len(pairs[0]), self._block):
-                parts = [rows[start : start + self._block] for rows in pairs]
-                n = len(parts[0])
-                padded = [np.pad(part, [(0, self._block - n), (0, 0)]) for part in parts]
-                found = _divergences()(engine.model, engine.params, *map(layout.put, padded))
-                self.total += float(np.asarray(found)[:n].sum(dtype=np.float64))
-        return self.total
+    engine, layout, total = computation.engine, computation.layout, 0.0
+    block = KL_BLOCK * layout.mesh.size
+    with engine.precision():
+        for start in range(0, len(clean), block):
+            parts = [rows[start : start + block] for rows in (clean, spliced)]
+            n = len(parts[0])
+            padded = [np.pad(part, [(0, block - n), (0, 0)]) for part in parts]
+            found = _divergences()(engine.model, engine.params, *map(layout.put, padded))
+            total += float(np.asarray(found)[:n].sum(dtype=np.float64))
+    return total
 
 
 @cache
@@ -209,16 +189,15 @@ def _kl(model: Any, params: Any, clean: Any, spliced: Any) -> Any:
     return jnp.where(jnp.isfinite(p), jnp.exp(p) * (p - q), 0).sum(axis=-1)
 
 
-def forced(plan: "Plan", sae: "Intervention") -> tuple[dict[str, Any], np.ndarray, Spliced]:
-    """What is said of forced answers; the hook's mean, float32 [W]; and the model."""
+def forced(plan: "Plan", sae: "Intervention") -> tuple[dict[str, Any], np.ndarray, Any]:
+    """What is said of forced answers; the hook's mean, float32 [W]; and the model's parameters."""
     from utils.model.capture import CaptureSpec, width_of
 
     hook, last = sae.edit.hook, f"resid_post.{plan.config.num_layers - 1}"
     plan = replace(plan, capture=CaptureSpec(tuple(dict.fromkeys((hook, last)))))
     model = Spliced(plan, sae, np.zeros(width_of(plan.config, hook), np.float32))
     seen, kept = Reconstruction(sae), {}
-    loss, tokens = dict.fromkeys(CONDITIONS, 0.0), 0
-    divergence = Divergence(model.computation)
+    loss, tokens, kl = dict.fromkeys(CONDITIONS, 0.0), 0, 0.0
     for condition in CONDITIONS:
         if condition == "mean":
             model.set_mean(seen.mean)
@@ -231,7 +210,8 @@ def forced(plan: "Plan", sae: "Intervention") -> tuple[dict[str, Any], np.ndarra
                 seen.add(result.captures[hook])
                 kept[result.sample.key] = result.captures[last][answer].copy()
             if condition == "spliced":
-                divergence.add(kept[result.sample.key], result.captures[last][answer])
+                clean = kept.pop(result.sample.key)
+                kl += divergence(model.computation, clean, result.captures[last][answer])
     ce = {name: total / tokens for name, total in loss.items()}
     gap = ce["zero"] - ce["clean"]
     found = {
@@ -240,9 +220,9 @@ def forced(plan: "Plan", sae: "Intervention") -> tuple[dict[str, Any], np.ndarra
         "l0": seen.active / seen.rows,
         "ce": ce,
         "ce_recovered": (ce["zero"] - ce["spliced"]) / gap if gap else None,
-        "kl": divergence.finish() / tokens,
+        "kl": kl / tokens,
     }
-    return found, seen.mean, model
+    return found, seen.mean, model.computation.engine.params
 
 
 def generated(
@@ -299,12 +279,12 @@ def build_parser() -> cli.Parser:
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
     from utils.model.layout import find_devices
     from utils.plan.interventions import intervention
-    from utils.plan.plan import check_file, plan_run
+    from utils.plan.plan import plan_run
 
     check_file(args.output, "--output")
     request = replace(Request.from_flags(args), no_logits=True)
-    if args.generate and request.max_output_tokens == 0:
-        raise UserError("--generate needs --max_output_tokens above 0")
+    if request.max_output_tokens == 0:
+        raise UserError("--max_output_tokens is of --generate, and has to be above 0")
     devices = find_devices(everywhere=True)
     plan = plan_run(replace(request, teacher_forcing=True), devices, writes=False)
     entry = {"hook": args.hook_point, "op": "reconstruct", "sae": args.sae}
@@ -314,9 +294,9 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     if args.generate:  # on the same mesh, whose weights it shares
         shape = plan.layout.data, plan.layout.model
         free = plan_run(replace(answering, mesh_shape=shape), devices, writes=False)
-    found, mean, model = forced(plan, sae)
+    found, mean, params = forced(plan, sae)
     if free is not None:
-        found |= generated(free, sae, mean, model.computation.engine.params)
+        found |= generated(free, sae, mean, params)
     write_json_atomic(args.output, found)
     print(describe(found, plan, free))
 

@@ -19,6 +19,7 @@ A predicate of your own is one more line of that file.
 # R rows   C columns of a grid
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,12 +32,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.predicates import PREDICATES, Array, labels, masks_of
+from examples.probe import stored_rows
 from utils import cli
 from utils.dataset.select import Selection, cells_of_tokens
 from utils.dataset.shuffle import NO_CELL, ActivationRows
 from utils.errors import UserError, some
 from utils.shards.items import to_float32
-from utils.store.local import check_writable, json_lines, write_result
+from utils.store.local import check_file, json_lines, write_result
 
 SHUFFLES = 19
 LEAST = 20  # cells of a predicate, and cells where a latent is active
@@ -92,15 +94,16 @@ def read_cells(folder: str | Path, name: str, max_rows: int | None = None, seed:
     from utils.shards.items import sample_key
     from utils.shards.manifest import read_manifest
 
-    manifest, random = read_manifest(folder), np.random.default_rng(seed)
+    manifest = read_manifest(folder)
     if name not in manifest["activations"]:
         there = some(list(manifest["activations"]), 12) or "none"
         raise UserError(f"{folder} has no {name}; captured were {there}")
-    share = (max_rows or np.inf) / max(1, manifest["total_tokens"])
-    parts, masks, keys = [], [], []
-    total = manifest["total_samples"]
-    for item in tqdm(iter_items(folder), total=total, desc="reading", unit=" samples"):
-        if random.random() >= share:
+    total, parts, masks, keys = manifest["total_samples"], [], [], []
+    share = min(1.0, (max_rows or np.inf) / max(1, stored_rows(manifest)))
+    drawn = set(np.random.default_rng(seed).permutation(total)[: math.ceil(share * total)])
+    items = tqdm(iter_items(folder), total=total, desc="reading", unit=" samples")
+    for number, item in enumerate(items):
+        if number not in drawn:
             continue
         tokens = item.get("positions", np.arange(len(item["input_ids"]), dtype=np.int32))
         held = cells_of_tokens(item, Selection(0))[tokens]
@@ -123,7 +126,8 @@ def read_cells(folder: str | Path, name: str, max_rows: int | None = None, seed:
 
 def with_conjunctions(masks: Array) -> tuple[list[str], list[str], Any]:
     """Names, kinds and masks, sparse int32 [N, P], of the predicates that hold of LEAST cells or
-    more, and of every two of them that do so together and are not the same as one of them."""
+    more, and of every two of them that do so together and are not the same as one of them. Raises
+    UserError where there are none."""
     from scipy.sparse import csr_array
 
     known, counts = labels(), masks.sum(axis=0)
@@ -136,6 +140,8 @@ def with_conjunctions(masks: Array) -> tuple[list[str], list[str], Any]:
             names.append(f"{known[i][1]} and {known[j][1]}")
             kinds.append(known[i][0])
             columns.append(masks[:, i] & masks[:, j])
+    if not columns:
+        raise UserError(f"no predicate is true of {LEAST} cells and more: extract more tasks")
     return names, kinds, csr_array(np.stack(columns, axis=1), dtype=np.int32)
 
 
@@ -246,7 +252,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     from utils.model.autoencoder import load_autoencoder
     from utils.shards.manifest import read_manifest
 
-    check_writable(args.output.parent)
+    check_file(args.output, "--output")
     sae = load_autoencoder(args.sae)
     name = args.hook_point or sae.hook
     if name is None:

@@ -140,9 +140,9 @@ def _layer(
         top, final = reading.top_logprob[start:stop].sum(), reading.logprob[start:stop].sum()
         said = colors.get(tokens)
         fills.append(COLOR_CODES[said] if said is not None else UNSAID)
-        text = COLORS[said].lower() if said is not None else repr("".join(map(words, tokens)))
         place = f"{name}, row {row + 1}, column {col + 1}: "
         if np.isfinite(final):
+            text = COLORS[said].lower() if said is not None else repr("".join(map(words, tokens)))
             place += (
                 f"would say {text}, log p {top:.2f}; log p of {COLORS[color].lower()} {final:.2f}"
             )

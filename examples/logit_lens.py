@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.lens_page import Film, Reading, answer_cells, film_page, truth_of
 from utils import cli
 from utils.errors import UserError, some
-from utils.store.local import check_writable, json_lines, write_result
+from utils.store.local import check_file, json_lines, write_result
 
 if TYPE_CHECKING:
     from utils.model.weights import Checkpoint
@@ -249,12 +249,13 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
 
     if args.output.suffix == ".html":
         raise UserError(f"--output {args.output} is the page's name: give the JSON file's")
-    check_writable(args.output.parent)
+    check_file(args.output, "--output")
     manifest = read_manifest(args.activations_dir)
     names = names_of(manifest)
-    known = {key[0] for entry in manifest["files"] for key in entry["samples"][: args.max_samples]}
-    if args.task is not None and args.task not in known:
-        raise UserError(f"--task {args.task} is no task of the run in {args.activations_dir}")
+    stored = [key[0] for entry in manifest["files"] for key in entry["samples"]]
+    if args.task is not None and args.task not in stored[: args.max_samples]:
+        there = "only beyond --max_samples" if args.task in stored else "no task of the run"
+        raise UserError(f"--task {args.task} is {there} in {args.activations_dir}")
     checkpoint = open_checkpoint(args.model_path, args.adapter)
     tokenizer = load_tokenizer(tokenizer_folder(args.model_path, checkpoint.folder))
     lens = load_lens(checkpoint, manifest)

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
 from utils.errors import UserError, some
-from utils.store.local import check_writable, json_lines, write_result
+from utils.store.local import check_file, json_lines, write_result
 
 HELD_OUT = 5  # one task in so many
 SHUFFLES = 19
@@ -193,6 +193,13 @@ def names_of(manifest: dict[str, Any], layers: Sequence[int] | None) -> list[str
     return names
 
 
+def stored_rows(manifest: dict[str, Any]) -> int:
+    """The rows of an activation in a run, at most: of a sample not every token may be stored."""
+    capture, samples = manifest["capture"], manifest["total_samples"]
+    of_sample = 1 if capture["token_positions"] == "last" else capture.get("max_rows_per_sample")
+    return min(manifest["total_tokens"], samples * of_sample if of_sample else sys.maxsize)
+
+
 def probe(
     folder: str | Path,
     target: str,
@@ -216,7 +223,7 @@ def probe(
     names = names_of(manifest, layers)
     held_out = held_out_tasks(key[0] for entry in manifest["files"] for key in entry["samples"])
     random, classes = np.random.default_rng(seed), TARGETS[target].classes
-    share = min(1.0, max_rows / max(1, manifest["total_tokens"])) if target != "correct" else 1.0
+    share = min(1.0, max_rows / max(1, stored_rows(manifest))) if target != "correct" else 1.0
     widths = {name: manifest["activations"][name]["width"] for name in names}
     sums = {name: Sums(width, classes * (SHUFFLES + 1)) for name, width in widths.items()}
     kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -298,7 +305,7 @@ def build_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
-    check_writable(args.output.parent)
+    check_file(args.output, "--output")
     found = probe(args.activations_dir, args.target, args.layers, args.max_rows, args.seed)
     write_result(args.output, json_lines(found))
     print(f"{args.target}:  score  chance  highest of {SHUFFLES} shuffles  rows")

@@ -13,6 +13,7 @@ keeps its best, when the explained variance there falls by more than 5 points be
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -62,7 +63,7 @@ class SaeConfig:
 
 def progress_file(folder: Path) -> Path:
     """Where a training that was stopped before it could make `folder` is kept."""
-    return folder.with_name(f"{folder.name}.training.safetensors")
+    return Path(f"{os.path.abspath(folder)}.training.safetensors")  # of `.` too
 
 
 def check_new(folder: Path, resume: bool) -> bool:

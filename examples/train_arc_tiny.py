@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import jax
     from transformers import PreTrainedTokenizerFast
 
+    from utils.model.layout import Layout
     from utils.prompt.formats import PromptFormat
 
 MODEL = {
@@ -245,15 +246,19 @@ def compiled(model: Any, tx: Any) -> tuple[Any, Any]:
     return jax.jit(step, donate_argnums=(0, 1)), jax.jit(solved)
 
 
-def accuracy(rows: Rows, solved: Any, params: Any, put: Any) -> tuple[float, dict[str, float]]:
+def accuracy(
+    rows: Rows, solved: Any, params: Any, layout: "Layout"
+) -> tuple[float, dict[str, float]]:
     """Share of the first CHECKED held-out tasks that are solved, of all and by family."""
     number, seed = HELD_OUT[-1]
     by_family: dict[str, list[bool]] = defaultdict(list)
     held_out = list(itertools.islice(draw_rows(number, seed), CHECKED))
-    for i in range(0, CHECKED, 32):
-        part = held_out[i : i + 32]
-        right = solved(params, *map(put, rows.padded([rows.ids(row) for row in part], 32, 3)))
-        for row, is_right in zip(part, np.asarray(right), strict=True):
+    size = -(-32 // layout.data) * layout.data
+    for i in range(0, CHECKED, size):
+        part = held_out[i : i + size]
+        padded = rows.padded([rows.ids(row) for row in part], size, 3)
+        right = np.asarray(solved(params, *map(layout.put, padded)))
+        for row, is_right in zip(part, right[: len(part)], strict=True):
             by_family[family_of(row)].append(bool(is_right))
     shares = {family: float(np.mean(found)) for family, found in sorted(by_family.items())}
     return float(np.mean(list(itertools.chain(*by_family.values())))), shares
@@ -358,7 +363,7 @@ def train(args: argparse.Namespace) -> None:
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         bar.update()
         if done % args.check_every == 0 or done == args.steps:
-            total, families = accuracy(rows, solved, params, layout.put)
+            total, families = accuracy(rows, solved, params, layout)
             entry = {"step": done, "loss": round(float(np.mean(losses)), 4), "accuracy": total}
             log.write(to_json({**entry, **families}) + "\n")
             log.flush()

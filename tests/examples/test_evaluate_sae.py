@@ -103,7 +103,7 @@ def test_what_is_counted_and_measured():
         ("identity", "resid_post", [], "hook 'resid_post': the model has layers 0 to 2"),
         ("identity", "resid_post.7", [], "the model has layers 0 to 2"),
         ("none", HOOK, [], "none"),
-        ("identity", HOOK, ["--generate", "--max_output_tokens", "0"], "--max_output_tokens"),
+        ("identity", HOOK, ["--max_output_tokens", "0"], "--max_output_tokens is of --generate"),
         ("identity", HOOK, ["--max_model_len", "5"], "none of the 8 samples can be run"),
     ],
 )

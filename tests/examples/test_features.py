@@ -8,7 +8,7 @@ from runs import made_run
 from scipy.sparse import csr_array
 
 from examples import features as script
-from examples.features import LEAST, chosen, encoded, name_latents, read_cells, shuffled
+from examples.features import LEAST, Cells, chosen, encoded, name_latents, read_cells, shuffled
 from examples.predicates import PREDICATES, Scene, labels, masks_of
 from utils.errors import UserError
 
@@ -231,4 +231,8 @@ def test_what_cannot_be_named_is_said(planted, cells, tmp_path):
     alone = read_cells(one, "resid_post.0")
     with pytest.raises(UserError, match="of too few samples"):
         name_latents(encoded(lambda x: x, alone.rows.activations), alone)
+    few = Cells(cells.rows[:15], cells.keys, cells.masks[:15])
+    with pytest.raises(UserError, match="no predicate is true of 20 cells and more"):
+        name_latents(encoded(lambda x: x, few.rows.activations), few)
     assert len(read_cells(planted, "resid_post.0", max_rows=2000).rows) < 0.8 * len(cells.rows)
+    assert len(read_cells(planted, "resid_post.0", max_rows=1).rows)  # a sample is drawn

@@ -117,7 +117,12 @@ def test_the_page_says_what_each_layer_would_say():
     reading = Reading(logprob, np.array([1, 99, 17, 18, 0]), np.log(np.full(5, 0.5)))
     silent = Reading(np.full(5, np.nan), np.full(5, -1), np.full(5, np.nan))
     film = Film(ITEM, {"resid_post.0": reading, "resid_post.1": silent})
-    text = film_page(film, spellings(ITEM), lambda token: f"<{token}>").decode()
+
+    def words(token):
+        assert token >= 0  # a tokenizer knows no other
+        return f"<{token}>"
+
+    text = film_page(film, spellings(ITEM), words).decode()
     assert not re.findall(r"(?:src|href)=|https?://|url\(", text) and text.endswith("</html>\n")
     assert "task a&lt;b&gt; (failed)" in text
     assert "resid_post.0, row 1, column 1: would say blue, log p -0.69; log p of blue -0.69" in text
@@ -162,6 +167,9 @@ def test_mistakes_are_one_line(forced, run_folder, four_layers, models, tmp_path
 
     assert "is not the model of the run: its weights are others" in said(model_path=models["14-2"])
     assert "--task nine is no task of the run" in said(task="nine")
+    assert "--task task5 is only beyond --max_samples" in said(task="task5", max_samples=2)
+    (tmp_path / "folder").mkdir()
+    assert "folder is a folder" in said(output=tmp_path / "folder")
     assert "give the JSON file's" in said(output=tmp_path / "l.html")
 
     def others(random, item, task):

@@ -134,6 +134,15 @@ def test_a_mistake_is_one_line(planted, tmp_path, in_shell, flags, words):
     assert not (tmp_path / "p.json").exists()
 
 
+def test_rows_that_are_drawn_are_of_those_that_are_stored(planted):
+    manifest = {"total_tokens": 9000, "total_samples": 3, "capture": {"token_positions": "last"}}
+    assert script.stored_rows(manifest) == 3
+    manifest["capture"] = {"token_positions": "all", "max_rows_per_sample": 32}
+    assert script.stored_rows(manifest) == 96
+    manifest["capture"]["max_rows_per_sample"] = None
+    assert script.stored_rows(manifest) == 9000
+
+
 def test_what_cannot_be_told_is_said(tmp_path):
     def forced(random, item, task):
         item["correct"] = item["prediction"] = None

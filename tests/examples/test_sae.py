@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,6 +276,11 @@ def test_a_mistake_is_a_line(flags, said, run_folder, tmp_path, capsys):
         main(sae_module.build_parser().parse_args(list(map(str, args))), NoSignals())
     assert said in str(caught.value) + capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_the_working_folder_can_be_that_of_an_autoencoder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sae_module.progress_file(Path(".")) == Path(f"{tmp_path}.training.safetensors")
 
 
 def test_a_stopped_training_is_not_begun_anew_by_mistake(run_folder, tmp_path):

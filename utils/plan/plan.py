@@ -37,7 +37,7 @@ from utils.plan.samples import Sample, plan_samples, read_tasks, skip_reasons, t
 from utils.prompt.codec import Codec, Encoded, load_codec, tokenizer_folder
 from utils.shards.manifest import stem
 from utils.store.bucket import BucketFolder, Receipt
-from utils.store.local import check_writable
+from utils.store.local import check_file, check_writable
 from utils.store.region import far_bucket
 
 log = logging.getLogger(__name__)
@@ -353,15 +353,6 @@ def _batches(
                 "it or the second number of --mesh_shape, or lower --max_model_len"
             )
     return tuple(plan_batches(lengths, Limits(work.chunk, rows, work.room, layout.data)))
-
-
-def check_file(path: Path, flag: str) -> None:
-    """Raises UserError where no file can be written, or would replace what is none."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give {flag} the path of a file")
-    if path.exists() and not path.is_file():  # a device would be replaced by a file
-        raise UserError(f"{path} is no regular file: give {flag} the path of one")
-    check_writable(path.parent)
 
 
 def check_paths(request: Request) -> None:

@@ -31,14 +31,14 @@ from utils.model.generate import Shape
 from utils.model.weights import abstract_params, placement
 from utils.plan.batching import Batch, padding_share, prefill_passes
 from utils.plan.memory import device_bytes
-from utils.plan.plan import Plan, check_file, plan_meshes
+from utils.plan.plan import Plan, plan_meshes
 from utils.plan.request import Request
 from utils.run.compute import Computation
 from utils.run.dry_run import bytes_per_layer, plan_storage
 from utils.run.prices import costs
 from utils.run.roofline import CHIPS, Chip, decode_step_seconds, figures_of, prefill_seconds
 from utils.run.summary import print_shortfalls
-from utils.store.local import write_json_atomic
+from utils.store.local import check_file, write_json_atomic
 
 log = logging.getLogger(__name__)
 

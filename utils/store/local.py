@@ -326,6 +326,15 @@ def check_writable(folder: Path) -> None:
         raise unwritable(folder, error) from error
 
 
+def check_file(path: Path, flag: str) -> None:
+    """Raises UserError where no file can be written, or would replace what is none."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give {flag} the path of a file")
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise UserError(f"{path} is no regular file: give {flag} the path of one")
+    check_writable(path.parent)
+
+
 def in_words(size: float) -> str:
     """Bytes in a unit in which they are not 0: `12.00 GB`, `0.30 MB`, `7 bytes`."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
