@@ -186,9 +186,10 @@ def test_the_model_that_ships_takes_a_cell_from_where_it_came(tmp_path, in_shell
     assert code == 2 and "exists: choose another folder" in err
 
 
-def test_a_donor_can_be_longer(tmp_path, model, in_shell):
+def test_a_donor_can_be_longer(tmp_path, in_shell):
     """In its other grids."""
-    grid, large = [[1, 2], [3, 4]], [[5] * 16] * 16
+    grid, large = [[1, 2], [3, 4]], [[5] * 30] * 30
+    model = write_model(tmp_path / "model", max_position_embeddings=4096)
     test = {"input": grid, "output": grid}
     tasks = {"a": [test], "long": [{"input": large, "output": large}]}
     made = {name: {"train": pairs, "test": [test]} for name, pairs in tasks.items()}
