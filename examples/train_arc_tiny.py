@@ -18,12 +18,11 @@ import argparse
 import itertools
 import json
 import os
-import queue
 import string
 import sys
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,24 +153,16 @@ class Rows:
     def stream(
         self, seed: int, start: tuple[int, int], batch_tokens: int, multiple: int
     ) -> Iterator[Any]:
-        """(pool, batch of it), tokens, weights, from `start` on, prepared by a thread."""
-        ready: queue.Queue[Any] = queue.Queue(64)
-
-        def prepare() -> None:
-            skip = start[1]
-            try:
-                for index in itertools.count(start[0]):
-                    batches = self.pool(seed, index, batch_tokens, multiple)
-                    for number, batch in enumerate(batches[skip:], skip + 1):
-                        ready.put(((index, number), *batch))
-                    skip = 0
-            except Exception as error:
-                ready.put(error)
-
-        threading.Thread(target=prepare, daemon=True).start()
-        while not isinstance(batch := ready.get(), Exception):
-            yield batch
-        raise batch
+        """(pool, batch of it), tokens, weights, from `start` on; a thread prepares the next one."""
+        first, skip = start
+        with ThreadPoolExecutor(1) as ahead:
+            following = ahead.submit(self.pool, seed, first, batch_tokens, multiple)
+            for index in itertools.count(first):
+                batches = following.result()
+                following = ahead.submit(self.pool, seed, index + 1, batch_tokens, multiple)
+                for number, batch in enumerate(batches[skip:], skip + 1):
+                    yield (index, number), *batch
+                skip = 0
 
 
 def optimizer(params: Any, steps: int, learning_rate: float) -> Any:

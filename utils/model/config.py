@@ -177,19 +177,6 @@ class ModelConfig:
     experts_per_token: int = 0
     renormalize_experts: bool = False
 
-    @property
-    def has_head(self) -> bool:
-        """Whether the unembedding is a matrix of its own."""
-        return not self.tie_word_embeddings
-
-    @property
-    def no_out_norms(self) -> bool:
-        return not self.out_norms
-
-    @property
-    def no_experts(self) -> bool:
-        return not self.num_experts
-
     def scores(self, layer: int) -> Scores:
         return Scores(self.query_scale, self.sliding_windows[layer], self.score_softcap)
 

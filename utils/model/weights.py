@@ -39,8 +39,8 @@ class Weight:
 
     hf: the checkpoint's name; path: the Flax path. axes: of both, outputs before inputs; `(N H)` is
     one axis on disk that is two in the parameter, and a first axis E is many tensors on disk, whose
-    number goes to the name's last `{}`. only_if: attribute of the `ModelConfig` of models that have
-    it; None is all of them.
+    number goes to the name's last `{}`. only_if: the attribute of `ModelConfig` that models with
+    it have, or after `not ` do not have; None is all of them.
     """
 
     hf: str
@@ -71,7 +71,7 @@ class Weight:
 
 _OF_A_LAYER = (
     Weight("input_layernorm.weight", "attention_norm/scale", "D"),
-    Weight("post_attention_layernorm.weight", "mlp_norm/scale", "D", "no_out_norms"),
+    Weight("post_attention_layernorm.weight", "mlp_norm/scale", "D", "not out_norms"),
     Weight("post_attention_layernorm.weight", "attention_out_norm/scale", "D", "out_norms"),
     Weight("pre_feedforward_layernorm.weight", "mlp_norm/scale", "D", "out_norms"),
     Weight("post_feedforward_layernorm.weight", "mlp_out_norm/scale", "D", "out_norms"),
@@ -85,9 +85,9 @@ _OF_A_LAYER = (
     Weight("self_attn.o_proj.bias", "attention/out_bias", "D", "out_bias"),
     Weight("self_attn.q_norm.weight", "attention/query_norm/scale", "H", "qk_norm"),
     Weight("self_attn.k_norm.weight", "attention/key_norm/scale", "H", "qk_norm"),
-    Weight("mlp.gate_proj.weight", "mlp/gate", "F D", "no_experts"),
-    Weight("mlp.up_proj.weight", "mlp/up", "F D", "no_experts"),
-    Weight("mlp.down_proj.weight", "mlp/down", "D F", "no_experts"),
+    Weight("mlp.gate_proj.weight", "mlp/gate", "F D", "not num_experts"),
+    Weight("mlp.up_proj.weight", "mlp/up", "F D", "not num_experts"),
+    Weight("mlp.down_proj.weight", "mlp/down", "D F", "not num_experts"),
     Weight("mlp.gate.weight", "mlp/router", "E D", "num_experts"),
     Weight("mlp.experts.{}.gate_proj.weight", "mlp/expert_gate", "E F D", "num_experts"),
     Weight("mlp.experts.{}.up_proj.weight", "mlp/expert_up", "E F D", "num_experts"),
@@ -98,7 +98,7 @@ _OF_A_LAYER = (
 )
 TABLE = (
     Weight("model.embed_tokens.weight", "embedding", "V D"),
-    Weight("lm_head.weight", "head", "V D", "has_head"),
+    Weight("lm_head.weight", "head", "V D", "not tie_word_embeddings"),
     Weight("model.norm.weight", "final_norm/scale", "D"),
     *(
         replace(row, hf=f"model.layers.{{}}.{row.hf}", path=f"layers_{{}}/{row.path}")
@@ -115,7 +115,12 @@ _BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
 
 def rows_of(config: ModelConfig) -> list[Weight]:
     """The rows of the table that a model has."""
-    return [row for row in TABLE if row.only_if is None or getattr(config, row.only_if)]
+
+    def is_so(condition: str) -> bool:
+        negated = condition.startswith("not ")
+        return bool(getattr(config, condition.removeprefix("not "))) != negated
+
+    return [row for row in TABLE if row.only_if is None or is_so(row.only_if)]
 
 
 def row_at(path: str, config: ModelConfig) -> Weight:
