@@ -420,7 +420,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     try:
         with new_folder(folder) as made:
             write_json(made / "causal_map.json", found.to_dict())
-            (made / "causal_map.html").write_text(page(found, args.op), encoding="utf-8")
+            (made / "causal_map.html").write_bytes(page(found, args.op))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
     passes = len(found.layers) * len(cells)

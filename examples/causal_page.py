@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from examples import report
 from examples.report import COLOR_CODES
 
 if TYPE_CHECKING:
@@ -24,19 +25,10 @@ DONE = {
     "patch": "exchanged for those of the same cell in another task",
 }
 STYLE = """
-:root { --ink: #1d1f24; --soft: #5c6270; --line: #d9dce3; --paper: #fff; --ground: #f5f6f8;
-  --mark: #d9480f; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1100px; margin: 0 auto; padding: 16px 16px 48px; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 8px 0; overflow-wrap: anywhere; }
+:root { --mark: #d9480f; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1rem; margin: 0 0 6px; }
-p { margin: 4px 0 12px; max-width: 46rem; }
-.soft { color: var(--soft); font-size: .9rem; }
 .columns { display: grid; grid-template-columns: minmax(220px, 320px) minmax(0, 1fr); gap: 16px; }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
-  padding: 14px; }
 .answer { position: sticky; top: 8px; align-self: start; }
 .grid { display: grid; gap: 1px; background: #8a8d94; border: 1px solid #8a8d94;
   width: max-content; max-width: 100%; }
@@ -45,9 +37,8 @@ p { margin: 4px 0 12px; max-width: 46rem; }
 .answer .grid { --side: clamp(14px, calc(260px / var(--cols)), 40px); }
 .puzzle .grid { --side: clamp(11px, calc(230px / var(--cols)), 26px); }
 .puzzle { display: flex; flex-wrap: wrap; gap: 14px 22px; }
-.pair { display: flex; gap: 8px; align-items: flex-start; max-width: 100%; flex-wrap: wrap; }
+.pair { max-width: 100%; flex-wrap: wrap; }
 figure { margin: 0; max-width: 100%; }
-figcaption { font-size: .8rem; color: var(--soft); margin-bottom: 3px; }
 button { cursor: pointer; } .grid button:focus { outline: none; }
 .grid button[aria-pressed=true] { box-shadow: inset 0 0 0 2px #fff, 0 0 0 3px var(--mark);
   z-index: 1; position: relative; }
@@ -58,13 +49,11 @@ button { cursor: pointer; } .grid button:focus { outline: none; }
 .grid .unasked { opacity: .25; }
 label { display: block; font-weight: 600; margin-top: 14px; }
 input[type=range] { width: 100%; accent-color: var(--mark); height: 28px; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 3px 8px;
-  font-size: .8rem; align-items: center; }
 .bars b { height: 10px; background: #c9cdd6; border-radius: 2px; min-width: 1px; }
 .bars .now { background: var(--mark); }
 #said { min-height: 4.5em; font-size: .95rem; margin: 10px 0; }
 @media (max-width: 720px) { .columns { grid-template-columns: minmax(0, 1fr); }
-  .answer { position: static; } main { padding: 8px 8px 32px; } h1 { font-size: 1.2rem; } }
+  .answer { position: static; } h1 { font-size: 1.2rem; } }
 """
 SCRIPT = """
 const map = JSON.parse(document.getElementById("map").textContent);
@@ -134,7 +123,7 @@ show();
 """
 
 
-def page(found: "CausalMap", op: str) -> str:
+def page(found: "CausalMap", op: str) -> bytes:
     """The HTML of a map whose states were changed by `op`."""
     effect = np.nan_to_num(found.effect).astype("<f4")
     content = {
@@ -144,12 +133,10 @@ def page(found: "CausalMap", op: str) -> str:
         "before": np.round(np.nan_to_num(found.before), 4).tolist(),
         "effect": base64.b64encode(effect.tobytes()).decode(),
     }
-    task = html.escape(str(found.sample.original.task_id))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>What the answer to {task} hangs on</title><style>{STYLE}</style></head><body>"
-        f"<main><h1>What the answer to {task} hangs on</h1>"
+    task = str(found.sample.original.task_id)
+    return report.page(
+        f"What the answer to {task} hangs on",
+        f"<h1>What the answer to {html.escape(task)} hangs on</h1>"
         "<p>Point at a cell of the answer, or step through them with the arrow keys. The puzzle "
         "then shows how much less likely the cell's true color becomes when the model's hidden "
         f"states ({found.hook_point}) of one cell of the puzzle are {DONE[op]}: the larger and "
@@ -160,9 +147,9 @@ def page(found: "CausalMap", op: str) -> str:
         '<p class="soft">How far the strongest cause of this cell lowers log p, in nats:</p>'
         '<div class="bars" id="bars"></div></section>'
         f'<section class="card"><h2>The puzzle</h2><div class="puzzle">{_puzzle(found)}</div>'
-        "</section></div></main>"
-        f'<script type="application/json" id="map">{json.dumps(content)}</script>'
-        f"<script>{SCRIPT}</script></body></html>\n"
+        "</section></div>",
+        f'<style>{STYLE}</style><script type="application/json" id="map">{json.dumps(content)}'
+        f"</script><script>{SCRIPT}</script>",
     )
 
 

@@ -244,7 +244,7 @@ def page_of_a_map(tmp_path):
         effect[0, 4 + i, i], effect[1, 4 + 3 - i, i], effect[:, 0, i] = -5, -3, 0.2
     found = CausalMap(sample, "resid_pre", [2, 5], sources, places, np.full(4, -0.5), effect)
     path = tmp_path / "causal_map.html"
-    path.write_text(page(found, "mean"), encoding="utf-8")
+    path.write_bytes(page(found, "mean"))
     return path
 
 
