@@ -39,13 +39,17 @@ def conclude(plan: Plan, folder: RunFolder, usage: Usage, peers: Peers) -> Manif
         manifest = _joint(manifest, parts)
         write_json_atomic(folder.path / "metadata.json", manifest)
     peers.exchange("finished", None)
+    return manifest
+
+
+def tidy(plan: Plan, folder: RunFolder, manifest: Manifest, peers: Peers) -> None:
+    """Of a complete run without extraction the output counts: beside it only the manifest stays."""
     if plan.request.activations_dir is None and peers.index == 0:
         # --resume compares with the manifest; what it lists has served its purpose.
         write_json_atomic(folder.path / "metadata.json", {**manifest, "files": []})
         for name in os.listdir(folder.path):
             if stem(name) and name != "metadata.json":
                 (folder.path / name).unlink()
-    return manifest
 
 
 def write_output(plan: Plan, answers: scores.Answers) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.plan.batching import Batch
 from utils.plan.plan import Plan
 from utils.run.compute import Computation, Usage
-from utils.run.conclude import conclude, last_files, send_the_rest
+from utils.run.conclude import conclude, last_files, send_the_rest, tidy
 from utils.run.dry_run import DiskOutlook, check_disk, weight
 from utils.run.opening import opened
 from utils.run.peers import Ending, LeftBehind, Peers
@@ -45,20 +45,27 @@ def run(plan: Plan, signals: Signals, peers: Peers | None = None) -> Manifest | 
     peers = peers or Peers()
     ending = Ending(signals, peers)
     with _memory_in_words(), opened(plan, peers) as (folder, uploads, done):
-        if _is_complete(plan, folder, uploads, done, peers):
+        whole, sent = _complete(plan, folder, uploads, done, peers)
+        if whole and sent:
             log.info("the run in %s is complete; there is nothing to do", folder.path)
             return None
         with peers.together("checking the disk"):
             check_disk(plan, done, folder.share)
-        todo = plan.without(done)
+        # Of such a run the output and the manifest are left: there is nothing to compute it from.
+        only_send = whole and plan.request.activations_dir is None
+        todo = [] if only_send else plan.without(done)
         with peers.together("loading the model"):
             computation = ending.wait(_loading(plan, todo)) if todo else None
-        with _begun(plan, folder, uploads, ending):
+        with _begun(plan, folder, uploads, ending, only_send):
             if computation is not None:
                 _compute(plan, todo, len(done), computation, folder, uploads, ending)
             with peers.together("finishing"):
                 usage = computation.usage if computation is not None else Usage()
-                manifest = conclude(plan, folder, usage, peers)
+                if only_send:
+                    manifest = folder.held.manifests.get("metadata.json", {})
+                else:
+                    manifest = conclude(plan, folder, usage, peers)
+                tidy(plan, folder, manifest, peers)
             return send_the_rest(plan, folder, uploads, manifest, ending)
 
 
@@ -78,17 +85,18 @@ def _memory_in_words() -> Iterator[None]:
         ) from error
 
 
-def _is_complete(
+def _complete(
     plan: Plan, folder: RunFolder, uploads: Uploads, done: set[SampleKey], peers: Peers
-) -> bool:
-    """Whether every sample is stored, and what the run ends with lies where it belongs."""
+) -> tuple[bool, bool]:
+    """Whether every sample is stored and the run has its output, and whether the bucket, where
+    there is one, holds all of it."""
     files = [Path(plan.request.output_path), folder.path / "metadata.json"]
     whole = folder.held.is_complete and all(path.exists() for path in files)
     if plan.request.activations_dir is not None:
         whole = whole and not plan.without(done)
     own, joint = last_files(plan, folder)
     said = peers.exchange("complete", [whole, uploads.holds(*own, *joint)])
-    return said[0][0] and all(sent for _, sent in said)
+    return said[0][0], all(sent for _, sent in said)
 
 
 def _loading(plan: Plan, todo: Sequence[Batch]) -> "Future[Computation]":
@@ -103,16 +111,20 @@ def _loading(plan: Plan, todo: Sequence[Batch]) -> "Future[Computation]":
 
 
 @contextlib.contextmanager
-def _begun(plan: Plan, folder: RunFolder, uploads: Uploads, ending: Ending) -> Iterator[None]:
-    """The run writes to its folder and its prefix of the bucket; whatever ends it, what it has
-    computed is stored, and sent if that takes seconds."""
+def _begun(
+    plan: Plan, folder: RunFolder, uploads: Uploads, ending: Ending, only_send: bool
+) -> Iterator[None]:
+    """The run writes to its folder, unless it is only to be sent, and to its prefix of the bucket;
+    whatever ends it, what it has computed is stored, and sent if that takes seconds."""
     peers, begun = ending.peers, False
     ending.hold()
     try:
         with peers.together("clearing"):
-            folder.clear()
+            if not only_send:
+                folder.clear()
         with peers.together("starting"):
-            folder.begin(list(plan.skipped))
+            if not only_send:
+                folder.begin(list(plan.skipped))
             begun = True
             if plan.request.overwrite and peers.index == 0:
                 Path(plan.request.output_path).unlink(missing_ok=True)
@@ -127,7 +139,8 @@ def _begun(plan: Plan, folder: RunFolder, uploads: Uploads, ending: Ending) -> I
             with contextlib.suppress(UserError):  # a disk that failed says so again
                 folder.seal()
             uploads.stop(STOP_SECONDS)
-            log.info("%d samples are stored; --resume does the rest", folder.num_stored)
+            if not only_send:
+                log.info("%d samples are stored; --resume does the rest", folder.num_stored)
         if begun and isinstance(cause, UserError):
             cause.exit_code = 1
         if cause is error:

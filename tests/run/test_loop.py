@@ -1,0 +1,52 @@
+"""The run loop: what is computed, what is only sent, and what it says of its time."""
+
+import pytest
+from conftest import NoSignals
+from pretend import FakeComputation
+from runs import planned
+
+from utils.errors import UserError
+from utils.plan.plan import plan_run
+from utils.run import loop
+from utils.shards import uploads
+
+TO_BUCKET = ["--upload_to_cloud", "--cloud_bucket", "gs://bucket/run"]
+
+
+@pytest.fixture
+def predicted(tiny_model, tasks_file, tmp_path, fake_model):
+    """Call it with flags: makes the predictions of a run without extraction, or goes on with it."""
+    more = ["--no_extraction", "--max_output_tokens", 4]
+
+    def predict(*flags):
+        plan = planned(tiny_model, tasks_file, tmp_path, *more, *flags)
+        return loop.run(plan_run(plan.request), NoSignals())
+
+    return predict
+
+
+@pytest.mark.parametrize("ended", ["unsent", "without a bucket", "killed"])
+def test_predictions_that_are_made_are_only_sent(predicted, tmp_path, gcs, monkeypatch, ended):
+    """Whether sending them had failed, they were to go nowhere, or a kill came before the answers
+    in shards were deleted."""
+    monkeypatch.setattr(uploads, "LAST_SECONDS", 0.2)
+    output, folder = tmp_path / "predictions.json", tmp_path / "predictions.json.run"
+    if ended == "without a bucket":
+        predicted()
+    else:
+        broken = gcs.fault(503, lambda r: r.name.endswith("predictions.json"), times=10**6)
+        with monkeypatch.context() as changed:
+            if ended == "killed":
+                changed.setattr(loop, "tidy", lambda *args: 1 / 0)
+            with pytest.raises((UserError, ZeroDivisionError), match=r"--resume|zero"):
+                predicted(*TO_BUCKET, "--upload_timeout", 1)
+        gcs.faults.remove(broken)
+    assert (len(list(folder.iterdir())) == 1) is (ended != "killed")
+    made = output.read_bytes()
+    monkeypatch.setattr(FakeComputation, "__init__", lambda *args: pytest.fail("it computes"))
+    manifest = predicted(*TO_BUCKET, "--resume")
+    assert manifest["status"] == "complete" and manifest["total_samples"] == 8
+    (kept,) = folder.iterdir()
+    objects = {"predictions.json": made, "metadata.json": kept.read_bytes()}
+    assert gcs.objects("run/") == objects and output.read_bytes() == made
+    assert predicted(*TO_BUCKET, "--resume") is None  # there is nothing to do
