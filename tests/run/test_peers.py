@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import pytest
@@ -19,10 +20,12 @@ from processes import (
     in_process,
     start,
 )
+from runs import planned
 
 import distributed_inference_with_activations as script
 from utils.cli import Interrupted
 from utils.errors import UserError
+from utils.plan.interventions import Intervention
 from utils.run import peers
 from utils.run.connect import connect, local_devices
 
@@ -225,6 +228,20 @@ def test_processes_that_were_started_differently(models, tasks, tmp_path, kind):
     for i in (0, 1):
         assert run.last_line(i).startswith("error: ") and message in run.last_line(i), run.text(i)
     assert not (folder / "acts").exists()
+
+
+def test_a_vector_that_is_another_on_another_host(tiny_model, tasks_file, tmp_path, monkeypatch):
+    plan = planned(tiny_model, tasks_file, tmp_path, "--max_output_tokens", 0)
+    entries = [{"op": "set", "vector": "v.npy", "sha256": digest} for digest in "ab"]
+    plans = [replace(plan, interventions=(Intervention(entry, None),)) for entry in entries]
+    _, (first, second) = two_peers(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(peers.agree, plans[1], second)
+        message = r"process 1 .* than process 0: interventions\.0\.sha256 was 'a', is 'b'"
+        with pytest.raises(UserError, match=message):
+            peers.agree(plans[0], first)
+        with pytest.raises(UserError, match=message):
+            other.result()
 
 
 def test_what_one_process_lacks_ends_all(models, tasks, tmp_path):

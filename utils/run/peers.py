@@ -313,6 +313,7 @@ def agree(plan: Plan, peers: Peers) -> None:
         },
         "tasks": tasks_hash(plan.tasks),
         "prompt": plan.codec.fingerprint,
+        "interventions": {str(i): one.entry for i, one in enumerate(plan.interventions)},
         "tokens": sum(sample.length.total for sample in plan.samples),
         "config": asdict(plan.config),
         "adapter": None if plan.adapter is None else plan.adapter.hash,
