@@ -10,6 +10,7 @@ from parity import worst_error
 import simple_extraction_inference as script
 from utils.errors import UserError
 from utils.model.config import ModelConfig
+from utils.plan.donors import Donor
 from utils.plan.interventions import Intervention, read_interventions
 from utils.plan.plan import plan_run
 from utils.plan.request import Request
@@ -80,6 +81,14 @@ def test_which_tokens_are_meant(where, tokens):
 def test_which_generated_tokens_are_meant(where, tokens):
     mask = Intervention({"where": where}, None).answer_mask(Sample, 9, 3)
     assert np.flatnonzero(mask).tolist() == tokens
+
+
+def test_a_donor_is_not_asked_for_a_sample_that_is_not_touched():
+    donor = Donor("a run of another sample", "resid_post.1", 32, {}, None, False)
+    values = donor.values(np.zeros(12, bool), Sample, ENCODED)
+    assert (values.shape, values.any()) == ((12, 32), False)
+    with pytest.raises(UserError, match=r"holds no sample \['task', 0\]"):
+        donor.values(np.ones(12, bool), Sample, ENCODED)
 
 
 @pytest.fixture(scope="module")

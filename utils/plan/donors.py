@@ -24,12 +24,14 @@ from utils.store.places import place_of
 class Donor:
     """A run whose stored states take the place of others.
 
-    entries: sample -> the manifest's entry of the shard that holds it. sample: the one whose states
-    are taken, None for the same one; by_cells: the tokens are matched by their cells.
+    width: of the hook. entries: sample -> the manifest's entry of the shard that holds it. sample:
+    the one whose states are taken, None for the same one; by_cells: the tokens are matched by their
+    cells.
     """
 
     folder: str
     hook: str
+    width: int
     entries: dict[tuple[Any, ...], dict[str, Any]]
     sample: tuple[Any, ...] | None
     by_cells: bool
@@ -52,19 +54,18 @@ class Donor:
             raise UserError(f"{folder} holds no sample {list(sample)}")
         with place_of(folder).open("metadata.json") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
-        return cls(folder, hook, entries, sample, by_cells), digest
+        return cls(folder, hook, width, entries, sample, by_cells), digest
 
     def values(self, mask: np.ndarray, sample: Sample, encoded: Encoded) -> np.ndarray:
         """float32 [T, W]: what is put in the place of the tokens of a mask, bool [T]; 0 elsewhere.
 
         Raises UserError where the donor lacks one of them, or is not of the same tokens.
         """
-        item = self._item(self.sample or sample.key)
-        rows = item["activations"][self.hook]
-        found = np.zeros((len(mask), rows.shape[1]), np.float32)
-        tokens = np.flatnonzero(mask)
+        found, tokens = np.zeros((len(mask), self.width), np.float32), np.flatnonzero(mask)
         if not len(tokens):
             return found
+        item = self._item(self.sample or sample.key)
+        rows = item["activations"][self.hook]
         whose = f"{self.folder}, sample {list(self.sample or sample.key)}"
         source = by_cells(tokens, encoded.cells, item["cells"], whose) if self.by_cells else tokens
         if not (self.sample or self.by_cells):
