@@ -3,6 +3,8 @@
 import json
 import random
 import threading
+import time
+from concurrent.futures import Future, wait
 
 import pytest
 from runs import planned
@@ -51,6 +53,29 @@ def test_the_first_batch_waits_for_its_own_programs_alone(plan, monkeypatch):
     assert compiled == [first.shape, last.shape]
     assert computation.compile_seconds - waited > 0.4  # what it waited counts as compiling
     assert len(results) == 5
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_what_is_compiled_while_the_devices_compute_takes_no_time(plan, fetched):
+    """Of a wait for programs, what follows the end of the last pass counts as compiling alone."""
+    computation = Computation(plan)
+    computation.compile(plan.batches)
+    passes = computation.passes(plan.batches)
+    number = next(i for i, job in enumerate(passes) if i and job.first)
+    launched = [computation.launch(job) for job in passes[:number]]
+    for programs in computation._compiling.values():
+        wait(programs)
+    slow = Future()
+    threading.Timer(0.5, slow.set_result, (None,)).start()
+    computation._compiling[passes[number].batch.shape] = [slow]
+    if fetched:
+        threading.Timer(0.2, lambda: list(map(computation.fetch, launched))).start()
+    before, start = computation.compile_seconds, time.perf_counter()
+    computation.launch(passes[number])
+    waited = time.perf_counter() - start
+    assert waited > 0.4
+    assert fetched is (0 < computation.compile_seconds - before < waited - 0.15)
+    assert fetched or computation.compile_seconds == before
 
 
 def test_what_cannot_be_compiled_ends_the_run(plan, monkeypatch):

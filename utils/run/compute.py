@@ -90,14 +90,9 @@ class Computation:
             use_compilation_cache()
             params = plan.checkpoint.load(self.layout, np.dtype(plan.dtype))
         abstract = not isinstance(jax.tree.leaves(params)[0], jax.Array)
+        edits = tuple(one.edit for one in plan.interventions)
         self.engine = Engine(
-            Decoder(
-                plan.config,
-                self.layout,
-                plan.capture,
-                layers,
-                tuple(one.edit for one in plan.interventions),
-            ),
+            Decoder(plan.config, self.layout, plan.capture, layers, edits),
             params,
             Outputs(with_logits, request.teacher_forcing),
             Sampling(request.max_output_tokens, plan.codec.stop_ids) if generates else None,
@@ -106,7 +101,9 @@ class Computation:
         self.temperatures = request.temperatures if generates else []
         self.keeps_logits = not request.no_logits and request.activations_dir is not None
         self.usage = Usage()
-        self.compile_seconds = 0.0  # that the run has waited for programs
+        self.compile_seconds = 0.0  # that the devices had nothing to do but wait for programs
+        self._launched = self._fetched = 0  # passes
+        self._idle_since = 0.0  # when the last of them was fetched
         self._compiling: dict[Shape, Sequence[Future[Any]]] = {}
         self._batch: _Batch | None = None  # the one whose passes are being launched
         self._unfinished: dict[int, _Unfinished] = {}  # by place, the rows that are being fetched
@@ -134,7 +131,8 @@ class Computation:
         if programs := self._compiling.pop(shape, ()):
             for program in tqdm(programs, "compiling", unit=" programs", disable=None):
                 program.result()
-        self.compile_seconds += time.perf_counter() - start
+        if self._fetched == self._launched:  # else the devices have computed all the while
+            self.compile_seconds += time.perf_counter() - max(start, self._idle_since)
 
     def passes(self, batches: Iterable[Batch]) -> list[Pass]:
         """What is launched for these batches, in this order."""
@@ -177,6 +175,7 @@ class Computation:
             )
             if job.prediction:  # of several predictions only the first is captured
                 part = replace(part, captures={})
+        self._launched += 1
         return Launched(job, batch.rows, batch.owned, part)
 
     def _prefill(self, job: Pass, batch: "_Batch") -> tuple[Chunk, Any]:
@@ -247,6 +246,8 @@ class Computation:
             self._fetch_chunk(launched)
         else:
             self._fetch_answers(launched)
+        self._idle_since = time.perf_counter()
+        self._fetched += 1
         if not job.last:
             return []
         unfinished, self._unfinished = self._unfinished, {}
