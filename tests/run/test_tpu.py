@@ -178,6 +178,15 @@ def test_prompts_that_do_not_fit_are_counted(tiny_model, tasks_file, tmp_path, c
     assert f"skipped       {lost}: {lost} does not fit in {shortest + 20} tokens" in said
 
 
+def test_tokens_of_all_predictions_count(tiny_model, tasks_file, tmp_path):
+    """As in the tokens_per_second of a run; but only the first answer is stored."""
+    flags = ["--max_output_tokens", 24, "--predictions_per_task", 3]
+    made = planned(tiny_model, tasks_file, tmp_path, *flags)
+    prompts = sum(sample.length.prompt for sample in made.samples)
+    assert tpu.tokens_computed(made) == prompts + 8 * 3 * 24
+    assert tpu.plan_storage(made)[0] == prompts + 8 * 24
+
+
 @needs_compiler
 def test_a_slice_of_chips_with_two_cores(inputs):
     """v4-64 has 32 devices, and says so when asked for 64."""

@@ -148,7 +148,7 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
         "padding": padding_share(
             [sample.length for sample in plan.samples], plan.batches, layout.data
         ),
-        "estimated_tokens_per_second": tokens / seconds if fits else None,
+        "estimated_tokens_per_second": tokens_computed(plan) / seconds if fits else None,
         "estimated_prefill_tokens_per_second": given / prefill if fits else None,
         "estimated_hours": seconds / 3600 if fits else None,
         "prefill_seconds": prefill if fits else None,
@@ -161,6 +161,14 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
         "storage": {"bytes_per_layer": bytes_per_layer(plan), "bytes_total": stored_bytes},
         "advice": [] if fits else _advice(plan, worst, limit),
     }
+
+
+def tokens_computed(plan: Plan) -> int:
+    """Those that go through the model, of every answer at its longest; of several predictions only
+    the first is stored, and in `num_tokens_total`."""
+    answers = len(plan.request.temperatures) if plan.request.generates else 0
+    tokens = (sample.length.total for sample in plan.samples)
+    return sum(tokens) + len(plan.samples) * answers * plan.request.max_output_tokens
 
 
 def prompt_tokens(plan: Plan) -> dict[str, int]:
