@@ -105,6 +105,8 @@ def written(tmp_path):
         np.save(tmp_path / "vector.npy", np.ones(32, np.float32))
         np.save(tmp_path / "zeros.npy", np.zeros(32, np.float32))
         np.save(tmp_path / "nan.npy", np.full(32, np.nan))
+        (tmp_path / "empty.npy").touch()
+        (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04 and no more")
         path = tmp_path / "changes.json"
         text = entries if isinstance(entries, str) else json.dumps(entries)
         path.write_text(text.replace("DIR", str(tmp_path)))
@@ -114,6 +116,7 @@ def written(tmp_path):
 
 
 ZERO = {"hook": "resid_post.1", "op": "zero"}
+PROMPTS = {**ZERO, "where": {"part": "prompt"}}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,8 @@ ZERO = {"hook": "resid_post.1", "op": "zero"}
         ([{**ZERO, "op": "set", "vector": "DIR/wide.npy"}], "[33], and resid_post.1 is 32 wide"),
         ([{**ZERO, "op": "set", "vector": "DIR/none.npy"}], "No such file"),
         ([{**ZERO, "op": "set", "vector": "DIR/changes.json"}], "not a .npy file"),
+        ([{**ZERO, "op": "set", "vector": "DIR/empty.npy"}], "not a .npy file"),
+        ([{**ZERO, "op": "set", "vector": "DIR/zip.npy"}], "not a .npy file"),
         ([{**ZERO, "op": "add", "vector": "DIR/nan.npy"}], "finite numbers"),
         ([{**ZERO, "op": "add", "vector": "DIR/vector.npy", "alpha": "2"}], "alpha must be a"),
         ([{**ZERO, "op": "ablate_direction", "vector": "DIR/zeros.npy"}], "no direction"),
@@ -144,10 +149,14 @@ ZERO = {"hook": "resid_post.1", "op": "zero"}
         ([{**ZERO, "where": {"part": "answer", "color": 1}}], "not known before it is generated"),
         ([{**ZERO, "where": {"pair": "test", "role": "output"}}], "take --teacher_forcing"),
         (
-            [{**ZERO, "op": "patch", "from": "DIR/none", "where": {"part": "prompt"}}],
+            [{**PROMPTS, "op": "patch", "from": "DIR/none"}],
             "DIR/none",
         ),
         ([{**ZERO, "op": "patch", "from": "DIR", "where": {"part": "answer"}}], "known tokens"),
+        (
+            [{**PROMPTS, "op": "patch", "from": "DIR", "sample": [["a", 0], ["b", 0]]}],
+            "sample must be [task_id, sample_idx], not [['a', 0], ['b', 0]]",
+        ),
         ([{**ZERO, "op": "reconstruct", "sae": "DIR/none"}], "DIR/none"),
     ],
 )
@@ -250,6 +259,5 @@ def test_entries_that_meet_nothing_or_contradict(computed):
     nobody = {**ZERO, "where": {"samples": [["no such task", 0]]}}
     with pytest.raises(UserError, match="entry 1 matches no token of any sample"):
         computed("nobody", [ZERO, nobody])
-    prompts = {**ZERO, "op": "zero", "where": {"part": "prompt"}}
     with pytest.raises(UserError, match=r"entries 0 and 1 both overwrite resid_post\.1 at token 0"):
-        computed("twice", [ZERO, prompts])
+        computed("twice", [ZERO, PROMPTS])

@@ -8,6 +8,7 @@ to them is `utils.model.interventions`.
 # T tokens of a sample   A answer tokens that may be generated   C cells   W width of a hook point
 
 import hashlib
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -172,7 +173,7 @@ def _with_autoencoder(noted: dict[str, Any], op: str, hook: str, width: int) -> 
 
 def _patch(noted: dict[str, Any], hook: str, width: int) -> Intervention:
     folder, sample = _text(noted, "from"), noted.get("sample")
-    if sample is not None and (not isinstance(sample, list) or len(sample) not in (2, 3)):
+    if sample is not None and not _is_key(sample):
         raise UserError(f"sample must be [task_id, sample_idx], not {sample!r}")
     if noted.get("align", "cells") != "cells":
         raise UserError(f'align {noted["align"]!r} does not exist; there is "cells"')
@@ -289,17 +290,23 @@ def _vector(path: Any, width: int, hook: str) -> tuple[np.ndarray, str]:
         raise UserError(f"vector must be the path of a .npy file, not {path!r}")
     try:
         content = Path(path).read_bytes()
-        vector = np.load(path, allow_pickle=False)
+        vector = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{path} is not a .npy file of numbers: {error}") from error
-    if not isinstance(vector, np.ndarray) or vector.shape != (width,):
-        shape = list(getattr(vector, "shape", ()))
-        raise UserError(f"{path} has shape {shape}, and {hook} is {width} wide")
+    if vector.shape != (width,):
+        raise UserError(f"{path} has shape {list(vector.shape)}, and {hook} is {width} wide")
     if not np.issubdtype(vector.dtype, np.number) or not np.isfinite(vector).all():
         raise UserError(f"{path} must hold finite numbers")
     return vector.astype(np.float32), hashlib.sha256(content).hexdigest()
+
+
+def _is_key(value: Any) -> bool:
+    """Whether it can be a sample's key, with the number of a view or without."""
+    if not isinstance(value, list) or len(value) not in (2, 3):
+        return False
+    return isinstance(value[0], str) and all(type(number) is int for number in value[1:])
 
 
 def _number(entry: dict[str, Any], name: str, default: float | None = None) -> float:
