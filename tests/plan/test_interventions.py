@@ -261,3 +261,6 @@ def test_entries_that_meet_nothing_or_contradict(computed):
         computed("nobody", [ZERO, nobody])
     with pytest.raises(UserError, match=r"entries 0 and 1 both overwrite resid_post\.1 at token 0"):
         computed("twice", [ZERO, PROMPTS])
+    grids = [{**ZERO, "where": {"role": role}} for role in ("input", "output", "input")]
+    with pytest.raises(UserError, match="entries 0 and 2 both overwrite"):
+        computed("grids", grids)

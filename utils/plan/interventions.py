@@ -252,7 +252,7 @@ def check_interventions(
     counts, of_answers = np.zeros((2, len(interventions)), int)
     for sample in samples:
         encoded = codec.encode(sample.task, sample.sample_idx, sample.num_train_pairs, forced)
-        written: dict[str, tuple[int, np.ndarray]] = {}
+        written: dict[str, list[tuple[int, np.ndarray]]] = {}
         for number, one in enumerate(interventions):
             mask = one.mask(sample, encoded)
             answer = one.answer_mask(sample, encoded.prompt_length, room)
@@ -266,14 +266,14 @@ def check_interventions(
             if one.edit.op not in OVERWRITING:
                 continue
             both = np.concatenate([mask, answer])
-            other, before = written.get(one.edit.hook, (number, np.zeros_like(both)))
-            if (both & before).any():
-                raise UserError(
-                    f"{path}: entries {other} and {number} both overwrite {one.edit.hook} at token "
-                    f"{np.argmax(both & before)} of sample {list(sample.key)}: make their `where` "
-                    "exclude each other"
-                )
-            written[one.edit.hook] = number, both | before
+            for other, before in written.setdefault(one.edit.hook, []):
+                if (both & before).any():
+                    raise UserError(
+                        f"{path}: entries {other} and {number} both overwrite {one.edit.hook} at "
+                        f"token {np.argmax(both & before)} of sample {list(sample.key)}: make "
+                        "their `where` exclude each other"
+                    )
+            written[one.edit.hook].append((number, both))
     for number, one in enumerate(interventions):
         if not counts[number] + of_answers[number]:
             raise UserError(
