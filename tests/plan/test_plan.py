@@ -192,6 +192,19 @@ def test_the_disk_is_asked_for_what_is_missing(tiny_model, tasks_file, tmp_path,
         check_disk(plan, set(), share=0.5)
 
 
+def test_what_is_replaced_makes_room(tiny_model, tasks_file, tmp_path, monkeypatch):
+    flags = ["--max_output_tokens", 0, "--no_logits", "--overwrite"]
+    plan = planned(tiny_model, tasks_file, tmp_path, *flags)
+    need = sum(s.length.total for s in plan.samples) * 32 * 2 * len(plan.capture.names)
+    monkeypatch.setattr("utils.run.dry_run.free_bytes", lambda folder: 1000)
+    plan.run_folder.mkdir()
+    (plan.run_folder / "mine.txt").write_bytes(bytes(need))
+    with pytest.raises(UserError, match="needs at least"):
+        check_disk(plan, set())
+    (plan.run_folder / "activations_batch_000001.pkl").write_bytes(bytes(need - 1000))
+    check_disk(plan, set())
+
+
 # ---------------------------------------------------------------------------- what fits
 
 

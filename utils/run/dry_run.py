@@ -22,6 +22,7 @@ from utils.run.result import Result, to_item
 from utils.run.summary import print_shortfalls, views_of
 from utils.shards.filling import planned_shards
 from utils.shards.items import logits_dtype
+from utils.shards.manifest import stem
 from utils.store.local import free_bytes, in_words
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,11 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
         need += len(todo) * plan.config.vocab_size * logits * share
     if request.delete_after_upload:
         need = min(need, request.max_pending_gb * 1e9 + request.max_shard_mb * 1e6)
-    if need > (free := free_bytes(plan.run_folder)):
+    free = free_bytes(plan.run_folder)
+    if request.overwrite and plan.run_folder.is_dir():  # of which the run removes what it replaces
+        replaced = [path for path in plan.run_folder.iterdir() if stem(path.name)]
+        free += sum(path.lstat().st_size for path in replaced)
+    if need > free:
         raise UserError(
             f"{plan.run_folder} needs at least {in_words(need)} and has {in_words(free)} free: "
             "free space, or take fewer layers, --token_positions, --max_rows_per_sample or tasks"
