@@ -1,5 +1,7 @@
 """The run loop: what is computed, what is only sent, and what it says of its time."""
 
+import time
+
 import pytest
 from conftest import NoSignals
 from pretend import FakeComputation
@@ -8,6 +10,7 @@ from runs import planned
 from utils.errors import UserError
 from utils.plan.plan import plan_run
 from utils.run import loop
+from utils.run.pipeline import Pipeline
 from utils.shards import uploads
 
 TO_BUCKET = ["--upload_to_cloud", "--cloud_bucket", "gs://bucket/run"]
@@ -50,3 +53,19 @@ def test_predictions_that_are_made_are_only_sent(predicted, tmp_path, gcs, monke
     objects = {"predictions.json": made, "metadata.json": kept.read_bytes()}
     assert gcs.objects("run/") == objects and output.read_bytes() == made
     assert predicted(*TO_BUCKET, "--resume") is None  # there is nothing to do
+
+
+@pytest.mark.parametrize("slow", ["network", "disk"])
+def test_the_disk_is_not_blamed_for_the_network(
+    slow, tiny_model, tasks_file, tmp_path, fake_model, gcs, monkeypatch, caplog
+):
+    def wait(self, *args):
+        time.sleep(0.05)
+        if slow == "network":
+            self.waited += 0.05
+
+    monkeypatch.setattr(uploads.BucketUploads, "wait_for_room", wait)
+    monkeypatch.setattr(Pipeline.__init__, "__defaults__", (1,))
+    plan = planned(tiny_model, tasks_file, tmp_path, "--max_output_tokens", 4, *TO_BUCKET)
+    loop.run(plan, NoSignals())
+    assert ("the disk was the bottleneck" in caplog.text) is (slow == "disk")

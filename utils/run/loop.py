@@ -199,7 +199,8 @@ def _compute(
             bar.update(len(results))
             stored += sum(weight(plan, result.sample) for result in results)
             outlook.look(stored, to_store)
-    waited, seconds = pipeline.disk_wait, time.perf_counter() - begin - computation.compile_seconds
+    seconds = time.perf_counter() - begin - computation.compile_seconds
+    waited = pipeline.disk_wait - uploads.waited  # for room, during which nothing was stored either
     if waited > 0.1 * seconds:
         log.warning(
             "the disk was the bottleneck: the device waited %.0f of %.0f s for what was computed "
