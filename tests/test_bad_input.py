@@ -234,6 +234,7 @@ CONTRADICTIONS = [
         {"no_extraction": True, "hook_points": "attn_out", "no_logits": True},
         "leave out --hook_points, --no_logits",
     ),
+    ({"no_extraction": True, "activation_dtype": "int8"}, "leave out --activation_dtype"),
     ({"no_extraction": True, "token_positions": "last"}, "leave out --token_positions"),
     ({"no_extraction": True, "max_rows_per_sample": 5}, "leave out --max_rows_per_sample"),
 ]

@@ -445,7 +445,8 @@ def test_stopped_and_resumed(
     """Within a shard and between the views of a test input."""
     flags = shell_flags(tiny_model, tasks_file, tmp_path)
     if not extracts:
-        flags.append("--no_extraction")
+        at = flags.index("--activation_dtype")
+        flags[at : at + 2] = ["--no_extraction"]
     folder = tmp_path / ("acts" if extracts else "predictions.json.run")
     with monkeypatch.context() as patch:
         patch.setattr(extract, "to_item", stopping_after(13, extract.to_item))

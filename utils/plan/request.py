@@ -292,7 +292,7 @@ class Request:
             raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
         self._check_upload()
         extracted = ("layers_to_extract", "hook_points", "token_positions", "max_rows_per_sample")
-        names = self._given(*extracted, "no_logits")
+        names = self._given(*extracted, "activation_dtype", "no_logits")
         if self.activations_dir is None and names:
             if self.distributed:
                 raise UserError(f"{names}: give --extract_activations too")
