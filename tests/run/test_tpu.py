@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from subprocess import DEVNULL, PIPE
 
 import pytest
@@ -18,6 +19,8 @@ from runs import planned
 
 import distributed_inference_with_activations as script
 from utils.cli import COMPILER_ALONE
+from utils.plan.plan import plan_meshes
+from utils.plan.request import Request
 from utils.run import prices, tpu
 from utils.run.prices import costs
 from utils.run.roofline import collectives_of
@@ -185,6 +188,24 @@ def test_tokens_of_all_predictions_count(tiny_model, tasks_file, tmp_path):
     prompts = sum(sample.length.prompt for sample in made.samples)
     assert tpu.tokens_computed(made) == prompts + 8 * 3 * 24
     assert tpu.plan_storage(made)[0] == prompts + 8 * 24
+
+
+@pytest.mark.parametrize(("number", "said"), [(5, True), (3, False)])
+def test_fewer_rows_are_advised_where_they_are_allowed(tiny_model, tasks_file, number, said):
+    """Four groups of devices need a row each: of eight rows there can be half, of four not."""
+    flags = ["--model_path", tiny_model, "--dataset_path", tasks_file, "--mesh_shape", 4, 2]
+    flags += ["--batch_size", 1, "--max_tasks", number, "--max_output_tokens", 8]
+    request = Request.from_flags(script.build_parser().parse_args(list(map(str, flags))))
+    (made,) = plan_meshes(request, [(4, 2)], writes=False)
+    rows, length = len(made.batches[0].rows), max(s.length.total for s in made.samples)
+    assert rows == (8 if said else 4)
+    advice = " ".join(tpu._advice(made, {"rows": rows, "length": length}, 10**12))
+    assert ("--max_batch_tokens" in advice) is said
+    if said:
+        tokens = int(advice.partition("--max_batch_tokens ")[2].partition(":")[0])
+        lower = replace(request, max_batch_tokens=tokens)
+        (fewer,) = plan_meshes(lower, [(4, 2)], writes=False)
+        assert len(fewer.batches[0].rows) == 4
 
 
 @needs_compiler

@@ -261,9 +261,11 @@ def _advice(plan: Plan, worst: dict[str, Any], limit: int) -> list[str]:
     if layout.model < devices:
         larger = next(m for m in range(layout.model + 1, devices + 1) if devices % m == 0)
         advice.append(f"--mesh_shape {devices // larger} {larger}: less of the model a device")
-    if share < 0.8:
-        tokens = worst["rows"] * worst["length"] // devices // 2
-        advice.append(f"--max_batch_tokens {tokens}: half as many rows of the longest prompts")
+    half = worst["rows"] // 2 * worst["length"]
+    longest = max(sample.length.total for sample in plan.samples)
+    if share < 0.8 and half >= layout.data * longest:  # else not every group of devices has a row
+        words = "half as many rows of the longest prompts"
+        advice.append(f"--max_batch_tokens {-(-half // devices)}: {words}")
     if request.generates:
         advice.append(f"--max_output_tokens below {request.max_output_tokens}: a smaller cache")
     advice.append("--max_model_len: shorter prompts, with fewer train pairs")
