@@ -1,17 +1,21 @@
 """The run loop: what is computed, what is only sent, and what it says of its time."""
 
+import json
 import time
 
 import pytest
-from conftest import NoSignals
+from conftest import NoSignals, words
 from pretend import FakeComputation
 from runs import planned
 
+import distributed_inference_with_activations as distributed
 from utils.errors import UserError
 from utils.plan.plan import plan_run
+from utils.plan.request import Request
 from utils.run import loop
 from utils.run.pipeline import Pipeline
 from utils.shards import uploads
+from utils.shards.manifest import read_manifest
 
 TO_BUCKET = ["--upload_to_cloud", "--cloud_bucket", "gs://bucket/run"]
 
@@ -69,3 +73,29 @@ def test_the_disk_is_not_blamed_for_the_network(
     plan = planned(tiny_model, tasks_file, tmp_path, "--max_output_tokens", 4, *TO_BUCKET)
     loop.run(plan, NoSignals())
     assert ("the disk was the bottleneck" in caplog.text) is (slow == "disk")
+
+
+def test_one_goes_on_with_the_part_of_two(tiny_model, tasks_file, tmp_path, fake_model):
+    """What it says in the end, and returns, is of all shards, those of the other process too."""
+    paths = {"output_filepath": tmp_path / "submission.json", "activations_dir": tmp_path / "acts"}
+    flags = {"model_path": tiny_model, "dataset_path": tasks_file, "max_output_tokens": 4, **paths}
+    flags |= {"num_shards": 2, "extract_activations": True, "save_every_n_samples": 2}
+
+    def computed(**more):
+        argv = words({**flags, **more})
+        request = Request.from_flags(distributed.build_parser().parse_args(argv))
+        return loop.run(plan_run(request), NoSignals())
+
+    whole = computed()
+    for path in list((tmp_path / "acts").iterdir()):
+        path.rename(path.with_name(path.name.replace("_host000", "_host001")))
+    (tmp_path / "acts" / "metadata.json").unlink()
+    other = tmp_path / "acts" / "metadata_host001.json"
+    manifest = json.loads(other.read_text().replace("_host000", "_host001"))
+    lost = manifest["files"].pop()
+    other.write_text(json.dumps(manifest))
+    (tmp_path / "acts" / lost["filename"]).unlink()
+    found = computed(resume=True)
+    for name in ("total_samples", "total_tokens", "total_batches"):
+        assert found[name] == read_manifest(tmp_path / "acts")[name] == whole[name] > 1
+    assert len(found["files"]) == whole["total_batches"]

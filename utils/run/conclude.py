@@ -35,7 +35,7 @@ def conclude(plan: Plan, folder: RunFolder, usage: Usage, peers: Peers) -> Manif
     manifest = folder.finish(extra)
     absent = [shard.to_json() for shard in spoken if shard.owner != folder.writer.owner]
     parts = peers.gather([manifest, absent])
-    if peers.count > 1 and peers.index == 0:
+    if folder.writer.owner and peers.index == 0:
         manifest = _joint(manifest, parts)
         write_json_atomic(folder.path / "metadata.json", manifest)
     peers.exchange("finished", None)
@@ -123,7 +123,7 @@ def send_the_rest(
             for entry in manifest["files"]
         ]
         manifest = {**manifest, "files": files}
-        if peers.count > 1 and peers.index == 0:
+        if folder.writer.owner and peers.index == 0:
             write_json_atomic(folder.path / "metadata.json", manifest)
     own, joint = last_files(plan, folder)
     with peers.together("uploading manifests"):
