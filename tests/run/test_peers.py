@@ -145,13 +145,17 @@ FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x3)", **FOUR}, [2, 3]),
         ({**SLURM, **FOUR, "CUDA_VISIBLE_DEVICES": "2"}, []),  # Slurm gave it one of its own
         ({**SLURM, **FOUR, "CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "1"}, []),
-        (SLURM, None),
+        (SLURM, [2, 3]),  # of the eight that the machine has
+        ({**SLURM, "SLURM_GPUS_ON_NODE": "4"}, [1]),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "9(x3)"}, None),
         ({**SLURM, **FOUR, "JAX_LOCAL_DEVICE_IDS": "3"}, None),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0", **FOUR}, []),
     ],
 )
-def test_no_gpu_of_a_host_is_left_out(environ, expected):
-    assert local_devices(environ) == expected
+def test_no_gpu_of_a_host_is_left_out(environ, expected, tmp_path):
+    for name in (*map(str, range(8)), "ctl"):
+        (tmp_path / f"nvidia{name}").touch()
+    assert local_devices(environ, f"{tmp_path}/nvidia[0-9]*") == expected
 
 
 def test_slurm_that_waits_for_more_processes_is_named(monkeypatch):

@@ -5,6 +5,7 @@ the list of clusters, neither of which has a public name yet.
 """
 
 import ctypes
+import glob
 import os
 import re
 import signal
@@ -115,8 +116,9 @@ def _slurm_said() -> str:
     )
 
 
-def local_devices(environ: Mapping[str, str]) -> list[int] | None:
+def local_devices(environ: Mapping[str, str], files: str = "/dev/nvidia[0-9]*") -> list[int] | None:
     """Which of the GPUs that this process sees are its own: their numbers, none for all of them.
+    files: those of the machine's GPUs, a pattern.
 
     By JAX's own rule, for which None stands, a process of Slurm's or Open MPI's has the GPU of its
     number on the host, however many GPUs there are for each. Here the processes of a host share
@@ -137,10 +139,11 @@ def local_devices(environ: Mapping[str, str]) -> list[int] | None:
     seen = environ.get("CUDA_VISIBLE_DEVICES")
     if count == 1:
         return []
-    if seen is None:
+    given = int(environ.get("SLURM_GPUS_ON_NODE", 0))
+    visible = len(seen.split(",")) if seen is not None else given or len(glob.glob(files))
+    if seen is None and visible < count:
         return None
-    visible = len(seen.split(","))
-    if visible < int(environ.get("SLURM_GPUS_ON_NODE", visible)):
+    if visible < given:
         return []
     return [number * (visible // count) + i for i in range(visible // count)]
 
