@@ -106,6 +106,11 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     request = Request.from_flags(args)
     shapes = mesh_shapes(args.mesh_shape)
     if args.plan is not None:
+        others = ("coordinator_address", "num_processes", "process_id")
+        unused = ["--dry_run"] if args.dry_run else []
+        unused += [f"--{name}" for name in others if getattr(args, name) is not None]
+        if unused:
+            raise UserError(f"--plan starts no run: leave out {', '.join(unused)}")
         from utils.run import tpu
 
         costs = (args.usd_per_chip_hour, args.usd_per_gb_month)

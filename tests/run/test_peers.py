@@ -299,6 +299,10 @@ BAD_VALUES = [
     ({"plan": "v5e-65"}, "--plan v5e-65 is not a slice: there are v4-8, .*v6e-256"),
     ({"plan": "v5e-64", "plan_json": "."}, r"\. is a folder: give --plan_json the path"),
     ({"plan": "v5e-64", "plan_json": "/dev/null"}, "no regular file: give --plan_json"),
+    (
+        {"plan": "v5e-64", "dry_run": True, "process_id": 0},
+        "--plan starts no run: leave out --dry_run, --process_id",
+    ),
     ({"plan_json": "p.json"}, "--plan_json needs --plan SLICE"),
 ]
 
