@@ -8,12 +8,11 @@ the bandwidth of the interconnect; for a generated answer, that of one step time
 allowed.
 """
 
-import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from math import prod
@@ -115,10 +114,9 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
     for batch in plan.batches:
         by_shape.setdefault(batch.shape, []).append(batch)
     start = time.perf_counter()
-    with programs_compiled() as compiled:
-        compiling = computation.engine.compiling(by_shape)
-        bar = tqdm(compiling.items(), f"compiling for {name}", unit=" shapes", disable=None)
-        figures = {shape: _figures(programs) for shape, programs in bar}
+    compiling = computation.engine.compiling(by_shape)
+    bar = tqdm(compiling.items(), f"compiling for {name}", unit=" shapes", disable=None)
+    figures = {shape: _figures(programs) for shape, programs in bar}
     compile_seconds = time.perf_counter() - start
     buckets = [_bucket(plan, by_shape[shape], found, chip) for shape, found in figures.items()]
     tokens, shards = plan_storage(plan)
@@ -140,7 +138,7 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
         "hbm_bytes_per_device": need,
         "hbm_limit_bytes": limit,
         "fits": fits,
-        "programs": len(compiled),
+        "programs": sum(map(len, compiling.values())),
         "compile_seconds": compile_seconds,
         "prefill": worst["prefill"],
         "decode": worst["decode"],
@@ -178,22 +176,6 @@ def prompt_tokens(plan: Plan) -> dict[str, int]:
     found = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1])
     quantiles = {name: round(float(value)) for name, value in zip(names, found, strict=True)}
     return {**quantiles, "skipped": len(plan.skipped)}
-
-
-@contextlib.contextmanager
-def programs_compiled() -> Iterator[list[str]]:
-    """The names of the programs that are compiled within the block, in any thread."""
-    names: list[str] = []
-
-    def note(event: str, seconds: float, **facts: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(str(facts.get("fun_name")))
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def _abstract(plan: Plan) -> Any:
