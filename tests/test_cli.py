@@ -12,7 +12,6 @@ import sys
 import textwrap
 import threading
 import time
-from concurrent.futures import Future
 
 import pytest
 from conftest import ROOT, TINY, NoSignals, random_task, words
@@ -20,9 +19,10 @@ from conftest import ROOT, TINY, NoSignals, random_task, words
 from utils import cli
 from utils.cli import Interrupted, LogStream, last_words
 from utils.errors import UserError, one_line
-from utils.run.peers import Ending
+from utils.run.peers import Peers
 from utils.shards import load_shard
 from utils.shards.manifest import read_manifest
+from utils.store.deadline import within
 
 SIMPLE = ROOT / "simple_extraction_inference.py"
 
@@ -246,42 +246,31 @@ def test_under_nohup_a_lost_terminal_is_no_reason_to_stop():
 # ------------------------------------------------------------------------------------- ending
 
 
-class Gone:
-    """Another process, which has failed."""
+class Gone(Peers):
+    """Of a process whose peer has failed."""
 
     told = None
 
-    def check(self):
-        raise UserError("process 1 failed: its disk is full", 1)
-
     def explain(self, error):
-        return UserError("process 1 is gone", 1) if isinstance(error, RuntimeError) else error
+        return UserError("process 1 is gone", 1)
 
     def leaving(self, error):
         self.told = error
 
 
-def test_waiting_ends_with_the_result_the_error_or_the_end_of_another():
-    done, failed = Future(), Future()
-    done.set_result(3)
-    failed.set_exception(TimeoutError("of its own"))
-    assert Ending(NoSignals(), Gone()).wait(done) == 3
-    with pytest.raises(TimeoutError, match="of its own"):
-        Ending(NoSignals(), Gone()).wait(failed)
-    with pytest.raises(UserError, match="its disk is full"):
-        Ending(NoSignals(), Gone()).wait(Future())
+def test_a_signal_ends_a_wait():
     signals = NoSignals()
     threading.Timer(0.3, signals.note, (signal.SIGTERM,)).start()
     with pytest.raises(Interrupted):
-        Ending(signals).wait(Future())
+        within(60, lambda: time.sleep(60), TimeoutError, Peers(signals=signals).check)
 
 
-def test_leaving_gives_the_cause_and_a_last_moment(monkeypatch):
+def test_the_end_of_a_run_has_a_cause_and_a_last_moment(monkeypatch):
     left, gone = [], Gone()
     monkeypatch.setattr(cli, "GRACE_SECONDS", 0.1)
     monkeypatch.setattr(cli, "leave", lambda *words: left.append(words))
     monkeypatch.setattr("utils.run.peers.leave_later", cli.leave_later)
-    cause = Ending(NoSignals(), gone).leaving(RuntimeError("INTERNAL: connection reset"))
+    cause = gone.ending(RuntimeError("INTERNAL: connection reset"))
     assert str(cause) == "process 1 is gone" and gone.told is cause
     time.sleep(0.5)
     assert left == [("error: process 1 is gone", 1)]

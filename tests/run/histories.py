@@ -155,6 +155,7 @@ class SocketPeers(Peers):
         self.exchange(step, None)
 
     def check(self):
+        self._signals.check()
         if select.select([self._sock], [], [], 0)[0]:
             self._hear()
 
@@ -352,7 +353,7 @@ def process(root: Path, session: Session, peers: Peers) -> None:
     code = 1
     try:
         bucket = FolderBucket(root / "bucket") if session.sends else None
-        signals = Signals(session.stops.get(peers.index, 10**9))
+        signals = peers._signals = Signals(session.stops.get(peers.index, 10**9))
         plan = fake_plan(root, session, peers, bucket)
 
         def to_item(result, plan):

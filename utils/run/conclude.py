@@ -11,7 +11,7 @@ from utils.arc import scores
 from utils.errors import UserError
 from utils.plan.plan import Plan
 from utils.run.compute import Usage
-from utils.run.peers import Ending, Peers
+from utils.run.peers import Peers
 from utils.shards.items import sample_key, sample_name
 from utils.shards.manifest import Manifest, answers_to, stem, totals, union_of
 from utils.shards.uploads import Uploads
@@ -110,12 +110,11 @@ def last_files(plan: Plan, folder: RunFolder) -> tuple[list[Path], list[Path]]:
 
 
 def send_the_rest(
-    plan: Plan, folder: RunFolder, uploads: Uploads, manifest: Manifest, ending: Ending
+    plan: Plan, folder: RunFolder, uploads: Uploads, manifest: Manifest, peers: Peers
 ) -> Manifest:
     """Returns the manifest once the bucket, where there is one, holds all. Raises UserError."""
-    peers = ending.peers
     with peers.together("uploading"):
-        uploads.drain(ending.check)
+        uploads.drain(peers.check)
     said = peers.gather(uploads.receipts)
     if receipts := {name: receipt for part in said for name, receipt in part.items()}:
         files = [
@@ -127,9 +126,9 @@ def send_the_rest(
             write_json_atomic(folder.path / "metadata.json", manifest)
     own, joint = last_files(plan, folder)
     with peers.together("uploading manifests"):
-        uploads.send(ending.check, *own)
+        uploads.send(peers.check, *own)
     with peers.together("uploading the last"):
-        uploads.send(ending.check, *joint)
+        uploads.send(peers.check, *joint)
     if uploads.waited > 1:
         log.info("computing waited %.0f s for the network", uploads.waited)
     return manifest

@@ -64,7 +64,7 @@ def connect(
     """
     check_flags(address, count, index)
     if count == 1 or (address is None and not _surrounded()):
-        return Peers()
+        return Peers(signals=signals)
     lost = UserError(
         f"the coordinator {address or 'that the surroundings name'} does not answer within "
         f"{timeout} s, or other processes do not come: does process 0 run, is its address right "

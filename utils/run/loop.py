@@ -6,9 +6,9 @@ samples whose states its own devices hold.
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -23,12 +23,13 @@ from utils.run.compute import Computation, Usage
 from utils.run.conclude import conclude, last_files, send_the_rest, tidy
 from utils.run.dry_run import DiskOutlook, check_disk, weight
 from utils.run.opening import opened
-from utils.run.peers import Ending, LeftBehind, Peers
+from utils.run.peers import LeftBehind, Peers
 from utils.run.pipeline import Pipeline
 from utils.run.result import to_item
 from utils.shards.manifest import Manifest
 from utils.shards.uploads import Uploads
 from utils.shards.writer import RunFolder
+from utils.store.deadline import within
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,7 @@ def run(plan: Plan, signals: Signals, peers: Peers | None = None) -> Manifest | 
     was complete. Of several processes all call this. Raises UserError (exit code 1 from the first
     write on) and Interrupted; in both cases what was committed stays, and `--resume` does the rest.
     """
-    peers = peers or Peers()
-    ending = Ending(signals, peers)
+    peers = peers or Peers(signals=signals)
     with _memory_in_words(), opened(plan, peers) as (folder, uploads, done):
         whole, sent = _complete(plan, folder, uploads, done, peers)
         if whole and sent:
@@ -55,10 +55,11 @@ def run(plan: Plan, signals: Signals, peers: Peers | None = None) -> Manifest | 
         only_send = whole and plan.request.activations_dir is None
         todo = [] if only_send else plan.without(done)
         with peers.together("loading the model"):
-            computation = ending.wait(_loading(plan, todo)) if todo else None
-        with _begun(plan, folder, uploads, ending, only_send):
+            computation = _loaded(plan, todo, peers) if todo else None
+        signals.hold()  # from here on one waits for the next `check`
+        with _begun(plan, folder, uploads, peers, only_send):
             if computation is not None:
-                _compute(plan, todo, len(done), computation, folder, uploads, ending)
+                _compute(plan, todo, len(done), computation, folder, uploads, peers)
             with peers.together("finishing"):
                 usage = computation.usage if computation is not None else Usage()
                 if only_send:
@@ -66,7 +67,7 @@ def run(plan: Plan, signals: Signals, peers: Peers | None = None) -> Manifest | 
                 else:
                     manifest = conclude(plan, folder, usage, peers)
                 tidy(plan, folder, manifest, peers)
-            return send_the_rest(plan, folder, uploads, manifest, ending)
+            return send_the_rest(plan, folder, uploads, manifest, peers)
 
 
 @contextlib.contextmanager
@@ -99,7 +100,7 @@ def _complete(
     return said[0][0], all(sent for _, sent in said)
 
 
-def _loading(plan: Plan, todo: Sequence[Batch]) -> "Future[Computation]":
+def _loaded(plan: Plan, todo: Sequence[Batch], peers: Peers) -> Computation:
     """The model and every program that is needed, in a thread, so that a signal is answered."""
 
     def load() -> Computation:
@@ -107,17 +108,16 @@ def _loading(plan: Plan, todo: Sequence[Batch]) -> "Future[Computation]":
         computation.compile(todo)
         return computation
 
-    return ThreadPoolExecutor(1, "load").submit(load)
+    return within(math.inf, load, TimeoutError, peers.check)
 
 
 @contextlib.contextmanager
 def _begun(
-    plan: Plan, folder: RunFolder, uploads: Uploads, ending: Ending, only_send: bool
+    plan: Plan, folder: RunFolder, uploads: Uploads, peers: Peers, only_send: bool
 ) -> Iterator[None]:
     """The run writes to its folder, unless it is only to be sent, and to its prefix of the bucket;
     whatever ends it, what it has computed is stored, and sent if that takes seconds."""
-    peers, begun = ending.peers, False
-    ending.hold()
+    begun = False
     try:
         with peers.together("clearing"):
             if not only_send:
@@ -134,7 +134,7 @@ def _begun(
                     uploads.start()
         yield
     except BaseException as error:
-        cause = ending.leaving(error)
+        cause = peers.ending(error)
         if begun and not isinstance(cause, LeftBehind):
             with contextlib.suppress(UserError):  # a disk that failed says so again
                 folder.seal()
@@ -156,31 +156,31 @@ def _compute(
     computation: Computation,
     folder: RunFolder,
     uploads: Uploads,
-    ending: Ending,
+    peers: Peers,
 ) -> None:
     """Stores this process's share of every batch in `todo`."""
 
     def check() -> None:
-        ending.check()
+        peers.check()
         uploads.check()
 
     every = plan.request.save_every_n_batches
     share = sum(len(batch.rows) - batch.rows.count(-1) for batch in todo)
-    share /= ending.peers.count
+    share /= peers.count
     passes, batches = computation.passes(todo), 0
     pipeline = Pipeline(
         passes, computation.launch, computation.fetch, lambda result: result.nbytes, check
     )
     outlook, stored, tokens = DiskOutlook(folder.path), 0, 0
     to_store = sum(weight(plan, plan.samples[i]) for b in todo for i in b.rows if i >= 0)
-    to_store /= ending.peers.count
+    to_store /= peers.count
     begin = time.perf_counter() - computation.compile_seconds
     with tqdm(
         total=num_done + round(share),  # of several processes the first one's bar counts its own
         initial=num_done,
         unit="sample",
         desc="inference",
-        disable=ending.peers.index > 0,
+        disable=peers.index > 0,
     ) as bar:
         for job, results in zip(passes, pipeline, strict=True):
             tokens += sum(result.num_tokens for result in results)

@@ -14,9 +14,8 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
@@ -30,11 +29,9 @@ from utils.shards.manifest import differences
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
-POLL_SECONDS = 0.2
 FAREWELL_SECONDS = 17.0  # more than a shard that is being written may take
 CHUNK_BYTES = 1 << 20  # of what is gathered; a message of the store holds 4 MB at most
 AGAIN = "start all processes again with --resume"
-Value = TypeVar("Value")
 
 
 class LeftBehind(UserError):
@@ -169,11 +166,13 @@ class Peers:
         return [i for i, heard in self._heard.items() if self._round - heard > self._silence]
 
     def check(self) -> None:
-        """Raises what ends this process's part: Interrupted when one was told to stop, UserError
-        when another failed or is gone, LeftBehind when this one was given up."""
+        """Raises, in whichever thread asks, what ends this process's part: Interrupted when one was
+        told to stop, UserError when another failed or is gone, LeftBehind when the others have
+        given this one up."""
+        if self._signals is not None:
+            self._signals.check()
         if self.count == 1:
             return
-        self._signals.check()
         if self._failure is not None:
             words = f"looking after the other processes failed: {self._failure!r}; {AGAIN}"
             raise UserError(words, exit_code=1)
@@ -235,6 +234,16 @@ class Peers:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._publish()
 
+    def ending(self, error: BaseException) -> BaseException:
+        """To be called once the run ends by `error`: gives the cause, which may be the end of
+        another process, and tells the others. From here on the process has GRACE_SECONDS left,
+        whatever disk or server it waits for; after a signal, since that signal."""
+        cause = self.explain(error)
+        if not isinstance(cause, Interrupted):
+            leave_later(cause)
+        self.leaving(cause)
+        return cause
+
     def farewell(self) -> None:
         """Before the process ends: the first, where the others meet, stays until all are gone."""
         if self.count == 1:
@@ -248,44 +257,6 @@ class Peers:
                 if len(gone.union(self._dead())) == self.count:
                     return
                 time.sleep(0.1)
-
-
-class Ending:
-    """What may end a run before its time, a signal or another process, asked and told in one place.
-
-    `check` raises, in whichever thread asks; so what it interrupts is always a place that asked.
-    """
-
-    def __init__(self, signals: Signals, peers: Peers | None = None):
-        self.peers = peers or Peers()
-        self._signals = signals
-
-    def hold(self) -> None:
-        """From here on the run writes: a signal waits for the next `check`."""
-        self._signals.hold()
-
-    def check(self) -> None:
-        """Raises what ends this process's part: Interrupted, when this process or another one was
-        told to stop; UserError, when another failed or is gone; LeftBehind, a UserError, when the
-        others have given this process up, which then must not write any more."""
-        self._signals.check()
-        self.peers.check()
-
-    def wait(self, future: Future[Value]) -> Value:
-        """The result of `future`, or what `check` raises meanwhile; `future` then goes on alone."""
-        while not wait([future], POLL_SECONDS).done:
-            self.check()
-        return future.result()
-
-    def leaving(self, error: BaseException) -> BaseException:
-        """To be called once the run ends by `error`: gives the cause, which may be the end of
-        another process, and tells the others. From here on the process has GRACE_SECONDS left,
-        whatever disk or server it waits for; after a signal, since that signal."""
-        cause = self.peers.explain(error)
-        if not isinstance(cause, Interrupted):
-            leave_later(cause)
-        self.peers.leaving(cause)
-        return cause
 
 
 @contextlib.contextmanager
