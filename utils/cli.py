@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -62,36 +63,27 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def int_at_least(lowest: int) -> Callable[[str], int]:
-    """An argparse type: an integer not below `lowest`."""
+def _at_least(kind: Callable[[str], Any], noun: str, lowest: float) -> Callable[[str], Any]:
+    """An argparse type: a number that `kind` reads, not below `lowest`, and finite."""
 
-    def integer(text: str) -> int:
+    def number(text: str) -> Any:
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None
+        if kind is float and not lowest <= value < float("inf"):  # which NaN is neither
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {lowest}")
         if value < lowest:
             raise argparse.ArgumentTypeError(f"{value} is below {lowest}")
         if value > sys.maxsize:
             raise argparse.ArgumentTypeError(f"{text[:40]} is above {sys.maxsize}")
         return value
 
-    return integer
-
-
-def float_at_least(lowest: float) -> Callable[[str], float]:
-    """An argparse type: a finite number not below `lowest`."""
-
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not lowest <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {lowest}")
-        return value
-
     return number
+
+
+int_at_least = partial(_at_least, int, "whole number")
+float_at_least = partial(_at_least, float, "number")
 
 
 def option(
