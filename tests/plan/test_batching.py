@@ -1,6 +1,7 @@
 """Batches and passes: few sizes of cache, little that is computed in vain, every chunk once."""
 
 import json
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from utils.plan.batching import (
     SLOT_UNIT,
     Batch,
     Length,
-    Limits,
     cache_slots,
     chunk_tokens,
     pad_rows,
@@ -30,12 +30,16 @@ LENGTHS = st.lists(
 )
 
 
+def always(rows):
+    """So many, whatever the slots of a cache."""
+    return defaultdict(lambda: rows)
+
+
 @settings(max_examples=60)
 @given(LENGTHS, st.integers(1, 9), st.sampled_from([1, 2, 8]), st.sampled_from([256, 2048, 96]))
 def test_every_chunk_of_every_sample_once(lengths, batch_size, data, chunk):
     """Each sample in one batch whose cache holds it; its chunks in order, and all of them."""
-    limits = Limits(chunk, batch_size * data, 400, data)
-    batches = plan_batches(lengths, limits)
+    batches = plan_batches(lengths, chunk, always(batch_size * data), 400, data)
     rows = [i for batch in batches for i in batch.rows]
     assert sorted(i for i in rows if i >= 0) == list(range(len(lengths)))
     assert len({batch.shape for batch in batches}) <= MAX_CACHES
@@ -62,7 +66,7 @@ def test_every_chunk_of_every_sample_once(lengths, batch_size, data, chunk):
 def test_a_small_example():
     """Two data groups, chunks of 256 tokens: five chunks in one, three in the other."""
     lengths = [Length(300), Length(1000), Length(200), Length(20)]
-    (batch,) = plan_batches(lengths, Limits(256, 6, 100, 2))
+    (batch,) = plan_batches(lengths, 256, always(6), 100, 2)
     assert batch == Batch(Shape(4, 1536, 256), (1, 3, 0, 2))
     assert prefill_passes(batch, lengths, 2) == [
         [(0, 0), (2, 0)],
@@ -81,13 +85,13 @@ def test_a_group_without_a_sample_runs_padding():
 
 def test_answers_of_like_length_go_together():
     lengths = [Length(500, expected=e) for e in (9, 1, 8, 2)]
-    batches = plan_batches(lengths, Limits(256, 2, 100))
+    batches = plan_batches(lengths, 256, always(2), 100)
     assert [set(batch.rows) for batch in batches] == [{3, 1}, {0, 2}]
 
 
 def test_the_first_sample_is_the_shortest_of_the_largest_cache():
     lengths = [Length(n) for n in (700, 5000, 8000, 600, 900, 7000)]
-    batches = plan_batches(lengths, Limits(512, {8192: 1, 1024: 2}))
+    batches = plan_batches(lengths, 512, {8192: 1, 1024: 2})
     rows = [{i for i in batch.rows if i >= 0} for batch in batches]
     assert rows == [{1}, {5}, {2}, {3, 0}, {4}]
 
@@ -121,11 +125,11 @@ def test_caches_of_several_sizes_where_that_saves_batches():
     """Of memory for 8,192 slots, the short prompts fill batches of eight."""
     lengths = [Length(8000)] * 2 + [Length(1000)] * 30 + [Length(3000)]
     rows = {n: 8192 // n for n in range(512, 8193, 512)}
-    batches = plan_batches(lengths, Limits(512, rows))
+    batches = plan_batches(lengths, 512, rows)
     # The one of 3,000 tokens saves no batch in a cache of its own.
     sizes = [(batch.shape.slots, batch.shape.rows) for batch in batches]
     assert sizes == [(8192, 1)] * 3 + [(1024, 8)] * 4
-    assert {b.shape.slots for b in plan_batches(lengths, Limits(512, 4))} == {8192}
+    assert {b.shape.slots for b in plan_batches(lengths, 512, always(4))} == {8192}
 
 
 def test_pad_rows():
@@ -167,6 +171,7 @@ def test_padding_on_the_public_tasks(public_lengths, batch_size, mesh):
     data, model = mesh
     for on_cpu, most in ((True, 0.20), (False, 0.23)):
         chunk = chunk_tokens([length.total for length in public_lengths], on_cpu, 4 * model)
-        batches = plan_batches(public_lengths, Limits(chunk, batch_size * data * model, 1100, data))
+        rows = always(batch_size * data * model)
+        batches = plan_batches(public_lengths, chunk, rows, 1100, data)
         assert len({batch.shape for batch in batches}) == 1
         assert padding_share(public_lengths, batches, data) <= most

@@ -44,29 +44,6 @@ class Batch:
     rows: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a batch can be.
-
-    chunk: tokens of a chunk. room: slots behind the prompts for generated answers. rows: the most
-    rows of a batch by the slots of its cache, for those of every sample; an int where it is the
-    same for all. data: groups of devices that share the rows of a batch.
-    """
-
-    chunk: int
-    rows: Mapping[int, int] | int
-    room: int = 0
-    data: int = 1
-
-    def most_rows(self, slots: int) -> int:
-        rows = self.rows if isinstance(self.rows, int) else self.rows[slots]
-        return max(1, rows // self.data) * self.data
-
-    def batches(self, samples: int, slots: int) -> int:
-        """As few as hold so many samples."""
-        return -(-samples // self.most_rows(slots))
-
-
 def chunk_tokens(totals: Sequence[int], on_cpu: bool, alignment: int = 1) -> int:
     """The tokens of a chunk with which these samples, of so many tokens each, take the least time:
     longer chunks compute more padding behind the last token, shorter ones are more passes."""
@@ -86,31 +63,37 @@ def cache_slots(length: Length, chunk: int, room: int) -> int:
     return -(-max(chunks, length.prompt + room) // SLOT_UNIT) * SLOT_UNIT
 
 
-def plan_batches(lengths: Sequence[Length], limits: Limits) -> list[Batch]:
+def plan_batches(
+    lengths: Sequence[Length], chunk: int, rows: Mapping[int, int], room: int = 0, data: int = 1
+) -> list[Batch]:
     """Batches of at most MAX_CACHES sizes of cache, the largest first, so that a run that does not
     fit in memory ends at its start; of each the shortest samples first, so that it soon has stored
     some.
 
     Samples whose answers are expected to be of like length go together, so that no row waits long
     for another. A batch's rows are dealt out to the data groups so that each has as many chunks.
+
+    chunk: tokens of a chunk. rows: the most rows of a batch by the slots of its cache, for those of
+    every sample; multiples of `data`, the groups of devices that share them. room: slots behind the
+    prompts for generated answers.
     """
     batches = []
-    for slots, members in _by_cache(lengths, limits).items():
+    for slots, members in _by_cache(lengths, chunk, rows, room).items():
         members.sort(key=lambda i: (lengths[i].expected, lengths[i].total, i))
-        # As few batches as the limits allow, with as few rows as then suffice.
-        count = limits.batches(len(members), slots)
-        size = math.ceil(len(members) / count / limits.data)
-        shape = Shape(size * limits.data, slots, limits.chunk)
+        # As few batches as hold them, with as few rows as then suffice.
+        count = _batches(len(members), rows[slots])
+        size = math.ceil(len(members) / count / data)
+        shape = Shape(size * data, slots, chunk)
         for i in range(0, len(members), shape.rows):
-            groups: list[list[int]] = [[] for _ in range(limits.data)]
-            work = [0] * limits.data  # chunks of each group
+            groups: list[list[int]] = [[] for _ in range(data)]
+            work = [0] * data  # chunks of each group
             for member in sorted(members[i : i + shape.rows], key=lambda i: -lengths[i].total):
                 with_room = (g for g, group in enumerate(groups) if len(group) < size)
                 least = min(with_room, key=work.__getitem__)
                 groups[least].append(member)
-                work[least] += _chunks(lengths[member], limits.chunk)
-            rows = [i for group in groups for i in group + [-1] * (size - len(group))]
-            batches.append(Batch(shape, tuple(rows)))
+                work[least] += _chunks(lengths[member], chunk)
+            places = [i for group in groups for i in group + [-1] * (size - len(group))]
+            batches.append(Batch(shape, tuple(places)))
     return batches
 
 
@@ -136,10 +119,17 @@ def _chunks(length: Length, chunk: int) -> int:
     return -(-length.total // chunk)
 
 
-def _by_cache(lengths: Sequence[Length], limits: Limits) -> dict[int, list[int]]:
+def _batches(samples: int, rows: int) -> int:
+    """As few as hold so many samples."""
+    return -(-samples // rows)
+
+
+def _by_cache(
+    lengths: Sequence[Length], chunk: int, rows: Mapping[int, int], room: int
+) -> dict[int, list[int]]:
     """Slots of a cache -> samples, largest first: a cache for the longest sample, one of half and
     one of a quarter of its size, each where it saves a batch because more rows fit."""
-    needs = [cache_slots(length, limits.chunk, limits.room) for length in lengths]
+    needs = [cache_slots(length, chunk, room) for length in lengths]
     largest = max(needs, default=0)
     groups: list[list[int]] = [[] for _ in range(MAX_CACHES)]
     for i, need in enumerate(needs):
@@ -148,9 +138,9 @@ def _by_cache(lengths: Sequence[Length], limits: Limits) -> dict[int, list[int]]
     for group in filter(None, groups):
         slots, larger = max(needs[i] for i in group), next(reversed(found), None)
         if larger is not None:
-            together = limits.batches(len(found[larger]) + len(group), larger)
-            apart = limits.batches(len(found[larger]), larger) + limits.batches(len(group), slots)
-            if together <= apart:
+            count = len(found[larger])
+            apart = _batches(count, rows[larger]) + _batches(len(group), rows[slots])
+            if _batches(count + len(group), rows[larger]) <= apart:
                 found[larger] += group
                 continue
         found[slots] = group

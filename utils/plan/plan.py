@@ -28,7 +28,7 @@ from utils.model.layout import (
     shapes_of,
 )
 from utils.model.weights import Checkpoint, open_checkpoint
-from utils.plan.batching import Batch, Limits, cache_slots, chunk_tokens, plan_batches
+from utils.plan.batching import Batch, cache_slots, chunk_tokens, plan_batches
 from utils.plan.inputs import localized
 from utils.plan.interventions import Intervention, check_interventions, read_interventions
 from utils.plan.memory import Workload, device_bytes, rows_that_fit
@@ -352,7 +352,8 @@ def _batches(
                 f"--max_batch_tokens {budget} on a mesh of {layout.data} x {layout.model}: raise "
                 "it or the second number of --mesh_shape, or lower --max_model_len"
             )
-    return tuple(plan_batches(lengths, Limits(work.chunk, rows, work.room, layout.data)))
+    whole = {slots: max(1, n // layout.data) * layout.data for slots, n in rows.items()}
+    return tuple(plan_batches(lengths, work.chunk, whole, work.room, layout.data))
 
 
 def check_paths(request: Request) -> None:
