@@ -110,7 +110,10 @@ def check(folders: list[Path], manifests: list[Manifest]) -> None:
         if manifest["status"] != "complete":
             raise UserError(f"{folder} is not complete: finish its run with --resume first")
         if not manifest["files"] and manifest["total_samples"]:
-            raise UserError(f"{folder} kept no activations: join the submissions of its kind")
+            raise UserError(
+                f"{folder} kept no activations: name the submission.json of each part instead of "
+                "the folders, and leave out --into"
+            )
         if missing := [
             entry["filename"]
             for entry in manifest["files"]

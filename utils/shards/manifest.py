@@ -245,8 +245,9 @@ def shards_of(manifests: Iterable[Manifest]) -> dict[str, Shard]:
 def union_of(manifests: dict[str, Manifest]) -> Manifest:
     """File name -> manifest of one run, to one manifest.
 
-    Of `metadata.json`, where there is one, the settings, status and extra entries are kept. Raises
-    UserError when two shards hold the same sample.
+    Of `metadata.json`, where there is one, the settings, status and extra entries are kept, and of
+    a run that kept no activations, whose manifest lists no files, the sums. Raises UserError when
+    two shards hold the same sample.
     """
     ordered = [manifests[name] for name in sorted(manifests, key=lambda name: (len(name), name))]
     merged = manifests.get("metadata.json")
@@ -256,10 +257,11 @@ def union_of(manifests: dict[str, Manifest]) -> Manifest:
     tokens = max(tokens, sum(timing(part)[2] for part in parts))  # processes run side by side
     complete = all(part["status"] == "complete" for part in ([merged] if merged else parts))
     shards = shards_of(ordered).values()
+    sums = totals(shards, ordered[0].get("activations", {}))
     return {
         **ordered[0],
         "status": "complete" if complete else "running",
-        **totals(shards, ordered[0].get("activations", {})),
+        **(sums if shards else {key: ordered[0].get(key, sums[key]) for key in sums}),
         "seconds": seconds,
         "compile_seconds": compile_seconds,
         "tokens_per_second": tokens / seconds if seconds else 0.0,

@@ -1,0 +1,69 @@
+"""Parts of a run become one folder; see also `test_format_1` and `run/test_processes`."""
+
+import json
+
+import pytest
+from conftest import NoSignals
+from shard_crashes import item
+
+from utils.errors import UserError
+from utils.shards import __main__ as merge
+from utils.shards.held import Writer
+from utils.shards.manifest import read_manifest
+from utils.shards.writer import RunFolder
+
+SETTINGS = {
+    "model": {"path": "/models/a", "hash": "abc"},
+    "prompt": {"format": "chat"},
+    "activations": {"resid_post.0": {"layer": 0, "dtype": "float16"}},
+}
+
+
+def merged(*args, signals=None):
+    argv = ["merge", *map(str, args)]
+    return merge.main(merge.build_parser().parse_args(argv), signals or NoSignals())
+
+
+def write_part(folder, part, counts, settings=SETTINGS):
+    """A part of two in `folder`, of `counts[part]` processes that each store two samples in a shard
+    and let 100 tokens through in 10 s."""
+    count = counts[part]
+    arguments = {"shard_id": part, "num_shards": 2}
+    facts = {"arguments": arguments, "dataset": {"hash": str(part), "tasks": 1}}
+    writers = [Writer(index, count, part, 2) for index in range(count)]
+    options = {"mode": "resume", "save_every_n_samples": 1}
+    runs = [RunFolder(folder, settings, facts, writer=writer, **options) for writer in writers]
+    for step in (RunFolder.clear, RunFolder.begin):
+        for run in runs:
+            step(run)
+    for index, run in enumerate(runs):
+        for number in (2 * index, 2 * index + 1):
+            sample = {"task_id": f"part{part}", "sample_idx": number}
+            run.add({**item(number, tokens=5, width=4), **sample}, {**sample, "attempts": []})
+        run.update_timing(10.0, 1.0, 100)
+        run.finish()
+        run.close()
+    (folder / "metadata.json").write_text(json.dumps(read_manifest(folder)))
+    return folder
+
+
+@pytest.fixture
+def parts(request, tmp_path):
+    counts = getattr(request, "param", (1, 1))
+    return [write_part(tmp_path / f"part{part}", part, counts) for part in (0, 1)]
+
+
+def test_parts_without_activations_are_refused_with_the_way_on(parts, tmp_path):
+    """Of such a run `metadata.json` alone is left, and it lists no shards."""
+    for part in parts:
+        manifest = json.loads((part / "metadata.json").read_text())
+        for path in part.iterdir():
+            path.unlink()
+        manifest |= {"files": [], "activations": {}}
+        (part / "metadata.json").write_text(json.dumps(manifest))
+    assert read_manifest(parts[0])["total_samples"] == 2
+    with pytest.raises(UserError, match=r"kept no activations: .* instead of the folders"):
+        merged(*parts, "--into", tmp_path / "all", "--output_filepath", tmp_path / "sub.json")
+    assert not (tmp_path / "all").exists() and not (tmp_path / "sub.json").exists()
+    with pytest.raises(UserError, match=r"holds a run \(complete, 2 samples\)"):
+        RunFolder(parts[0], {**SETTINGS, "activations": {}}, {})
