@@ -67,3 +67,12 @@ def test_parts_without_activations_are_refused_with_the_way_on(parts, tmp_path):
     assert not (tmp_path / "all").exists() and not (tmp_path / "sub.json").exists()
     with pytest.raises(UserError, match=r"holds a run \(complete, 2 samples\)"):
         RunFolder(parts[0], {**SETTINGS, "activations": {}}, {})
+
+
+@pytest.mark.parametrize("parts", [(2, 2)], indirect=True)
+def test_the_rate_of_a_merged_run_is_that_of_its_parts_together(parts, tmp_path):
+    rates = [read_manifest(part)["tokens_per_second"] for part in parts]
+    assert merged(*reversed(parts), "--into", tmp_path / "all") == 0
+    manifest = json.loads((tmp_path / "all" / "metadata.json").read_text())
+    assert manifest["tokens_per_second"] == sum(rates)
+    assert manifest["dataset"]["tasks"] == 2 and manifest["seconds"] == 10

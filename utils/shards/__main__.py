@@ -151,10 +151,11 @@ def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest
     """Makes the folder `into`, which appears when it is whole."""
     try:
         with new_folder(into) as made:
-            parts = {}
-            for folder, manifest in zip(folders, manifests, strict=True):
-                parts |= _collect(made, folder, manifest)
-            merged = _joint(folders, parts)
+            collected = [
+                _collect(made, folder, manifest)
+                for folder, manifest in zip(folders, manifests, strict=True)
+            ]
+            merged = _joint(folders, collected)
             write_json(made / "metadata.json", merged)
     except OSError as error:
         raise UserError(
@@ -163,27 +164,26 @@ def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest
     return merged
 
 
-def _collect(into: Path, folder: Path, manifest: Manifest) -> dict[str, Manifest]:
-    """Links the shards of a part, and writes its answers and its manifests, by process."""
+def _collect(into: Path, folder: Path, manifest: Manifest) -> Manifest:
+    """Links the shards of a part and writes its answers; its manifest, with their names there."""
     part, _ = _part(manifest)
-    answers = stored.read_answers(folder)
-    parts: dict[str, Manifest] = {}
-    for shard in stored.shards_of([manifest]).values():
+    shards = stored.shards_of([manifest]).values()
+    answers = stored.answers_to(folder, shards)
+    files = []
+    for shard in shards:
         # A part of format 1 as it was first written has no number in its names.
         name = shard.filename if shard.owner else f"activations_host{part:03d}_{shard.short_name}"
         _link(folder / shard.filename, into / name)
-        shard = replace(shard, filename=name, uploaded=False)
-        own = parts.setdefault(stored.manifest_name(shard.owner), {**manifest, "files": []})
-        own["files"].append(shard.to_json())
-        with open(into / stored.journal_name(shard.owner), "a") as journal:
+        files.append(replace(shard, filename=name, uploaded=False).to_json())
+        with open(into / stored.journal_name(stored.owner_of(name)), "a") as journal:
             journal.writelines(to_json(answers[key]) + "\n" for key in shard.samples)
-    return parts or {stored.manifest_name(f"_host{part:03d}"): manifest}
+    return {**manifest, "files": files}
 
 
-def _joint(folders: list[Path], parts: dict[str, Manifest]) -> Manifest:
-    merged = stored.union_of(parts)
-    by_part = {_part(manifest)[0]: manifest["dataset"] for manifest in parts.values()}
-    datasets = [by_part[number] for number in sorted(by_part)]
+def _joint(folders: list[Path], manifests: list[Manifest]) -> Manifest:
+    ordered = sorted(manifests, key=_part)
+    merged = stored.union_of({str(i): manifest for i, manifest in enumerate(ordered)})
+    datasets = [manifest["dataset"] for manifest in ordered]
     hashes = "".join(dataset["hash"] for dataset in datasets)
     merged |= {
         "dataset": {
