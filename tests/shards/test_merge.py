@@ -8,8 +8,10 @@ from shard_crashes import item
 
 from utils.errors import UserError
 from utils.shards import __main__ as merge
+from utils.shards import iter_items
 from utils.shards.held import Writer
-from utils.shards.manifest import read_manifest
+from utils.shards.items import sample_key
+from utils.shards.manifest import read_answers, read_manifest
 from utils.shards.writer import RunFolder
 
 SETTINGS = {
@@ -76,3 +78,17 @@ def test_the_rate_of_a_merged_run_is_that_of_its_parts_together(parts, tmp_path)
     manifest = json.loads((tmp_path / "all" / "metadata.json").read_text())
     assert manifest["tokens_per_second"] == sum(rates)
     assert manifest["dataset"]["tasks"] == 2 and manifest["seconds"] == 10
+
+
+@pytest.mark.parametrize("parts", [(2, 1), (1, 2), (2, 2)], indirect=True)
+def test_parts_of_any_numbers_of_processes_are_merged(parts, tmp_path):
+    """On two and on one, both parts have a process 1, with other samples in shards of its name."""
+    expected = {key: answer for part in parts for key, answer in read_answers(part).items()}
+    stored = {sample_key(item): item for part in parts for item in iter_items(part)}
+    assert merged(*parts, "--into", tmp_path / "all", "--verify") == 0
+    assert read_answers(tmp_path / "all") == expected
+    items = list(iter_items(tmp_path / "all"))
+    assert len(items) == len(expected) == len(stored)
+    for found in items:
+        states = stored[sample_key(found)]["activations"]["resid_post.0"]
+        assert (found["activations"]["resid_post.0"] == states).all()

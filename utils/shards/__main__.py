@@ -1,11 +1,13 @@
 """`python -m utils.shards merge`: the runs of hosts that did not talk to each other, as one.
 
 Each ran its part of the tasks (`--shard_id I --num_shards N`) into a folder of its own, and its
-files have its number in their names. The merged folder is like that of one run of N processes: its
-shards are hard links, or copies where the disks differ, and nothing that was there is changed.
+files have its number in their names; where two parts have the same number, one gets another. The
+merged folder is like that of one run of N processes: its shards are hard links, or copies where the
+disks differ, and nothing that was there is changed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +25,14 @@ from utils.shards import manifest as stored
 from utils.shards.items import sample_key
 from utils.shards.manifest import Manifest
 from utils.shards.reader import load_shard
-from utils.store.local import check_writable, new_folder, to_json, write_json, write_json_atomic
+from utils.store.local import (
+    check_writable,
+    new_folder,
+    remedy,
+    to_json,
+    write_json,
+    write_json_atomic,
+)
 
 _SETTINGS = ("model", "prompt", "activations", "capture", "generation")
 
@@ -151,31 +160,42 @@ def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest
     """Makes the folder `into`, which appears when it is whole."""
     try:
         with new_folder(into) as made:
+            taken: set[str] = set()
             collected = [
-                _collect(made, folder, manifest)
+                _collect(made, folder, manifest, taken)
                 for folder, manifest in zip(folders, manifests, strict=True)
             ]
             merged = _joint(folders, collected)
             write_json(made / "metadata.json", merged)
     except OSError as error:
-        raise UserError(
-            f"cannot write {into}: {error.strerror}; make room, and merge again"
-        ) from error
+        why = f"{error.strerror}; {remedy(error)}, and merge again"
+        raise UserError(f"cannot write {into}: {why}") from error
     return merged
 
 
-def _collect(into: Path, folder: Path, manifest: Manifest) -> Manifest:
-    """Links the shards of a part and writes its answers; its manifest, with their names there."""
+def _collect(into: Path, folder: Path, manifest: Manifest, taken: set[str]) -> Manifest:
+    """Links the shards of a part and writes its answers; its manifest, with their names there.
+
+    taken: owners in the names of other parts, to which those of this one are added. One that is
+    taken, as where the parts ran on different numbers of processes, gets the next free number.
+    """
     part, _ = _part(manifest)
     shards = stored.shards_of([manifest]).values()
     answers = stored.answers_to(folder, shards)
+    owners: dict[str, str] = {}
     files = []
     for shard in shards:
-        # A part of format 1 as it was first written has no number in its names.
-        name = shard.filename if shard.owner else f"activations_host{part:03d}_{shard.short_name}"
+        if shard.owner not in owners:
+            # A part of format 1 as it was first written has no number in its names.
+            first = int(shard.owner.removeprefix("_host") or part)
+            names = (f"_host{number:03d}" for number in itertools.count(first))
+            owners[shard.owner] = next(name for name in names if name not in taken)
+            taken.add(owners[shard.owner])
+        owner = owners[shard.owner]
+        name = f"activations{owner}_{shard.short_name}"
         _link(folder / shard.filename, into / name)
         files.append(replace(shard, filename=name, uploaded=False).to_json())
-        with open(into / stored.journal_name(stored.owner_of(name)), "a") as journal:
+        with open(into / stored.journal_name(owner), "a") as journal:
             journal.writelines(to_json(answers[key]) + "\n" for key in shard.samples)
     return {**manifest, "files": files}
 
@@ -202,8 +222,6 @@ def _joint(folders: list[Path], manifests: list[Manifest]) -> Manifest:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except FileExistsError:
-        raise
     except OSError:  # another disk, or a file system without links
         shutil.copyfile(source, target)
 
