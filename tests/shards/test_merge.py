@@ -8,7 +8,7 @@ from shard_crashes import item
 
 from utils.errors import UserError
 from utils.shards import __main__ as merge
-from utils.shards import iter_items
+from utils.shards import iter_items, manifest
 from utils.shards.held import Writer
 from utils.shards.items import sample_key
 from utils.shards.manifest import read_answers, read_manifest
@@ -58,11 +58,11 @@ def parts(request, tmp_path):
 def test_parts_without_activations_are_refused_with_the_way_on(parts, tmp_path):
     """Of such a run `metadata.json` alone is left, and it lists no shards."""
     for part in parts:
-        manifest = json.loads((part / "metadata.json").read_text())
+        joint = json.loads((part / "metadata.json").read_text())
         for path in part.iterdir():
             path.unlink()
-        manifest |= {"files": [], "activations": {}}
-        (part / "metadata.json").write_text(json.dumps(manifest))
+        joint |= {"files": [], "activations": {}}
+        (part / "metadata.json").write_text(json.dumps(joint))
     assert read_manifest(parts[0])["total_samples"] == 2
     with pytest.raises(UserError, match=r"kept no activations: .* instead of the folders"):
         merged(*parts, "--into", tmp_path / "all", "--output_filepath", tmp_path / "sub.json")
@@ -75,9 +75,9 @@ def test_parts_without_activations_are_refused_with_the_way_on(parts, tmp_path):
 def test_the_rate_of_a_merged_run_is_that_of_its_parts_together(parts, tmp_path):
     rates = [read_manifest(part)["tokens_per_second"] for part in parts]
     assert merged(*reversed(parts), "--into", tmp_path / "all") == 0
-    manifest = json.loads((tmp_path / "all" / "metadata.json").read_text())
-    assert manifest["tokens_per_second"] == sum(rates)
-    assert manifest["dataset"]["tasks"] == 2 and manifest["seconds"] == 10
+    joint = json.loads((tmp_path / "all" / "metadata.json").read_text())
+    assert joint["tokens_per_second"] == sum(rates)
+    assert joint["dataset"]["tasks"] == 2 and joint["seconds"] == 10
 
 
 @pytest.mark.parametrize("parts", [(2, 1), (1, 2), (2, 2)], indirect=True)
@@ -92,3 +92,16 @@ def test_parts_of_any_numbers_of_processes_are_merged(parts, tmp_path):
     for found in items:
         states = stored[sample_key(found)]["activations"]["resid_post.0"]
         assert (found["activations"]["resid_post.0"] == states).all()
+
+
+def test_verifying_reads_each_manifest_once(parts, tmp_path, monkeypatch):
+    read, parse = [], manifest.parse
+    monkeypatch.setattr(
+        manifest, "parse", lambda path, content: read.append(path) or parse(path, content)
+    )
+    assert merged(*parts, "--into", tmp_path / "all", "--verify") == 0
+    assert len(read) == len(set(read)) == 4
+    shard = next(parts[1].glob("*.pkl"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="is refused: damaged: its crc32c is"):
+        merged(*parts, "--into", tmp_path / "again", "--verify")

@@ -24,7 +24,7 @@ from utils.errors import UserError, some
 from utils.shards import manifest as stored
 from utils.shards.items import sample_key
 from utils.shards.manifest import Manifest
-from utils.shards.reader import load_shard
+from utils.shards.reader import read_entry
 from utils.store.local import (
     check_writable,
     new_folder,
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     if args.verify:
         for folder, manifest in zip(parts, manifests, strict=True):
             for entry in tqdm(manifest["files"], desc=f"verifying {folder}"):
-                load_shard(folder / entry["filename"])
+                read_entry(folder, entry)
     merged = join(parts, manifests, into)
     print(f"merged        {len(parts)} folders into {into}")
     print(f"samples       {merged['total_samples']}, shards {merged['total_batches']}")
