@@ -18,6 +18,7 @@ from utils.plan.request import Request
 from utils.run.loop import run
 from utils.store.bucket import BucketFolder
 from utils.store.copies import copied
+from utils.store.local import _MACHINE
 
 
 @pytest.fixture
@@ -159,6 +160,14 @@ def test_a_damaged_object_is_refused(filled, cache):
     with pytest.raises(UserError, match=r"tiny/model\.safetensors is refused: its bytes"):
         model("gs://bucket/models/tiny")
     assert not any(cache.rglob("*.*"))
+
+
+def test_what_a_kill_left_of_a_copy_makes_room_for_it(filled, cache, monkeypatch):
+    folder = model("gs://bucket/models/tiny")
+    left = folder.rename(folder.with_name(f"{folder.name}.{_MACHINE}00000000.partial"))
+    monkeypatch.setattr("utils.store.copies.free_bytes", lambda _: 0 if left.exists() else 1 << 30)
+    assert model("gs://bucket/models/tiny") == folder
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_a_disk_that_is_too_small(filled, cache, monkeypatch):

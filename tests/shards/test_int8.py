@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import NoSignals
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -173,7 +174,7 @@ def test_errors_are_right_of_several_processes_and_after_a_merge(tmp_path):
         write(folder, range(part, 7, 2), writer=Writer(part=part, parts=2), facts=facts)
         manifests.append(read_manifest(folder))
     merge.check(parts, manifests)  # which differ in what was measured alone
-    merged = merge.join(parts, manifests, tmp_path / "merged")
+    merged = merge.join(parts, manifests, tmp_path / "merged", NoSignals())
     check_errors(merged, tmp_path / "merged", range(7))
     assert merged == json.loads((tmp_path / "merged" / "metadata.json").read_text())
     check_errors(union_of({"metadata.json": merged}), tmp_path / "merged", range(7))

@@ -6,6 +6,7 @@ import pytest
 from conftest import NoSignals
 from shard_crashes import item
 
+from utils.cli import Interrupted
 from utils.errors import UserError
 from utils.shards import __main__ as merge
 from utils.shards import iter_items, manifest
@@ -105,3 +106,11 @@ def test_verifying_reads_each_manifest_once(parts, tmp_path, monkeypatch):
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="is refused: damaged: its crc32c is"):
         merged(*parts, "--into", tmp_path / "again", "--verify")
+
+
+def test_a_signal_leaves_nothing_of_a_merge(parts, tmp_path, monkeypatch):
+    signals, link = NoSignals(), merge._link
+    monkeypatch.setattr(merge, "_link", lambda *paths: signals.note(15) or link(*paths))
+    with pytest.raises(Interrupted):
+        merged(*parts, "--into", tmp_path / "new" / "all", signals=signals)
+    assert signals.held and not list((tmp_path / "new").iterdir())

@@ -178,6 +178,51 @@ def test_a_folder_has_its_name_when_it_is_whole(tmp_path):
     assert names(path.parent) == {"sae"} and names(path) == {"below"}
 
 
+def left_of(folder: Path, machine: str = local._MACHINE) -> Path:
+    """As a process that was killed has left of it."""
+    partial = folder.with_name(f"{folder.name}.{machine}00000000.partial")
+    partial.mkdir()
+    (partial / "x").write_text("x")
+    return partial
+
+
+def test_what_a_kill_left_of_a_folder_goes_when_it_is_made_again(tmp_path):
+    left, foreign = left_of(tmp_path / "sae"), left_of(tmp_path / "sae", "01234567")
+    other = left_of(tmp_path / "other")
+    (tmp_path / "sae.partial").mkdir()
+    with new_folder(tmp_path / "sae"):
+        assert not left.exists()
+    assert names(tmp_path) == {"sae", foreign.name, other.name, "sae.partial"}
+
+
+def test_a_folder_that_another_process_fills_is_left_alone(tmp_path):
+    path = tmp_path / "sae"
+    with pytest.raises(OSError), new_folder(path) as first:
+        with new_folder(path):
+            pass  # the other one has put nothing there yet
+        (first / "x").write_text("x")
+        path.rmdir()
+        with new_folder(path) as second:
+            (second / "y").write_text("y")
+        assert names(first) == {"x"}
+    assert names(tmp_path) == {"sae"} and names(path) == {"y"}
+
+
+@pytest.mark.parametrize("kind", ["no such call", "windows"])
+def test_without_locks_nobody_knows_whether_a_folder_is_in_use(tmp_path, monkeypatch, kind):
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    left = left_of(tmp_path / "sae")
+    if kind == "windows":
+        monkeypatch.setattr("utils.store.local.fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", refuse)
+    with new_folder(tmp_path / "sae"):
+        pass
+    assert names(tmp_path) == {"sae", left.name}
+
+
 # ----------------------------------------------------------------------------------------- JSON
 
 

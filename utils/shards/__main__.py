@@ -85,7 +85,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
         for folder, manifest in zip(parts, manifests, strict=True):
             for entry in tqdm(manifest["files"], desc=f"verifying {folder}"):
                 read_entry(folder, entry)
-    merged = join(parts, manifests, into)
+    merged = join(parts, manifests, into, signals)
     print(f"merged        {len(parts)} folders into {into}")
     print(f"samples       {merged['total_samples']}, shards {merged['total_batches']}")
     if output is not None:
@@ -156,13 +156,14 @@ def _settings(manifest: Manifest) -> Manifest:
     return {**found, "dataset": {"whole_hash": manifest["dataset"].get("whole_hash")}}
 
 
-def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest:
-    """Makes the folder `into`, which appears when it is whole."""
+def join(folders: list[Path], manifests: list[Manifest], into: Path, signals: Signals) -> Manifest:
+    """Makes the folder `into`, which appears when it is whole; a signal leaves nothing of it."""
+    signals.hold()
     try:
         with new_folder(into) as made:
             taken: set[str] = set()
             collected = [
-                _collect(made, folder, manifest, taken)
+                _collect(made, folder, manifest, taken, signals)
                 for folder, manifest in zip(folders, manifests, strict=True)
             ]
             merged = _joint(folders, collected)
@@ -173,7 +174,9 @@ def join(folders: list[Path], manifests: list[Manifest], into: Path) -> Manifest
     return merged
 
 
-def _collect(into: Path, folder: Path, manifest: Manifest, taken: set[str]) -> Manifest:
+def _collect(
+    into: Path, folder: Path, manifest: Manifest, taken: set[str], signals: Signals
+) -> Manifest:
     """Links the shards of a part and writes its answers; its manifest, with their names there.
 
     taken: owners in the names of other parts, to which those of this one are added. One that is
@@ -185,6 +188,7 @@ def _collect(into: Path, folder: Path, manifest: Manifest, taken: set[str]) -> M
     owners: dict[str, str] = {}
     files = []
     for shard in shards:
+        signals.check()
         if shard.owner not in owners:
             # A part of format 1 as it was first written has no number in its names.
             first = int(shard.owner.removeprefix("_host") or part)

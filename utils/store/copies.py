@@ -45,23 +45,24 @@ def copied(bucket: BucketFolder, wanted: dict[str, Receipt]) -> Path:
 
 
 def _fetch(bucket: BucketFolder, wanted: dict[str, Receipt], folder: Path) -> None:
-    need, free = sum(receipt.size for receipt in wanted.values()), free_bytes(folder)
-    if need > free:
-        raise UserError(
-            f"{bucket} takes {in_words(need)} in {folder}, where {in_words(free)} are free: free "
-            "space, or set XDG_CACHE_HOME to another disk"
-        )
-    bar = tqdm(total=need, unit="B", unit_scale=True, desc=f"fetching {bucket}")
+    need = sum(receipt.size for receipt in wanted.values())
     try:
-        with new_folder(folder) as unfinished, bar, ThreadPool(THREADS) as pool:
+        with new_folder(folder) as unfinished:  # which first removes what a kill left of it
+            if need > (free := free_bytes(folder)):
+                raise UserError(
+                    f"{bucket} takes {in_words(need)} in {folder}, where {in_words(free)} are free:"
+                    " free space, or set XDG_CACHE_HOME to another disk"
+                )
 
             def fetch(name: str) -> int:
                 with open(unfinished / name, "wb") as file:
                     bucket.save(name, file, wanted[name].generation)
                 return wanted[name].size
 
-            for size in pool.imap_unordered(fetch, wanted):
-                bar.update(size)
+            bar = tqdm(total=need, unit="B", unit_scale=True, desc=f"fetching {bucket}")
+            with bar, ThreadPool(THREADS) as pool:
+                for size in pool.imap_unordered(fetch, wanted):
+                    bar.update(size)
     except OSError:
         if not folder.is_dir():  # which another process has made meanwhile
             raise

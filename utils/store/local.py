@@ -11,11 +11,13 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -24,8 +26,15 @@ import numpy as np
 
 from utils.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where runs are read
+    fcntl = None
+
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 _PARTIAL_NAME = re.compile(rf"(.+?)(\.[0-9a-f]{{16}})?{re.escape(PARTIAL)}", re.DOTALL)
+# In the names of unfinished folders: of some shared disks a machine sees its own locks alone.
+_MACHINE = sha256(platform.node().encode()).hexdigest()[:8]
 _CHUNK = 1 << 20  # bytes; checksummed, then written, while still in the cache
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -146,13 +155,19 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to be filled, which is called `path` once the block has ended without an error.
 
     Until then it lies beside `path` under a random name that ends in `.partial`; an error removes
-    it. The parent of `path` is made. Raises OSError, also where `path` is there already and is not
-    an empty folder.
+    it, and what a process that was killed leaves of it goes when the same machine makes `path`
+    again. The parent of `path` is made. Raises OSError, also where `path` is there already and is
+    not an empty folder.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+    start = f"{path.name}.{_MACHINE}"
+    for name in os.listdir(path.parent):
+        if re.fullmatch(rf"{re.escape(start)}[0-9a-f]{{8}}{re.escape(PARTIAL)}", name):
+            _remove_unless_in_use(path.parent / name)
+    temporary = path.with_name(f"{start}{secrets.token_hex(4)}{PARTIAL}")
     temporary.mkdir()
+    lock = _locked(temporary)
     try:
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
@@ -162,7 +177,31 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     _sync_folder(path.parent)
+
+
+def _remove_unless_in_use(partial: Path) -> None:
+    """Removes a folder that nobody holds the lock of. One that is empty may be new, and its process
+    about to lock it, before it puts anything there."""
+    with contextlib.suppress(OSError):
+        if any(partial.iterdir()) and (lock := _locked(partial)) is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A handle that holds the lock of a folder until it is closed, at the latest by the end of the
+    process; None where another one holds it, and where there are no locks."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        os.close(handle)
+    return None
 
 
 @contextlib.contextmanager
