@@ -277,6 +277,30 @@ def test_a_reply_lost_while_replacing(folder, gcs, file):
     assert len(gcs.generations(f"some/prefix/{file.name}")) == 2
 
 
+def test_an_object_that_was_deleted_is_not_replaced(folder, gcs, file):
+    first = put(folder, file)
+    gcs.storage.objects["bucket"].pop(f"some/prefix/{file.name}")
+    with pytest.raises(UserError, match="was deleted during this run: --resume puts it back"):
+        put(folder, file, replaces=first.generation)
+
+
+def test_an_object_that_nobody_could_look_up_was_not_deleted(folder, gcs, file, monkeypatch):
+    """The reply is lost, trying again is refused, and then the network is away for a while."""
+    first = put(folder, file)
+    file.write_bytes(b"second")
+    gcs.fault("lost", lambda r: r.kind == "multipart")
+    find, failures = folder.find, [ConnectionError("no route to host")]
+
+    def found(name):
+        if failures:
+            raise failures.pop()
+        return find(name)
+
+    monkeypatch.setattr(folder, "find", found)
+    put(folder, file, replaces=first.generation, exclusive=True)
+    assert len(gcs.generations(f"some/prefix/{file.name}")) == 2 and not failures
+
+
 def test_a_file_damaged_after_it_was_sealed_becomes_no_object(folder, gcs, file):
     content = bytearray(file.read_bytes())
     sealed = {"size": len(content), "crc32c": crc(content)}

@@ -293,7 +293,7 @@ class BucketFolder:
         file = _Sealed(source, name, size, crc32c)
         pause = 0.5
         while not stopping.is_set():
-            found, cause = None, None
+            found, cause, is_absent = None, None, False
             try:
                 receipt = self._send(file, replaces, tell)
                 if receipt.holds(size, crc32c):
@@ -303,6 +303,7 @@ class BucketFolder:
                 self._raise_if_hopeless(error, "write to", name)
             try:
                 found = self.find(name)
+                is_absent = found is None
             except Exception as error:
                 self._raise_if_hopeless(error, "read", name)
                 cause = cause or error
@@ -317,7 +318,7 @@ class BucketFolder:
                         "writes under this prefix; nothing was replaced, choose another",
                         exit_code=1,
                     )
-            elif code_of(cause) == 412 and replaces:
+            elif is_absent and code_of(cause) == 412 and replaces:
                 raise UserError(
                     f"{self.uri_of(name)} was deleted during this run: --resume puts it back",
                     exit_code=1,
