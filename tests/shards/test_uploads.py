@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import NoSignals, random_task, words
 from forks import Script
+from shard_crashes import item
 
 import simple_extraction_inference as script
 from utils.errors import UserError
@@ -22,6 +23,7 @@ from utils.run import dry_run as storage
 from utils.run.loop import run
 from utils.shards import iter_items, load_shard, uploads
 from utils.shards.manifest import read_manifest
+from utils.shards.writer import RunFolder
 from utils.store import bucket as cloud
 
 # Runs of this process store numbers that no model made; those of child processes are real.
@@ -602,6 +604,29 @@ def test_waiting_ends_with_the_deadline(gcs, flags):
     assert "503" in str(error.value) and "--resume" in str(error.value)
     stored = len(read_manifest(flags["activations_dir"])["files"])
     assert 2 <= stored < 8
+
+
+def test_room_is_made_before_the_next_manifest_is_due(gcs, tmp_path, monkeypatch):
+    """With deletion a shard takes room until a manifest lists it: nobody waits a minute for that,
+    nor takes it for a network that stands still."""
+    monkeypatch.setattr(uploads, "MANIFEST_SHARE", 1e-6)
+    monkeypatch.setattr(uploads, "MANIFEST_SECONDS", 0.1)
+    bucket = cloud.BucketFolder(f"gs://bucket/{PREFIX}")
+    limits = {"max_pending_bytes": 1, "timeout": 1, "delete_after_upload": True}
+    with RunFolder(tmp_path / "run", {}, {}, save_every_n_samples=1) as folder:
+        folder.clear()
+        folder.begin()
+        sending = uploads.BucketUploads(bucket, folder, {}, {}, **limits)
+        sending.start()
+        for index in range(3):
+            key = {"task_id": f"task{index // 2}", "sample_idx": index % 2}
+            folder.add(item(index, tokens=5, width=4), key)
+            sending.wait_for_room(lambda: None)
+            assert not list((tmp_path / "run").glob("*.pkl"))
+        assert not sending._hurry.is_set()
+        sending.stop(0)
+    manifests = [r for r in gcs.requests if r.kind == "multipart" and "metadata" in r.name]
+    assert len(manifests) == 4
 
 
 def test_a_disk_that_will_fill(monkeypatch, caplog, tmp_path):

@@ -164,6 +164,8 @@ class BucketUploads(Uploads):
                 "computing waits for the network: %.2f GB of shards wait to be uploaded",
                 self._pending() / 1e9,
             )
+        if self._deletes:  # a shard that has arrived takes room until a manifest lists it
+            self._hurry.set()
         read = self.bucket.bytes_read  # which grows also as a shard that takes long is sent
         while not self._settled_or(lambda: self._pending() <= self._max_pending, 0.5):
             check()
@@ -177,6 +179,7 @@ class BucketUploads(Uploads):
                     f"are intact in {self.folder.path}. To go on: {command_to_resume()}",
                     exit_code=1,
                 )
+        self._hurry.clear()
         self.waited += time.monotonic() - begin
         self.check()
 
