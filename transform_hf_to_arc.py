@@ -102,8 +102,9 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     with locked(args.output_dir):
         for path in paths:
             remove_partial(path)
-        for path in paths[:2]:
-            if path.exists() and not args.overwrite:
+        for path in paths:
+            # What lists nothing is not worth keeping, such as the errors of a split without any.
+            if path.exists() and path.stat().st_size > len("[\n]\n") and not args.overwrite:
                 advice = "add --overwrite to replace it, or choose another --output_dir"
                 raise UserError(f"{path} exists: {advice}")
         source = rows.open_rows(args.dataset, args.split, args.column, args.streaming)

@@ -116,6 +116,22 @@ def test_an_earlier_transformation_is_kept_unless_told(dataset, tmp_path):
     assert len(list(read_tasks(out / "arc_format_train.json"))) == 3
 
 
+def test_the_report_of_another_split_is_kept_unless_told(dataset, tmp_path):
+    """Splits share a folder, but for the list of what was wrong; only that of the second row is."""
+    out = tmp_path / "out"
+    flags = ("--dataset", dataset, "--output_dir", out, "--split")
+    for split in ("train[:1]", "train[1:2]"):
+        assert transform(*flags, split).returncode == 0
+    report = (out / "transformation_errors.json").read_text()
+    assert len(json.loads(report)) == 1
+    text = fails(transform(*flags, "train[2:3]"))
+    assert "transformation_errors.json exists: add --overwrite" in text
+    assert (out / "transformation_errors.json").read_text() == report
+    assert len(list(out.glob("arc_format_*.json"))) == 2
+    assert transform(*flags, "train[2:3]", "--overwrite").returncode == 0
+    assert len(list(out.glob("arc_format_*.json"))) == 3
+
+
 def test_summary_gives_the_lower_median():
     spread = Spread({3: 2, 1: 1, 30: 1})
     assert str(spread) == "1 / 3 / 30"
