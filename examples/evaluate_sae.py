@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from utils import cli
 from utils.errors import UserError
 from utils.plan.request import Request
-from utils.store.local import check_file, write_json_atomic
+from utils.store.local import check_file, json_lines, write_result
 
 if TYPE_CHECKING:
     from utils.plan.interventions import Intervention
@@ -297,7 +297,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     found, mean, params = forced(plan, sae)
     if free is not None:
         found |= generated(free, sae, mean, params)
-    write_json_atomic(args.output, found)
+    write_result(args.output, json_lines(found))
     print(describe(found, plan, free))
 
 

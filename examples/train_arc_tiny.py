@@ -34,7 +34,14 @@ from examples.generate_tasks import FAMILIES, draw_row, draw_rows, family_of
 from utils import cli
 from utils.errors import UserError, some
 from utils.shards.manifest import differences
-from utils.store.local import check_writable, new_folder, replacing, to_json, write_json_atomic
+from utils.store.local import (
+    check_writable,
+    json_lines,
+    new_folder,
+    replacing,
+    to_json,
+    write_result,
+)
 
 if TYPE_CHECKING:
     import jax
@@ -295,7 +302,7 @@ def check_settings(args: argparse.Namespace) -> None:
     now = {key: getattr(args, key) for key in ("seed", "learning_rate", "batch_tokens")}
     now |= {"model": MODEL, "practice": PRACTICE}
     if not path.exists():
-        write_json_atomic(path, now)
+        write_result(path, json_lines(now))
     elif changes := differences(json.loads(path.read_text()), now):
         raise UserError(
             f"{args.work_dir} holds a training with other settings: {some(changes)}; go back "

@@ -23,7 +23,7 @@ from utils.shards.filling import planned_shards
 from utils.shards.held import Writer
 from utils.shards.manifest import read_answers, read_manifest
 from utils.shards.writer import RunFolder
-from utils.store.local import Sink, write_json_atomic
+from utils.store.local import Sink, write_json
 
 SETTINGS = {
     "model": {"path": "/models/a", "hash": "abc", "layers": 2},
@@ -661,7 +661,7 @@ def test_processes_share_a_folder_and_a_reader_merges_them(tmp_path):
     assert (manifest["seconds"], manifest["tokens_per_second"]) == (12, 25)
     assert len({(i["task_id"], i["sample_idx"]) for i in iter_items(tmp_path)}) == 7
     assert read_answers(tmp_path)["task1", 1] == answer(3)
-    write_json_atomic(tmp_path / "metadata.json", manifest)  # merged by a process, it counts once
+    write_json(tmp_path / "metadata.json", manifest)  # merged by a process, it counts once
     assert read_manifest(tmp_path) == manifest
     load_shard(tmp_path / "activations_host002_batch_000001.pkl")
 
@@ -701,10 +701,10 @@ def test_a_process_clears_only_its_own_leftovers(tmp_path):
 def test_whichever_manifest_knows_of_an_upload_is_believed(tmp_path, name):
     for writer in hosts(tmp_path, 2, range(2)):
         writer.finish()
-    write_json_atomic(tmp_path / "metadata.json", read_manifest(tmp_path))
+    write_json(tmp_path / "metadata.json", read_manifest(tmp_path))
     manifest = json.loads((tmp_path / name).read_text())
     manifest["files"][0]["uploaded"] = True
-    write_json_atomic(tmp_path / name, manifest)
+    write_json(tmp_path / name, manifest)
     assert [f["uploaded"] for f in read_manifest(tmp_path)["files"]] == [True, False]
 
 
@@ -801,26 +801,6 @@ def test_a_file_size_limit(tmp_path):
     write_rest(tmp_path)
 
 
-def test_write_json_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "predictions.json"
-    write_json_atomic(path, {"a": [1, "ü"], "b": None})
-    assert json.loads(path.read_text()) == {"a": [1, "ü"], "b": None}
-    assert len(path.read_text().splitlines()) == 4  # a task a line
-    before = path.read_bytes()
-
-    def fail(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UserError, match=r"predictions\.json: No space left") as error:
-        write_json_atomic(path, {"a": 2})
-    assert error.value.exit_code == 1
-    assert stored(tmp_path) == {path.name: before}
-    monkeypatch.undo()
-    write_json_atomic(path, {})
-    assert json.loads(path.read_text()) == {}
-
-
 # ------------------------------------------------------------------------------------- reading
 
 
@@ -887,7 +867,7 @@ def seal(shard, data):
     for entry in manifest["files"]:
         if entry["filename"] == shard.name:
             entry.update(size_bytes=len(data), crc32c=sink.crc32c)
-    write_json_atomic(shard.parent / "metadata.json", manifest)
+    write_json(shard.parent / "metadata.json", manifest)
 
 
 def test_a_hostile_shard_with_a_valid_manifest_runs_nothing(shard, monkeypatch):

@@ -26,6 +26,7 @@ from utils.store.local import (
     to_json,
     whole_name,
     write_json,
+    write_result,
 )
 
 
@@ -240,6 +241,35 @@ def test_json_has_no_word_for_what_is_not_finite(tmp_path):
         file.write(to_json(value).encode())
         file.commit()
     assert json.loads((tmp_path / "list.json").read_text(), parse_constant=refuse) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("way_on", "advice"),
+    [
+        ((), "free space, or choose another folder"),
+        (("then --resume",), "free space, then --resume"),
+    ],
+)
+def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, way_on, advice):
+    path = tmp_path / "new" / "predictions.json"
+    write_result(path, json_lines({"a": [1, "ü"], "b": None}))
+    assert json.loads(path.read_text()) == {"a": [1, "ü"], "b": None}
+    before = path.read_bytes()
+    assert len(before.splitlines()) == 4  # a task a line
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(
+        UserError, match=rf"predictions\.json: No space left .*; {advice}$"
+    ) as error:
+        write_result(path, json_lines({"a": 2}), *way_on)
+    assert error.value.exit_code == 1
+    assert names(path.parent) == {path.name} and path.read_bytes() == before
+    monkeypatch.undo()
+    write_result(path, json_lines({}))
+    assert json.loads(path.read_text()) == {}
 
 
 def test_a_json_file_in_a_folder_that_is_not_there(tmp_path):

@@ -16,7 +16,9 @@ from utils.shards.items import sample_key, sample_name
 from utils.shards.manifest import Manifest, answers_to, stem, totals, union_of
 from utils.shards.uploads import Uploads
 from utils.shards.writer import RunFolder
-from utils.store.local import write_json_atomic
+from utils.store.local import json_lines, write_result
+
+WAY_ON = "then --resume"  # where the disk fails
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def conclude(plan: Plan, folder: RunFolder, usage: Usage, peers: Peers) -> Manif
     parts = peers.gather([manifest, absent])
     if folder.writer.owner and peers.index == 0:
         manifest = _joint(manifest, parts)
-        write_json_atomic(folder.path / "metadata.json", manifest)
+        write_result(folder.path / "metadata.json", json_lines(manifest), WAY_ON)
     peers.exchange("finished", None)
     return manifest
 
@@ -46,7 +48,7 @@ def tidy(plan: Plan, folder: RunFolder, manifest: Manifest, peers: Peers) -> Non
     """Of a complete run without extraction the output counts: beside it only the manifest stays."""
     if plan.request.activations_dir is None and peers.index == 0:
         # --resume compares with the manifest; what it lists has served its purpose.
-        write_json_atomic(folder.path / "metadata.json", {**manifest, "files": []})
+        write_result(folder.path / "metadata.json", json_lines({**manifest, "files": []}), WAY_ON)
         for name in os.listdir(folder.path):
             if stem(name) and name != "metadata.json":
                 (folder.path / name).unlink()
@@ -69,7 +71,8 @@ def write_output(plan: Plan, answers: scores.Answers) -> dict[str, Any]:
     targets = {task.task_id: [pair.output for pair in task.test] for task in plan.tasks}
     predictions = scores.predictions(targets, answers, generated=request.generates)
     submission = scores.submission(targets, answers)
-    write_json_atomic(request.output_path, submission if request.distributed else predictions)
+    output = submission if request.distributed else predictions
+    write_result(Path(request.output_path), json_lines(output), WAY_ON)
     return {"scores": scores.accuracy(predictions)} if request.generates else {}
 
 
@@ -123,7 +126,7 @@ def send_the_rest(
         ]
         manifest = {**manifest, "files": files}
         if folder.writer.owner and peers.index == 0:
-            write_json_atomic(folder.path / "metadata.json", manifest)
+            write_result(folder.path / "metadata.json", json_lines(manifest), WAY_ON)
     own, joint = last_files(plan, folder)
     with peers.together("uploading manifests"):
         uploads.send(peers.check, *own)

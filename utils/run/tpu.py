@@ -37,7 +37,7 @@ from utils.run.dry_run import bytes_per_layer, plan_storage
 from utils.run.prices import costs
 from utils.run.roofline import CHIPS, Chip, decode_step_seconds, figures_of, prefill_seconds
 from utils.run.summary import print_shortfalls
-from utils.store.local import check_file, write_json_atomic
+from utils.store.local import check_file, json_lines, write_result
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def main(
     print_one(best)
     if plan_json is not None:
         chosen = best if len(plans) == 1 else {**best, "compared": plans}
-        write_json_atomic(plan_json, chosen)
+        write_result(Path(plan_json), json_lines(chosen))
     return 0
 
 

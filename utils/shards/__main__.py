@@ -27,11 +27,12 @@ from utils.shards.manifest import Manifest
 from utils.shards.reader import read_entry
 from utils.store.local import (
     check_writable,
+    json_lines,
     new_folder,
     remedy,
     to_json,
     write_json,
-    write_json_atomic,
+    write_result,
 )
 
 _SETTINGS = ("model", "prompt", "activations", "capture", "generation")
@@ -69,7 +70,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
         if output is None or into is not None:
             raise UserError("submissions are joined into --output_filepath FILE, without --into")
         joint = join_submissions(parts)
-        write_json_atomic(output, joint)
+        write_result(output, json_lines(joint))
         print(f"submission    {output}, {len(joint)} tasks")
         return 0
     if into is None:
@@ -89,7 +90,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     print(f"merged        {len(parts)} folders into {into}")
     print(f"samples       {merged['total_samples']}, shards {merged['total_batches']}")
     if output is not None:
-        write_json_atomic(output, submission(into, merged))
+        write_result(output, json_lines(submission(into, merged)))
         print(f"submission    {output}")
     return 0
 

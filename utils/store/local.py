@@ -290,24 +290,17 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         sink.write(json_lines(value))
 
 
-def write_json_atomic(path: str | Path, value: dict[str, Any]) -> None:
-    """`write_json` into a folder that is made if need be, raising UserError (exit code 1)."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(path), value)
-    except OSError as error:
-        why = f"{error.strerror}; {remedy(error)}, then --resume"
-        raise UserError(f"cannot write {path}: {why}", exit_code=1) from error
-
-
-def write_result(path: Path, content: bytes) -> None:
-    """The file that a script is for, in a folder that is made if need be. Raises UserError."""
+def write_result(path: Path, content: bytes, way_on: str = "or choose another folder") -> None:
+    """What a script has made, into a folder that is made if need be; `path` holds the old content
+    or the new one. way_on: what else to do about a disk that fails, after what cures it. Raises
+    UserError, exit code 1."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as sink:
             sink.write(content)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        why = f"{error.strerror}; {remedy(error)}, {way_on}"
+        raise UserError(f"cannot write {path}: {why}", exit_code=1) from error
 
 
 class JsonFile(Draft):
