@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -26,6 +27,8 @@ import distributed_inference_with_activations as script
 from utils.cli import Interrupted
 from utils.errors import UserError
 from utils.plan.interventions import Intervention
+from utils.plan.plan import plan_run
+from utils.plan.request import Request
 from utils.run import peers
 from utils.run.connect import connect, local_devices
 
@@ -246,6 +249,25 @@ def test_a_vector_that_is_another_on_another_host(tiny_model, tasks_file, tmp_pa
             peers.agree(plans[0], first)
         with pytest.raises(UserError, match=message):
             other.result()
+
+
+def test_the_paths_of_one_template_may_differ(tiny_model, tasks_file, tmp_path):
+    """What it says may not."""
+
+    def plan_of(name, text):
+        template = tmp_path / name
+        pairs = "{% for pair in train %}{{ pair.input }}{{ pair.output }}{% endfor %}"
+        template.write_text(text + pairs + "{{ test_input }}")
+        flags = {"model_path": tiny_model, "dataset_path": tasks_file, "prompt_format": template}
+        flags |= {"output_filepath": tmp_path / "s.json", "max_tasks": 1, "max_output_tokens": 9}
+        return plan_run(Request.from_flags(script.build_parser().parse_args(words(flags))))
+
+    said = []
+    all_so_far = SimpleNamespace(exchange=lambda _, own: said.append(own) or said)
+    peers.agree(plan_of("a.jinja", "Solve:"), all_so_far)
+    peers.agree(plan_of("b.jinja", "Solve:"), all_so_far)
+    with pytest.raises(UserError, match=r"process 2 was .*, prompt\.template_hash was"):
+        peers.agree(plan_of("b.jinja", "Do it:"), all_so_far)
 
 
 def test_what_one_process_lacks_ends_all(models, tasks, tmp_path):

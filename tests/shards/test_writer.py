@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.shards import iter_items, load_shard
 from utils.shards.filling import planned_shards
 from utils.shards.held import Writer
-from utils.shards.manifest import read_answers, read_manifest
+from utils.shards.manifest import differences, read_answers, read_manifest
 from utils.shards.writer import RunFolder
 from utils.store.local import Sink, write_json
 
@@ -312,6 +312,18 @@ def test_resume_allows_another_path_and_other_facts(tmp_path):
     writer = RunFolder(tmp_path, moved, {"processes": 8}, mode="resume")
     writer.begin()
     assert writer.finish()["model"]["path"] == "/elsewhere"
+
+
+def test_of_a_template_the_content_counts_and_not_its_path():
+    """Also where runs are merged or read together, and where processes compare what they read."""
+    one = {"prompt": {"format": "mine.jinja", "template_hash": "a"}}
+    assert differences(one, {"prompt": {"format": "/b/mine.jinja", "template_hash": "a"}}) == []
+    edited = {"prompt": {"format": "mine.jinja", "template_hash": "b"}}
+    assert differences(one, edited) == ["prompt.template_hash was 'a', is 'b'"]
+    other = {"prompt": {"format": "chat", "template_hash": "b"}}
+    assert differences(one, other)[0] == "prompt.format was 'mine.jinja', is 'chat'"
+    quantized = {"quantization": {"format": "gemm"}}, {"quantization": {"format": "gemv"}}
+    assert len(differences(*quantized)) == 1
 
 
 def flip_a_bit(path):

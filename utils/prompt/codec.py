@@ -61,12 +61,6 @@ class Codec:
     tokenizer_hash: str
     vocab_size: int | None = None
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 in hex of all that decides which ids a task becomes and where an answer ends."""
-        parts = [self.tokenizer_hash, self.fmt.template_hash, self.stop_ids]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
     def encode(self, task: Task, index: int, pairs: int, forced: bool = False) -> Encoded:
         """Test input `index` of a task behind its last `pairs` train pairs.
 

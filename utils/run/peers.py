@@ -23,7 +23,6 @@ from utils.cli import Interrupted, Signals, leave_later
 from utils.errors import UserError, some
 from utils.model.weights import Checkpoint, fingerprint
 from utils.plan.plan import Plan
-from utils.plan.samples import tasks_hash
 from utils.shards.manifest import differences
 
 log = logging.getLogger(__name__)
@@ -273,17 +272,17 @@ def parting(peers: Peers) -> Iterator[None]:
 
 def agree(plan: Plan, peers: Peers) -> None:
     """Raises UserError where the processes of a run were not asked for the same, or do not read
-    the same. The paths of model, tasks and results may differ."""
-    request = plan.request
+    the same. The paths of model, prompt, tasks and results may differ."""
+    request, settings = plan.request, plan.settings("")
     own = {"process_id", "coordinator_address", "coordinator_timeout", "peer_timeout", "verbose"}
     said = {
         "arguments": {
             f"--{name}": value
             for name, value in request.arguments.items()
-            if name not in own and not name.endswith(("_path", "_dir", "adapter"))
+            if name not in own and not name.endswith(("_path", "_dir", "adapter", "prompt_format"))
         },
-        "tasks": tasks_hash(plan.tasks),
-        "prompt": plan.codec.fingerprint,
+        "tasks": settings["dataset"]["hash"],
+        "prompt": settings["prompt"],
         "interventions": {str(i): one.entry for i, one in enumerate(plan.interventions)},
         "tokens": sum(sample.length.total for sample in plan.samples),
         "config": asdict(plan.config),

@@ -302,7 +302,8 @@ def changed_settings(manifest: Manifest, settings: Mapping[str, Any]) -> list[st
 
 
 def differences(was: Any, now: Any, name: str = "") -> list[str]:
-    """`model.hash was 'a', is 'b'` for each entry that differs; keys in _APART do not count.
+    """`model.hash was 'a', is 'b'` for each entry that differs; keys in _APART do not count, nor
+    the `format` of a prompt, which may be the path of a file, where `template_hash` is the same.
 
     An entry that is not there is one that is empty. Those of _LATER are compared where both sides
     have them: manifests of earlier versions do not say what they were.
@@ -312,10 +313,12 @@ def differences(was: Any, now: Any, name: str = "") -> list[str]:
         if was == now or unknown or (was in _EMPTY and now in _EMPTY):
             return []
         return [f"{name} was {was!r:.80}, is {now!r:.80}"]
+    same_template = was.get("template_hash") == now.get("template_hash") is not None
+    apart = (*_APART, "format") if same_template else _APART
     return [
         change
         for key in {**was, **now}
-        if key not in _APART
+        if key not in apart
         for change in differences(was.get(key), now.get(key), f"{name}.{key}".lstrip("."))
     ]
 
