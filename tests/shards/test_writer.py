@@ -699,6 +699,24 @@ def check_consistent_hosts(folder, total):
     assert len(listed) == len(set(listed)) == len(read_answers(folder)) == total
 
 
+def test_what_is_stored_is_not_skipped(tmp_path):
+    """Two processes leave a sample out for want of memory; one finds room for it on its mesh."""
+    skipped = [
+        {"task_id": f"task{i}", "sample_idx": 0, "reason": "takes more memory than there is"}
+        for i in (1, 2)
+    ]
+    for host in (0, 1):
+        with opened(tmp_path, host=host, mode="resume") as run:
+            run.clear()
+            run.begin(skipped)
+            run.finish()
+    with begun(tmp_path, mode="resume") as run:
+        run.add(item(2, 5, 4), answer(2))
+        run.finish()
+    assert read_manifest(tmp_path)["files"][0]["samples"] == [["task1", 0]]
+    assert read_manifest(tmp_path)["skipped"] == skipped[1:]
+
+
 def test_a_process_clears_only_its_own_leftovers(tmp_path):
     for writer in hosts(tmp_path, 2, range(2)):
         writer.close()

@@ -252,11 +252,13 @@ def union_of(manifests: dict[str, Manifest]) -> Manifest:
     ordered = [manifests[name] for name in sorted(manifests, key=lambda name: (len(name), name))]
     merged = manifests.get("metadata.json")
     parts = [manifest for manifest in ordered if manifest is not merged]
-    skipped = {sample_key(entry): entry for manifest in ordered for entry in manifest["skipped"]}
     seconds, compile_seconds, tokens = map(max, zip(*map(timing, ordered), strict=True))
     tokens = max(tokens, sum(timing(part)[2] for part in parts))  # processes run side by side
     complete = all(part["status"] == "complete" for part in ([merged] if merged else parts))
     shards = shards_of(ordered).values()
+    skipped = {sample_key(entry): entry for manifest in ordered for entry in manifest["skipped"]}
+    for key in (key for shard in shards for key in shard.samples):
+        skipped.pop(key, None)  # there was no room for it before the run went on elsewhere
     sums = totals(shards, ordered[0].get("activations", {}))
     return {
         **ordered[0],
