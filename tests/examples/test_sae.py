@@ -360,6 +360,14 @@ def test_a_contrast_is_the_mean_difference_of_its_pairs(monkeypatch):
         contrast("anywhere")
 
 
+def test_a_contrast_of_models_of_two_widths_is_refused(monkeypatch):
+    items = {name: one_token_a_role("a", True, 3) for name in ("one", "other")}
+    items["other"]["activations"]["resid_post.0"] = np.ones((6, 5), np.float32)
+    monkeypatch.setattr("utils.dataset.contrast.iter_items", lambda folder: iter([items[folder]]))
+    with pytest.raises(UserError, match=r"resid_post\.0 is 2 wide in one, and 5 in other: compare"):
+        contrast("one", "other")
+
+
 def test_chance_stays_below_its_bound_nineteen_times_in_twenty(monkeypatch):
     random = np.random.default_rng(0)
     items = []

@@ -112,7 +112,8 @@ def contrast(folder: str | Path, other: str | Path | None = None) -> Contrast:
 
     other: a run of the same tasks by another model, for instance with an adapter; each sample is
     then paired with itself, and what is compared is `other` minus `folder`. Holds a mean a sample,
-    layer and role in memory, float32 [D]. Raises UserError where nothing can be paired.
+    layer and role in memory, float32 [D]. Raises UserError where nothing can be paired, and for
+    models of different widths.
     """
     first = second = _samples(folder)
     if other is None:
@@ -132,7 +133,12 @@ def contrast(folder: str | Path, other: str | Path | None = None) -> Contrast:
     found = defaultdict(list)
     for one, two in pairs:
         before, after = first[one].means, second[two].means
-        for place in before.keys() & after.keys():
+        for place in sorted(before.keys() & after.keys()):
+            if len(before[place]) != len(after[place]):
+                raise UserError(
+                    f"{place[0]} is {len(before[place])} wide in {folder}, and {len(after[place])} "
+                    f"in {other}: compare runs of models of one width"
+                )
             found[place].append(after[place] - before[place])
     random = np.random.default_rng(0)
     counts, differences, consistency, chance = {}, {}, {}, {}
