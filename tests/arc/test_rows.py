@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -209,25 +210,47 @@ def test_parquet_with_doubles_nulls_and_structs(tmp_path):
 nested = st.recursive(
     st.none() | st.integers(-5, 5), lambda inner: st.lists(inner, max_size=3), max_leaves=6
 )
-cells = st.integers(-5, 40) | st.none()
-pylists = st.lists(
-    st.none() | st.lists(st.none() | st.lists(cells, max_size=4), max_size=4), max_size=6
-)
 
 
-@given(pylists, st.integers(0, 3), st.sampled_from([pa.int64(), pa.float64(), pa.int8()]))
-def test_arrow_lists_as_to_pylist_gives_them(values, start, cell_type):
-    for kind in (pa.list_(pa.list_(cell_type)), pa.large_list(pa.list_(cell_type))):
-        array = pa.array(values, kind)[start:]
-        assert rows._to_list(array) == array.to_pylist()
-    struct = pa.array([{"a": v, "b": i} for i, v in enumerate(values)][start:])
-    assert rows._to_list(struct) == struct.to_pylist()
+def test_cells_of_mixed_types_and_images_in_arrow():
+    """`datasets` keeps the former as JSON, alone or within lists and structs; an image is bytes."""
+    texts = ["1", '"a"', None, "[2]", '{"b": null}', "1.5"]
+    cells = pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts))
+    values = [1, "a", None, [2], {"b": None}, 1.5]
+    offsets = pa.array([0, 3, 3, 6])
+    named = pa.StructArray.from_arrays([cells, pa.array(list("uvwxyz"))], ["cell", "name"])
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "lists": pa.ListArray.from_arrays(offsets, cells),
+            "structs": pa.ListArray.from_arrays(offsets, named),
+            "image": pa.array([{"bytes": b"\x89PNG", "path": None}, None, None]),
+            "grid": pa.array([[[1, 2]], None, [None, []]], pa.list_(pa.list_(pa.int8()))),
+        }
+    )
+    structs = [{"cell": v, "name": name} for v, name in zip(values, "uvwxyz", strict=True)]
+    assert list(rows._arrow_rows([batch])) == [
+        {
+            "lists": values[:3],
+            "structs": structs[:3],
+            "image": {"bytes": b"\x89PNG", "path": None},
+            "grid": [[1, 2]],
+        },
+        {"lists": [], "structs": [], "image": None, "grid": None},
+        {"lists": values[3:], "structs": structs[3:], "image": None, "grid": [None, []]},
+    ]
+    alone = pa.RecordBatch.from_pydict({"cell": cells})
+    assert [row["cell"] for row in rows._arrow_rows([alone])] == values
 
 
-def test_cells_of_mixed_types_in_arrow():
-    texts = [json.dumps(v) for v in ([[1, 2]], [["a"]], 1.0)]
-    array = pa.ExtensionArray.from_storage(pa.json_(), pa.array([*texts, None]))
-    assert rows._to_list(array) == [[[1, 2]], [["a"]], 1.0, None]
+def test_cells_of_mixed_types_in_a_dataset(tmp_path):
+    made = Dataset.from_dict(
+        {"examples": [[A, B], [A, [[["x"]], [[1]]]]]}, on_mixed_types="use_json"
+    )
+    made.to_parquet(tmp_path / "r.parquet")
+    assert read(tmp_path / "r.parquet") == [
+        {"examples": [A, B]},
+        {"examples": [A, [[["x"]], [[1]]]]},
+    ]
 
 
 def test_columns_are_found(tmp_path):

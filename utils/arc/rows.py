@@ -16,12 +16,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
 from types import NoneType
 
 import ijson
-import numpy as np
 import orjson
 
 from utils.arc import tasks as arc
@@ -306,36 +305,18 @@ def _parquet_rows(path: str) -> Iterator[dict]:
 
 
 def _arrow_rows(batches: Iterable[object]) -> Iterator[dict]:
-    """Rows of pyarrow record batches."""
-    for batch in batches:
-        names = batch.schema.names
-        for values in zip(*map(_to_list, batch.columns), strict=True):
-            yield dict(zip(names, values, strict=True))
+    """Rows of pyarrow record batches; cells of mixed types, which `datasets` keeps as JSON, parsed.
 
-
-def _to_list(array: object) -> list:
-    """A pyarrow array as Python values: to_pylist takes ten times as long on nested lists."""
+    Nothing else is decoded: an image stays the bytes that it is stored as.
+    """
+    import datasets
     import pyarrow as pa
 
-    kind = array.type
-    if isinstance(kind, pa.BaseExtensionType):  # cells of mixed types, which datasets keeps as JSON
-        storage = array.storage.to_pylist()
-        is_json = kind.extension_name == "arrow.json"
-        return [json.loads(v) if is_json and v is not None else v for v in storage]
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        offsets = array.offsets.to_numpy()
-        values = _to_list(array.values.slice(offsets[0], offsets[-1] - offsets[0]))
-        lists = [values[start:stop] for start, stop in pairwise((offsets - offsets[0]).tolist())]
-        for i in np.flatnonzero(array.is_null()) if array.null_count else ():
-            lists[i] = None
-        return lists
-    if pa.types.is_struct(kind) and not array.null_count:
-        names = [field.name for field in kind]
-        fields = map(_to_list, array.flatten())
-        return [dict(zip(names, values, strict=True)) for values in zip(*fields, strict=True)]
-    if (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and not array.null_count:
-        return array.to_numpy().tolist()
-    return array.to_pylist()
+    for batch in batches:
+        has_json = pa.schema([field for field in batch.schema if "arrow.json" in str(field.type)])
+        features = datasets.Features.from_arrow_schema(has_json)
+        for row in batch.to_pylist():
+            yield row | features.decode_example({name: row[name] for name in has_json.names})
 
 
 def _type_name(value: object, depth: int = 6) -> str:
