@@ -25,7 +25,8 @@ def dump(items: list[dict[str, Any]], sink: Sink) -> None:
 
 
 def shard_bytes(items: list[dict[str, Any]]) -> int:
-    """Exact size in bytes of the shard that `dump` would write; reads no large array."""
+    """Exact size in bytes of the shard that `dump` would write; reads no large array but what is
+    read-only."""
     sink = Sink()
     dump(items, sink)
     return sink.size
@@ -53,24 +54,10 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         if type(value) is not np.ndarray or value.dtype.kind not in "biuf":
             raise TypeError(f"a shard cannot hold {value!r:.80}")
-        if not value.flags.writeable:
-            value = np.asarray(_Writable(value))
+        if not value.flags.writeable:  # as JAX hands it over; what a shard gives back must not be
+            value = value.copy()  # since pickle tells the two apart in its bytes
         buffer = pickle.PickleBuffer(value.reshape(-1).view(np.uint8))
         return np.ndarray, (value.shape, value.dtype.str, buffer)
-
-
-class _Writable:
-    """Lends an array's memory as writable, because pickle tells the two apart in its bytes.
-
-    Nothing writes to it. What JAX hands over is read-only; what a shard gives back must not be.
-    """
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-        self.__array_interface__ = {
-            **array.__array_interface__,
-            "data": (array.ctypes.data, False),
-        }
 
 
 def _array(shape: Any, dtype: Any, buffer: Any, order: str = "C") -> np.ndarray:
