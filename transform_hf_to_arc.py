@@ -102,11 +102,15 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     with locked(args.output_dir):
         for path in paths:
             remove_partial(path)
-        for path in paths:
-            # What lists nothing is not worth keeping, such as the errors of a split without any.
-            if path.exists() and path.stat().st_size > len("[\n]\n") and not args.overwrite:
-                advice = "add --overwrite to replace it, or choose another --output_dir"
-                raise UserError(f"{path} exists: {advice}")
+        *own, errors = paths
+        taken = [path for path in own if path.exists()]
+        # Splits share a list of errors: it is kept with the tasks that it is about, if not empty.
+        if any(args.output_dir.glob("arc_format_*.json")) and errors.exists():
+            taken += [errors] if errors.stat().st_size > len("[\n]\n") else []
+        if taken and not args.overwrite:
+            raise UserError(
+                f"{taken[0]} exists: add --overwrite to replace it, or choose another --output_dir"
+            )
         source = rows.open_rows(args.dataset, args.split, args.column, args.streaming)
         summary = transform(source, args, signals, *paths)
     summary.show(*paths)

@@ -173,6 +173,8 @@ def test_nothing_valid_exits_1_with_the_reason_and_the_report(tmp_path):
     assert "cell is not an integer" in text and "none of 1 rows" in text
     assert [file.name for file in out.iterdir()] == ["transformation_errors.json"]
     assert len(json.loads((out / "transformation_errors.json").read_text())) == 2
+    path.write_text(json.dumps({"examples": [[[[1]], [[1]]]] * 2}) + "\n")
+    assert transform("--dataset", path, "--output_dir", out).returncode == 0  # the next try
 
 
 @pytest.mark.parametrize("script", ["transform_hf_to_arc.py", "test_transformation.py"])
