@@ -238,6 +238,11 @@ def test_cells_of_mixed_types_and_images_in_arrow():
         {"lists": [], "structs": [], "image": None, "grid": None},
         {"lists": values[3:], "structs": structs[3:], "image": None, "grid": [None, []]},
     ]
+    long = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["[[1]]", f"[[{2**70}]]"]))
+    assert list(rows._arrow_rows([pa.RecordBatch.from_pydict({"grid": long})])) == [
+        {"grid": [[1]]},
+        {"grid": f"[[{2**70}]]"},
+    ]
     alone = pa.RecordBatch.from_pydict({"cell": cells})
     assert [row["cell"] for row in rows._arrow_rows([alone])] == values
 

@@ -7,6 +7,7 @@ Which files a dataset has, its splits, its downloads and its cache are the `data
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -316,7 +317,10 @@ def _arrow_rows(batches: Iterable[object]) -> Iterator[dict]:
         has_json = pa.schema([field for field in batch.schema if "arrow.json" in str(field.type)])
         features = datasets.Features.from_arrow_schema(has_json)
         for row in batch.to_pylist():
-            yield row | features.decode_example({name: row[name] for name in has_json.names})
+            # A number of more than 64 bits cannot be parsed; its row is reported as it stands.
+            with contextlib.suppress(ValueError):
+                row |= features.decode_example({name: row[name] for name in has_json.names})
+            yield row
 
 
 def _type_name(value: object, depth: int = 6) -> str:
