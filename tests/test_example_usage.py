@@ -197,7 +197,7 @@ LOOK = """() => {
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 @pytest.mark.parametrize(
-    ("name", "titles", "cards", "pictures"), [("report", 5, 10, 100), ("lens", 0, 2, 15)]
+    ("name", "titles", "cards", "pictures"), [("report", 6, 10, 100), ("lens", 0, 2, 15)]
 )
 def test_the_pages_in_a_browser(ran, tmp_path, name, titles, cards, pictures, width, height):
     sync_api = pytest.importorskip("playwright.sync_api")
