@@ -1,5 +1,6 @@
 """Checkpoints on disk -> parameters: formats, sharding, memory, and everything that misfits."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import write_random_checkpoint
+from checkpoints import outline, write_random_checkpoint
 from conftest import ROOT, TINY
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
@@ -179,7 +180,8 @@ def test_peak_memory_of_loading(tmp_path):
         "num_hidden_layers": 12,
         "num_attention_heads": 16,
     }
-    write_random_checkpoint(tmp_path, fields)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    outline(tmp_path)
     code = f"""
 import re, jax, numpy as np
 from utils.model.config import ModelConfig
