@@ -86,9 +86,9 @@ def build_parser() -> cli.Parser:
     slices.add_argument(
         "--plan",
         metavar="SLICE",
-        help="compile the run for a TPU slice (v4-8 .. v4-64, v5e-8 .. v5e-256, v5p-8 .., v6e-8 ..)"
-        ", print prompt lengths, memory, FLOPs, time, storage and cost, and stop; needs jax[tpu], "
-        "but no TPU (default: run)",
+        help="compile the run for a TPU slice (v4-8 .. v4-1024, v5e-1 .. v5e-256, v5p-8 .. "
+        "v5p-1024, v6e-1 .. v6e-256), print prompt lengths, memory, FLOPs, time, storage and cost, "
+        "and stop; needs jax[tpu], but no TPU (default: run)",
     )
     slices.add_argument(
         "--plan_json", metavar="FILE", help="write the plan there too (default: nowhere)"

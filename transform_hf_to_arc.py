@@ -35,8 +35,8 @@ def build_parser() -> Parser:
     add(
         "--max_train_pairs",
         type=int_at_least(1),
-        help="keep the first so many train pairs of a task (default: all); the test pair is the"
-        " last valid pair of the row all the same",
+        help="keep the first so many train pairs of a task (default: all); which pairs are test"
+        " pairs does not change",
     )
     add("--overwrite", action="store_true", help="replace the files of an earlier transformation")
     return parser

@@ -50,7 +50,7 @@ class Plan:
     request: as the user made it. workload: what is computed of each batch. max_model_len: tokens of
     prompt and answer together. tasks: those of this shard; whole_hash: sha256 of those of all
     shards. samples: what is run; skipped: what is not, as the manifest lists it. batches: indices
-    into samples, largest cache first, and of each cache the shortest samples. bucket: where the run
+    into samples, largest cache first, and of each cache the shortest answers. bucket: where the run
     is sent, or None; listing: file name -> what was there when the plan was made.
     """
 

@@ -16,7 +16,6 @@ from utils.cli import float_at_least, int_at_least, option
 from utils.errors import UserError
 from utils.model.capture import HOOK_POINTS, TOKEN_POSITIONS
 from utils.prompt.formats import GRID_ENCODINGS, PROMPT_FORMATS
-from utils.prompt.known import KNOWN
 from utils.store.bucket import is_uri, parse_uri
 
 DRY_RUN = "check everything, print tokens, samples, shards, bytes and free disk, and stop"
@@ -55,7 +54,8 @@ class Request:
         metavar="FOLDER",
     )
     solutions_path: str | None = _input(
-        "ground truth", unset="the file next to a transformed dataset, where there is one"
+        "ground truth",
+        unset="the file beside the tasks under its usual name, test_outputs_* or *_solutions",
     )
     max_tasks: int | None = _input(
         "take the first so many tasks", unset="all", type=int_at_least(1)
@@ -72,9 +72,10 @@ class Request:
         nargs="+",
         metavar="D M",
     )
-    batch_size: int = _batches("samples a forward pass{unit}", default=1, type=int_at_least(1))
+    batch_size: int = _batches("samples a batch{unit}", default=1, type=int_at_least(1))
     max_batch_tokens: int | None = _batches(
-        "tokens a forward pass{unit}: long prompts go in smaller batches",
+        "tokens a batch{unit}, each sample counted like the longest one of its cache: long prompts "
+        "go in smaller batches",
         unset="as many as the memory of the device is estimated to hold",
         type=int_at_least(1),
     )
@@ -99,7 +100,7 @@ class Request:
     )
     grid_encoding: str | None = _prompt(
         "how a grid is written",
-        unset=f"digits; {', '.join(KNOWN)} have their own",
+        unset="digits; numbered for arc24",
         choices=GRID_ENCODINGS,
     )
     max_train_pairs: int | None = _prompt(
