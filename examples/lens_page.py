@@ -151,7 +151,8 @@ def _layer(
         notes.append(place)
         sure.append(np.nan_to_num(np.exp(top)))
         likely.append(np.nan_to_num(np.exp(final)))
-    same = np.mean([colors.get(tuple(reading.top[i:j].tolist())) == c for c, i, j in cells[:, 4:]])
+    read = [c for c in cells[:, 4:].tolist() if np.isfinite(reading.logprob[c[1] : c[2]]).all()]
+    same = np.mean([colors.get(tuple(reading.top[i:j].tolist())) == c for c, i, j in read] or [0])
     notes, sure, likely = (_grid(cells, values) for values in (notes, sure, likely))
     said = picture(_grid(cells, fills), 18, strength=np.array(sure), notes=notes, words=name)
     shades = [[shade(p) for p in row] for row in likely]

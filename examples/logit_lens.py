@@ -6,7 +6,8 @@
 Every stored `resid_post` and `resid_pre` goes through the model's final norm and unembedding
 (nostalgebraist 2020), and of the checkpoint only these are read. A token of an answer is predicted
 from the state of the token before it, so the run must have stored that, for generated or for forced
-answers: `--token_positions all`, or `answer`, which lacks the first token of each answer.
+answers: `--token_positions all`, or `answer`, which lacks the first token of each answer. What
+was not stored does not count.
 
 The file says for each layer, over all answers, the mean log-probability in nats of what was said;
 `as_said`, the share of the answers' cells of which the layer says the same, by the highest of its
@@ -139,14 +140,17 @@ def spellings(item: dict[str, Any]) -> dict[int, tuple[int, ...]]:
 def cells_said(
     item: dict[str, Any], reading: Reading, written: dict[int, tuple[int, ...]]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """bool [C] each, of the answer's cells in order: whether the layer says what was said, and
-    whether it says what is true; None where the truth is not known. written: as of `spellings`."""
+    """bool [C] each, of the answer's cells in order, but those that lack a state: whether the layer
+    says what was said, and whether it says what is true; None where the truth is not known.
+    written: as of `spellings`."""
     cells = answer_cells(item)
+    known = [bool(np.isfinite(reading.logprob[i:j]).all()) for i, j in cells[:, 5:]]
+    truth, cells = truth_of(item, cells), cells[known]
     said = item["input_ids"][item["prompt_length"] :]
     same = np.array([(reading.top[i:j] == said[i:j]).all() for i, j in cells[:, 5:]], bool)
-    truth = truth_of(item, cells)
     if truth is None:
         return same, None
+    truth = truth[known]
     right = same & (truth == cells[:, 4])
     for number in np.flatnonzero(truth != cells[:, 4]):
         tokens = tuple(reading.top[slice(*cells[number, 5:])].tolist())

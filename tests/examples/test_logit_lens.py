@@ -105,6 +105,13 @@ def test_a_cell_counts_where_all_its_tokens_are_said(top, same, right):
         assert cells_said({**ITEM, "target": target}, reading, spellings(ITEM))[1] is None
 
 
+def test_a_cell_without_a_state_does_not_count():
+    logprob = np.array([0, np.nan, 0, np.nan, 0])  # that of the second cell, and half of the third
+    reading = Reading(logprob, np.array([1, -1, 17, -1, 0]), logprob)
+    found = cells_said(ITEM, reading, spellings(ITEM))
+    assert [part.tolist() for part in found] == [[True], [True]]
+
+
 def test_a_layer_can_be_right_where_the_answer_is_not():
     item = {**ITEM, "target": [[2, 2, 7]]}
     reading = Reading(np.zeros(5), np.array([2, 2, 17, 18, 0]), np.zeros(5))
