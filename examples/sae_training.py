@@ -35,7 +35,7 @@ from utils.store.local import replacing
 if TYPE_CHECKING:
     from examples.sae import SaeConfig
 
-SMOOTHING = 0.01  # of batchtopk's threshold, the share of each new batch
+SMOOTHING = 0.01  # of batchtopk's threshold, the least share of each new batch
 BANDWIDTH = 0.5  # around jumprelu's threshold, in which it is moved
 THRESHOLD_RATE = 10  # of its learning rate, times that of the weights
 MOST_FALLEN = 0.05  # of the explained variance on held-out rows, below its best
@@ -130,6 +130,7 @@ class Trainer:
         if "threshold" in updates:  # it has further to go than a weight
             updates["threshold"] *= THRESHOLD_RATE
         params = optax.apply_updates(state["params"], updates)
+        share = max(SMOOTHING, 10 / self.config.steps)  # a short training soon leaves its start
         params["w_dec"] /= jnp.linalg.norm(params["w_dec"], axis=1, keepdims=True)
         if "threshold" in params:
             params["threshold"] = jnp.maximum(params["threshold"], 0)
@@ -137,7 +138,7 @@ class Trainer:
             "params": params,
             "optimizer": optimizer,
             "silent": jnp.where(fired, 0, state["silent"] + 1),
-            "threshold": state["threshold"] + SMOOTHING * (lowest - state["threshold"]),
+            "threshold": state["threshold"] + share * (lowest - state["threshold"]),
         }
         return state, unexplained
 

@@ -100,6 +100,18 @@ def test_the_auxiliary_loss_wakes_latents_that_would_never_fire(planted, monkeyp
     assert dead(1 / 8) < 0.1 < 0.3 < dead(0)
 
 
+def test_a_short_training_of_batchtopk_is_not_ended_by_its_own_threshold():
+    """Which has to follow the latents as they grow."""
+    random = np.random.default_rng(0)
+    directions = random.standard_normal((256, 64))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    shares = np.where(random.random((4000, 256)) < 1 / 16, random.uniform(1, 2, (4000, 256)), 0)
+    rows = (shares @ directions).astype(np.float32)
+    sizes = {"width": 256, "k": 16, "steps": 100, "learning_rate": 2e-3}
+    progress = train(trainer_of(rows, arch="batchtopk", **sizes), rows[500:], rows[:500])
+    assert progress.steps == 100 and progress.best_variance > 0.5
+
+
 def test_training_ends_and_keeps_its_best_where_it_falls():
     """Of what is measured, in the order of training: all latents active, good, better, NaN."""
     random = np.random.default_rng(0)
