@@ -159,16 +159,19 @@ def test_shards_of_the_tasks_are_joined(models, tasks, tmp_path, pretended, fake
     ]
     assert sum(len(items) for items, _ in parts) == 29
     activations = [folder / "acts" for folder in folders]
-    with pytest.raises(UserError, match="of 3 shards these are missing: 2"):
+    with pytest.raises(UserError, match="of 3 parts these are missing: 2"):
         join(*activations[:2], into=tmp_path / "all")
-    with pytest.raises(UserError, match="both hold shard 1"):
+    with pytest.raises(UserError, match="are both part 1"):
         join(*activations[:2], activations[1].parent / ".." / "1" / "acts", into=tmp_path / "all")
     assert not (tmp_path / "all").exists()
     (tmp_path / "all").mkdir()
     joint = {"into": tmp_path / "all" / "acts", "output_filepath": tmp_path / "all/submission.json"}
     assert join(*activations, verify=True, **joint) == 0
     assert_same(result_of(tmp_path / "all"), pretended)
-    assert read_manifest(tmp_path / "all" / "acts")["dataset"]["tasks"] == 25
+    merged = read_manifest(tmp_path / "all" / "acts")
+    assert merged["dataset"]["tasks"] == 25
+    kept = [read_manifest(folder)["train_pairs"]["kept"] for folder in activations]
+    assert merged["train_pairs"]["kept"] == sum(kept) > max(kept)
     join(*(f / "submission.json" for f in folders), output_filepath=tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == pretended[1]
     with pytest.raises(UserError, match="is there already"):

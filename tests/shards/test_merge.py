@@ -71,6 +71,17 @@ def test_parts_without_activations_are_refused_with_the_way_on(parts, tmp_path):
     with pytest.raises(UserError, match=r"holds a run \(complete, 2 samples\)"):
         RunFolder(parts[0], {**SETTINGS, "activations": {}}, {})
 
+    submissions, joint = [tmp_path / f"{part.name}.json" for part in parts], tmp_path / "joint.json"
+    for part, path in zip(parts, submissions, strict=True):
+        path.write_text(json.dumps({part.name: [{"attempt_1": [[0]], "attempt_2": [[0]]}]}))
+        part.rename(f"{path}.run")
+    with pytest.raises(UserError, match="of 2 parts these are missing: 1"):
+        merged(submissions[0], "--output_filepath", joint)
+    with pytest.raises(UserError, match="cannot be merged together"):
+        merged(submissions[0], f"{submissions[1]}.run", "--into", tmp_path / "all")
+    assert merged(*submissions, "--output_filepath", joint) == 0
+    assert list(json.loads(joint.read_text())) == ["part0", "part1"]
+
 
 @pytest.mark.parametrize("parts", [(2, 2)], indirect=True)
 def test_the_rate_of_a_merged_run_is_that_of_its_parts_together(parts, tmp_path):

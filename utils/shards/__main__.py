@@ -9,6 +9,7 @@ disks differ, and nothing that was there is changed.
 import argparse
 import itertools
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -35,11 +36,14 @@ from utils.store.local import (
     write_result,
 )
 
+log = logging.getLogger(__name__)
+
 _SETTINGS = ("model", "prompt", "activations", "capture", "generation")
 
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
+    parser.prog = "python -m utils.shards"
     parser.add_argument("command", choices=["merge"])
     parser.add_argument(
         "parts",
@@ -66,10 +70,14 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     for part in parts:
         if not part.exists():
             raise UserError(f"{part} does not exist: check the path")
-    if all(map(Path.is_file, parts)):
+    are_files = set(map(Path.is_file, parts))
+    if len(are_files) == 2:
+        raise UserError("folders and submissions cannot be merged together: give one kind alone")
+    if are_files == {True}:
         if output is None or into is not None:
             raise UserError("submissions are joined into --output_filepath FILE, without --into")
         joint = join_submissions(parts)
+        check_beside(parts)
         write_result(output, json_lines(joint))
         print(f"submission    {output}, {len(joint)} tasks")
         return 0
@@ -112,6 +120,15 @@ def join_submissions(paths: list[Path]) -> dict[str, Any]:
     return dict(sorted(joint.items()))
 
 
+def check_beside(submissions: list[Path]) -> None:
+    """`check` of runs without activations, whose manifests lie beside their submissions."""
+    folders = [path.with_name(f"{path.name}.run") for path in submissions]
+    if not all((folder / "metadata.json").exists() for folder in folders):
+        log.warning("not checked whether parts are missing: their manifests are not beside them")
+        return
+    check(folders, [{**stored.read_manifest(folder), "total_samples": 0} for folder in folders])
+
+
 def check(folders: list[Path], manifests: list[Manifest]) -> None:
     """Raises UserError unless the runs are whole, alike, and each a part of the same tasks."""
     _, expected = _part(manifests[0])
@@ -137,12 +154,12 @@ def check(folders: list[Path], manifests: list[Manifest]) -> None:
             raise UserError(f"{folder} is of another run than {folders[0]}: {some(changes)}")
         number, count = _part(manifest)
         if count != expected:
-            raise UserError(f"{folder} is one of {count} shards, {folders[0]} one of {expected}")
+            raise UserError(f"{folder} is one of {count} parts, {folders[0]} one of {expected}")
         if number in shards:
-            raise UserError(f"{shards[number]} and {folder} both hold shard {number}")
+            raise UserError(f"{shards[number]} and {folder} are both part {number}")
         shards[number] = folder
     if absent := sorted(set(range(expected)) - shards.keys()):
-        raise UserError(f"of {expected} shards these are missing: {some(list(map(str, absent)))}")
+        raise UserError(f"of {expected} parts these are missing: {some(list(map(str, absent)))}")
 
 
 def _part(manifest: Manifest) -> tuple[int, int]:
@@ -219,6 +236,9 @@ def _joint(folders: list[Path], manifests: list[Manifest]) -> Manifest:
         "arguments": {**merged["arguments"], "shard_id": 0, "num_shards": 1},
         "merged_from": [str(folder) for folder in folders],
     }
+    if all("train_pairs" in manifest for manifest in ordered):
+        counted = [manifest["train_pairs"] for manifest in ordered]
+        merged["train_pairs"] = {key: sum(pairs[key] for pairs in counted) for key in counted[0]}
     merged.pop("scores", None)  # they were one part's
     merged.pop("useful_slots", None)
     return merged
