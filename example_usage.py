@@ -294,7 +294,7 @@ def train_sae(folder: Path, layer: int) -> dict[str, Any]:
     cells = read_cells(activations, dataset.name)
     latents = encoded(sae.encode, cells.rows.activations)
     features = chosen(name_latents(latents, cells))
-    print("\nLatents that are active where a program says, and only there:")
+    print("\nLatents, and the program that says best where each is active:")
     for feature in features:
         print(f"  {feature}")
     found = {"sae": measured, "name": dataset.name, "cells": cells}

@@ -412,7 +412,8 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
             by_cells(tokens_of(cells), encoded.cells, plan.encode(donor).cells, whose)
         except UserError as error:
             raise UserError(
-                f"{error}: choose a --donor of the same shape, or --sources test"
+                f"{error}: choose a --donor of the same shape"
+                + (", or --sources test" if args.sources == "all" else "")
             ) from error
     samples = [sample] if donor is None else [sample, donor]
     lab = Lab(plan, args.op, shape_for(plan, samples, args.sources))

@@ -112,7 +112,7 @@ def export_for_saelens(
     folder, column = Path(folder), hook_name(dataset.name)
     if folder.exists():
         raise UserError(f"{folder} exists: choose another folder for the export")
-    if context_size < 1 or 0 < shuffle_buffer < context_size:
+    if context_size < 1 or (shuffle_buffer and shuffle_buffer < context_size):
         raise UserError(
             f"context_size {context_size} must be at least 1, and a shuffle_buffer, here "
             f"{shuffle_buffer}, as large"

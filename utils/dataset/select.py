@@ -216,7 +216,7 @@ class ActivationDataset:
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} is below 1")
-        if 0 < shuffle_buffer < batch_size:
+        if shuffle_buffer and shuffle_buffer < batch_size:
             raise UserError(
                 f"shuffle_buffer {shuffle_buffer} is below the batch_size {batch_size}: give 0, or "
                 "ten batches and more"

@@ -179,7 +179,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
             digest = file_digest(stream, "sha256").hexdigest()
         return replace(made, sha256=digest, path=str(path))
     except OSError as error:
-        why = f"{error.strerror or error}: {error.filename or path}"
+        why = f"{error.strerror}: {error.filename}" if error.filename else str(error)
     except KeyError as error:
         why = f"{error} is missing"
     except UserError as error:

@@ -130,7 +130,8 @@ def intervention(entry: dict[str, Any], config: ModelConfig) -> Intervention:
     if point not in HOOK_POINTS or (config.num_experts and point == "mlp_act"):
         raise UserError(f"hook {hook!r} does not exist: give one such as resid_post.11")
     if not (layer.isascii() and layer.isdigit() and int(layer) < config.num_layers):
-        raise UserError(f"hook {hook!r}: the model has layers 0 to {config.num_layers - 1}")
+        last = config.num_layers - 1
+        raise UserError(f"hook {hook!r}: the model has layers 0 to {last}, such as {point}.{last}")
     hook = f"{point}.{int(layer)}"
     width, noted = width_of(config, hook), dict(entry)
     if op in ("set", "add", "ablate_direction"):

@@ -49,8 +49,10 @@ def print_summary(plan: Plan, manifest: dict[str, Any]) -> None:
                 break
             share = f"{score['share']:.1%} ({score['solved']:g} of {score['total']})"
             print(f"solved        {share} {words}")
+    counted = " of all predictions" if request.predictions_per_task > 1 else ""
     print(
-        f"tokens        {manifest['total_tokens']}, {manifest['tokens_per_second']:.0f} tokens/s "
+        f"tokens        {manifest['total_tokens']}, "
+        f"{manifest['tokens_per_second']:.0f} tokens/s{counted} "
         f"over {manifest['seconds']:.1f} s (compiling: {manifest['compile_seconds']:.1f} s more)"
     )
     useful = manifest.get("useful_slots") or {}

@@ -64,7 +64,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}; fetch it again") from error
+        raise UserError(
+            f"{path} cannot be read as JSON: {error}; correct it, or fetch it again"
+        ) from error
 
 
 @contextlib.contextmanager
