@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace, url: str) -> None:
     print(f"without uploading  {plain:.2f} s, median of {[round(s, 2) for s in kept]}")
     print(f"uploading          {uploading:.2f} s, median of {[round(s, 2) for s in sent]}")
     print(f"cost in time       {uploading / plain - 1:+.1%}")
-    for megabytes in (8,) if args.smoke else (100, 8):
+    for megabytes in (100, 8):
         alone, with_uploads = (memory(args, megabytes, to) for to in ("", url))
         print(f"memory, {megabytes:3} MB     {with_uploads - alone:+.0f} MB ({alone:.0f} without)")
 
