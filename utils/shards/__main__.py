@@ -89,6 +89,12 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
         raise UserError(f"{output} is in --into {into}, or is it: choose another place")
     check_writable(into.parent)
     manifests = [stored.read_manifest(part) for part in parts]
+    for part, manifest in zip(parts, manifests, strict=True):
+        if not manifest["files"] and manifest["total_samples"]:
+            raise UserError(
+                f"{part} kept no activations: name the submission.json of each part instead of "
+                "the folders, and leave out --into"
+            )
     check(parts, manifests)
     if args.verify:
         for folder, manifest in zip(parts, manifests, strict=True):
@@ -126,7 +132,7 @@ def check_beside(submissions: list[Path]) -> None:
     if not all((folder / "metadata.json").exists() for folder in folders):
         log.warning("not checked whether parts are missing: their manifests are not beside them")
         return
-    check(folders, [{**stored.read_manifest(folder), "total_samples": 0} for folder in folders])
+    check(folders, [stored.read_manifest(folder) for folder in folders])
 
 
 def check(folders: list[Path], manifests: list[Manifest]) -> None:
@@ -136,11 +142,6 @@ def check(folders: list[Path], manifests: list[Manifest]) -> None:
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest["status"] != "complete":
             raise UserError(f"{folder} is not complete: finish its run with --resume first")
-        if not manifest["files"] and manifest["total_samples"]:
-            raise UserError(
-                f"{folder} kept no activations: name the submission.json of each part instead of "
-                "the folders, and leave out --into"
-            )
         if missing := [
             entry["filename"]
             for entry in manifest["files"]
