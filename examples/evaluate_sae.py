@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from utils import cli
 from utils.errors import UserError
 from utils.plan.request import Request
-from utils.store.local import check_file, json_lines, write_result
+from utils.store.local import check_output, json_lines, write_result
 
 if TYPE_CHECKING:
     from utils.plan.interventions import Intervention
@@ -272,7 +272,7 @@ def build_parser() -> cli.Parser:
         help="also let the model answer by itself, and count the cells and tasks it gets right",
     )
     cli.add_flags(parser, Request, "max_output_tokens")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    cli.add_output(parser)
     return parser
 
 
@@ -281,7 +281,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     from utils.plan.interventions import intervention
     from utils.plan.plan import plan_run
 
-    check_file(args.output, "--output")
+    check_output(args.output, args.overwrite)
     request = replace(Request.from_flags(args), no_logits=True)
     if request.max_output_tokens == 0:
         raise UserError("--max_output_tokens is of --generate, and has to be above 0")

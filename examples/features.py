@@ -38,7 +38,7 @@ from utils.dataset.select import Selection, cells_of_tokens
 from utils.dataset.shuffle import NO_CELL, ActivationRows
 from utils.errors import UserError, some
 from utils.shards.items import to_float32
-from utils.store.local import check_file, json_lines, write_result
+from utils.store.local import check_output, json_lines, write_result
 
 SHUFFLES = 19
 LEAST = 20  # cells of a predicate, and cells where a latent is active
@@ -237,7 +237,7 @@ def build_parser() -> cli.Parser:
         "--hook_point",
         help="the activation that it is of, such as resid_post.11 (default: what its folder says)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    cli.add_output(parser)
     parser.add_argument(
         "--max_rows",
         type=cli.int_at_least(1),
@@ -252,7 +252,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     from utils.model.autoencoder import load_autoencoder
     from utils.shards.manifest import read_manifest
 
-    check_file(args.output, "--output")
+    check_output(args.output, args.overwrite)
     sae = load_autoencoder(args.sae)
     name = args.hook_point or sae.hook
     if name is None:

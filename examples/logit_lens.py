@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.lens_page import Film, Reading, answer_cells, film_page, truth_of
 from utils import cli
 from utils.errors import UserError, some
-from utils.store.local import check_file, json_lines, write_result
+from utils.store.local import check_output, json_lines, write_result
 
 if TYPE_CHECKING:
     from utils.model.weights import Checkpoint
@@ -231,9 +231,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--activations_dir", required=True, help="of the run: a folder or gs://BUCKET/PREFIX"
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="JSON file to write, and a page beside it"
-    )
+    cli.add_output(parser, "JSON file to write, and a page beside it")
     parser.add_argument(
         "--task", metavar="ID", help="whose answer the page shows (default: the first solved)"
     )
@@ -253,7 +251,8 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
 
     if args.output.suffix == ".html":
         raise UserError(f"--output {args.output} is the page's name: give the JSON file's")
-    check_file(args.output, "--output")
+    for path in (args.output, args.output.with_suffix(".html")):
+        check_output(path, args.overwrite)
     manifest = read_manifest(args.activations_dir)
     names = names_of(manifest)
     stored = [key[0] for entry in manifest["files"] for key in entry["samples"]]

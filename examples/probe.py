@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils import cli
 from utils.errors import UserError, some
-from utils.store.local import check_file, json_lines, write_result
+from utils.store.local import check_output, json_lines, write_result
 
 HELD_OUT = 5  # one task in so many
 SHUFFLES = 19
@@ -293,7 +293,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--layers", type=cli.int_at_least(0), nargs="+", help="from 0 (default: all stored)"
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    cli.add_output(parser)
     parser.add_argument(
         "--max_rows",
         type=cli.int_at_least(1),
@@ -305,7 +305,7 @@ def build_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
-    check_file(args.output, "--output")
+    check_output(args.output, args.overwrite)
     found = probe(args.activations_dir, args.target, args.layers, args.max_rows, args.seed)
     write_result(args.output, json_lines(found))
     print(f"{args.target}:  score  chance  highest of {SHUFFLES} shuffles  rows")

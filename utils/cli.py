@@ -137,6 +137,12 @@ def add_flags(
         parser.add_argument(told.get("flag", f"--{entry.name}"), **words)
 
 
+def add_output(parser: Parser, what: str = "JSON file to write") -> None:
+    """The flags of a script that makes one result, to be checked by `store.local.check_output`."""
+    parser.add_argument("--output", type=Path, required=True, help=what)
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+
+
 def command_to_resume() -> str:
     """The command of this process, to be pasted into a shell, that goes on with its run."""
     words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]

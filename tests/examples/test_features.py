@@ -209,6 +209,9 @@ def test_the_script_names_latents_of_an_autoencoder(planted, tmp_path, in_shell)
     first = found["latents"][0]
     assert (first["latent"], first["predicate"], first["precision"]) == (0, "red", 1)
     assert first["chance"] < first["recall"] == 1 and first["named"]
+    code, _, err = in_shell(script, flags)
+    assert code == 2 and "f.json exists: add --overwrite to replace it" in err
+    flags.append("--overwrite")
     code, _, err = in_shell(script, [*flags, "--hook_point", "resid_post.1"])
     assert code == 2 and "is of resid_post.0, not of resid_post.1" in err
     save_identity(tmp_path / "wide", D + 1)

@@ -155,7 +155,11 @@ def test_the_script_writes_numbers_and_a_page(forced, four_layers, tmp_path, in_
         assert line["cells"] == line["cells_with_truth"] > 20
     text = output.with_suffix(".html").read_text()
     assert items[0]["task_id"] in text and "the true answer, given to the model" in text
-    some = in_shell(script, [*given, "--output", output, "--task", "task5", "--max_samples", 7])
+    again = [*given, "--output", output, "--task", "task5", "--max_samples", 7]
+    output.unlink()  # the page would be replaced too
+    code, _, err = in_shell(script, again)
+    assert code == 2 and "lens.html exists: add --overwrite to replace it" in err
+    some = in_shell(script, [*again, "--overwrite"])
     assert some[0] == 0 and "task task5 " in output.with_suffix(".html").read_text()
     assert len(json.loads(output.read_text())["samples"]) == 7
 

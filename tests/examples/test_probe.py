@@ -117,6 +117,8 @@ def test_the_script_writes_what_it_says(planted, tmp_path, in_shell):
         assert {"score", "chance", "rows"} <= set(line) and 0 < line["chance"] < 1
         assert line["chance"] <= line["highest_chance"] and name in out
     assert f"highest of {SHUFFLES} shuffles" in out
+    code, _, err = in_shell(script, flags)
+    assert code == 2 and "p.json exists: add --overwrite to replace it" in err
 
 
 @pytest.mark.parametrize(

@@ -367,6 +367,13 @@ def check_file(path: Path, flag: str) -> None:
     check_writable(path.parent)
 
 
+def check_output(path: Path, overwrite: bool) -> None:
+    """`check_file` of a script's `--output`, which replaces a file only where it is told to."""
+    check_file(path, "--output")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: add --overwrite to replace it, or choose another --output")
+
+
 def in_words(size: float) -> str:
     """Bytes in a unit in which they are not 0: `12.00 GB`, `0.30 MB`, `7 bytes`."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
