@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from utils import cli
 from utils.errors import UserError
 from utils.prompt.encodings import COLORS
-from utils.store.local import check_writable, replacing
+from utils.store.local import cannot_write, check_writable, replacing
 
 PAIRS = 4  # of a row: three to learn the rule from, and the test pair
 Random = np.random.Generator
@@ -463,7 +463,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
             for row in itertools.chain(rows, draw_composed(args.num_composed, args.seed)):
                 sink.write(orjson.dumps(row) + b"\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise cannot_write(path, error) from error
     composed = f", {args.num_composed} of two rules" if args.num_composed else ""
     print(f"{args.num_tasks} tasks of {len(FAMILIES)} families{composed} in {path}")
 

@@ -88,7 +88,7 @@ def test_saelens_gives_the_latents_of_what_is_written(architecture, latents, tmp
     )
     want = np.where(kept, np.maximum(before, 0), 0)
     np.testing.assert_allclose(sae.encode(x), want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match=r"cannot write .*sae"):
+    with pytest.raises(UserError, match=r"cannot write .*sae: .*; .*, or choose another folder"):
         save_autoencoder(tmp_path / "sae", architecture, 5, None, weights, {})
     sae_lens = pytest.importorskip("sae_lens")
     import torch

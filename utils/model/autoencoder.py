@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError, some
 from utils.model.capture import HOOK_POINTS
-from utils.store.local import new_folder, write_json
+from utils.store.local import cannot_write, new_folder, write_json
 
 if TYPE_CHECKING:
     import jax
@@ -397,4 +397,4 @@ def save_autoencoder(
             write_json(made / CONFIG, config)
             (made / WEIGHTS).write_bytes(save(tensors))
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        raise cannot_write(Path(folder), error) from error

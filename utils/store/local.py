@@ -97,6 +97,12 @@ def remedy(error: OSError) -> str:
     return "put that right"
 
 
+def cannot_write(
+    path: Path, error: OSError, exit_code: int = 1, way_on: str = "or choose another folder"
+) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; {remedy(error)}, {way_on}", exit_code)
+
+
 def whole_name(name: str) -> str:
     """The name that a partial file was to get; any other name as it is."""
     partial = _PARTIAL_NAME.fullmatch(name)
@@ -299,8 +305,7 @@ def write_result(path: Path, content: bytes, way_on: str = "or choose another fo
         with replacing(path) as sink:
             sink.write(content)
     except OSError as error:
-        why = f"{error.strerror}; {remedy(error)}, {way_on}"
-        raise UserError(f"cannot write {path}: {why}", exit_code=1) from error
+        raise cannot_write(path, error, way_on=way_on) from error
 
 
 class JsonFile(Draft):
@@ -321,8 +326,7 @@ class JsonFile(Draft):
         try:
             yield
         except OSError as error:
-            why = f"{error.strerror}; {remedy(error)}, or choose another folder"
-            raise UserError(f"cannot write {self.path}: {why}", exit_code) from error
+            raise cannot_write(self.path, error, exit_code) from error
 
     def write(self, item: bytes) -> None:
         """item: JSON without NaN or Infinity, as `orjson.dumps` and `to_json` write it."""
