@@ -465,6 +465,8 @@ def show_next() -> None:
 def main(args: argparse.Namespace, signals: Signals) -> None:
     folder = args.output_dir
     if args.activations_dir is not None:
+        if args.overwrite or args.model_path:
+            raise UserError("--activations_dir shows a run: leave out --overwrite and --model_path")
         show_run(args.activations_dir)
         return
     model = model_at(args.model_path)

@@ -231,6 +231,13 @@ def test_a_second_run_is_refused_and_changes_nothing(copy):
     assert contents(copy) == before
 
 
+@pytest.mark.parametrize("more", [["--overwrite"], ["--model_path", "model"]])
+def test_what_only_shows_a_run_takes_no_flags_of_one(more):
+    args = example_usage.build_parser().parse_args(["--activations_dir", "folder", *more])
+    with pytest.raises(UserError, match="shows a run: leave out --overwrite"):
+        example_usage.main(args, NoSignals())
+
+
 def test_overwrite_deletes_what_the_example_made_and_nothing_else(copy):
     (copy / "notes.txt").write_text("mine")
     (copy / "results" / "mine.json").write_text("{}")
