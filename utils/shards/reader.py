@@ -93,7 +93,8 @@ def _load_verified(file: BinaryIO, path: str, entry: dict[str, Any] | None) -> l
         if entry and [list(sample_key(item)) for item in items] != entry["samples"]:
             raise pickle.UnpicklingError("it holds other samples than its manifest says")
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: {error}") from error
+        repair = "; --resume of its run computes its samples again" if entry else ""
+        raise UserError(f"{path} is refused: {error}{repair}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return items
