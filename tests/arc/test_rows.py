@@ -329,6 +329,7 @@ def test_missing_paths_folders_and_splits(tmp_path):
     assert "train" in text and "test" in text
     assert "train" in message_of(str(path), split="test")
     assert "train" in message_of(str(path), split="test[:1]")
+    assert "ends before they begin" in message_of(str(path), split="train[500:600]")
     assert "--max_samples" in message_of(str(path), split="train[:1]", streaming=True)
     assert message_of(str(path), split="train[a:b]")
 

@@ -230,6 +230,8 @@ def _guarded(dataset: str, split: str, streaming: bool) -> Iterator[object]:
             message = f"{dataset} is not on the hub, or needs `hf auth login`; check the name"
         elif isinstance(error, ConnectionError):
             message = f"cannot reach the hub for {dataset}; check the network, or {LOCAL_HINT}"
+        elif "corresponds to no data" in str(error):
+            message = f"{dataset} has no rows in --split {split}: it ends before they begin"
         else:
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             message = f"cannot read {dataset} ({type(error).__name__}: {reason}); {LOCAL_HINT}"
