@@ -124,6 +124,20 @@ def test_the_export_is_a_dataset_of_whole_contexts(dataset, tmp_path, caplog):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cached"]
 
 
+def test_all_of_an_unfinished_export_is_in_one_folder(dataset, tmp_path, monkeypatch):
+    """The one that the next export removes after a kill."""
+    from datasets import Dataset
+
+    def stopped(self, folder):
+        assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+        raise OSError("a disk that fails")
+
+    monkeypatch.setattr(Dataset, "save_to_disk", stopped)
+    with pytest.raises(OSError, match="a disk that fails"):
+        export_for_saelens(dataset, tmp_path / "cached", 16)
+    assert not list(tmp_path.iterdir())
+
+
 def test_saelens_reads_the_export(dataset, tmp_path):
     store = pytest.importorskip("sae_lens.training.activations_store")
     fields = export_for_saelens(dataset, tmp_path / "cached", 16)

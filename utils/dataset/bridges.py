@@ -137,7 +137,7 @@ def export_for_saelens(
     try:
         with (
             new_folder(folder) as unfinished,
-            tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch,
+            tempfile.TemporaryDirectory(dir=unfinished) as scratch,
         ):
             made = Dataset.from_generator(
                 contexts, features=features, cache_dir=scratch, fingerprint=uuid.uuid4().hex
