@@ -28,7 +28,7 @@ from utils import cli
 from utils.errors import UserError
 from utils.model.capture import HOOK_POINTS
 from utils.plan.request import Request
-from utils.store.local import cannot_write, check_writable, new_folder, write_json
+from utils.store.local import check_writable, new_folder, write_json, writing
 
 if TYPE_CHECKING:
     from utils.model.generate import Chunk, Shape
@@ -418,12 +418,9 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     samples = [sample] if donor is None else [sample, donor]
     lab = Lab(plan, args.op, shape_for(plan, samples, args.sources))
     found = lab.causal_map(sample, cells, donor)
-    try:
-        with new_folder(folder) as made:
-            write_json(made / "causal_map.json", found.to_dict())
-            (made / "causal_map.html").write_bytes(page(found, args.op))
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    with writing(folder), new_folder(folder) as made:
+        write_json(made / "causal_map.json", found.to_dict())
+        (made / "causal_map.html").write_bytes(page(found, args.op))
     passes = len(found.layers) * len(cells)
     print(
         f"{folder / 'causal_map.html'}: {len(cells)} cells of the puzzle at {len(found.layers)} "

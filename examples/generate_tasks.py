@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from utils import cli
 from utils.errors import UserError
 from utils.prompt.encodings import COLORS
-from utils.store.local import cannot_write, check_writable, replacing
+from utils.store.local import check_writable, replacing, writing
 
 PAIRS = 4  # of a row: three to learn the rule from, and the test pair
 Random = np.random.Generator
@@ -457,13 +457,10 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     if path.exists():
         raise UserError(f"{path} exists: give another --output_path")
     check_writable(path.absolute().parent)
-    try:
-        with replacing(path, exclusive=True) as sink:
-            rows = draw_rows(args.num_tasks, args.seed)
-            for row in itertools.chain(rows, draw_composed(args.num_composed, args.seed)):
-                sink.write(orjson.dumps(row) + b"\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with writing(path), replacing(path, exclusive=True) as sink:
+        rows = draw_rows(args.num_tasks, args.seed)
+        for row in itertools.chain(rows, draw_composed(args.num_composed, args.seed)):
+            sink.write(orjson.dumps(row) + b"\n")
     composed = f", {args.num_composed} of two rules" if args.num_composed else ""
     print(f"{args.num_tasks} tasks of {len(FAMILIES)} families{composed} in {path}")
 

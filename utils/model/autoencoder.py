@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError, some
 from utils.model.capture import HOOK_POINTS
-from utils.store.local import cannot_write, new_folder, write_json
+from utils.store.local import new_folder, write_json, writing
 
 if TYPE_CHECKING:
     import jax
@@ -392,9 +392,6 @@ def save_autoencoder(
         (name if name == "threshold" else name.replace("w_", "W_")): np.ascontiguousarray(value)
         for name, value in weights.items()
     }
-    try:
-        with new_folder(Path(folder)) as made:
-            write_json(made / CONFIG, config)
-            (made / WEIGHTS).write_bytes(save(tensors))
-    except OSError as error:
-        raise cannot_write(Path(folder), error) from error
+    with writing(Path(folder)), new_folder(Path(folder)) as made:
+        write_json(made / CONFIG, config)
+        (made / WEIGHTS).write_bytes(save(tensors))

@@ -30,10 +30,10 @@ from utils.store.local import (
     check_writable,
     json_lines,
     new_folder,
-    remedy,
     to_json,
     write_json,
     write_result,
+    writing,
 )
 
 log = logging.getLogger(__name__)
@@ -178,18 +178,14 @@ def _settings(manifest: Manifest) -> Manifest:
 def join(folders: list[Path], manifests: list[Manifest], into: Path, signals: Signals) -> Manifest:
     """Makes the folder `into`, which appears when it is whole; a signal leaves nothing of it."""
     signals.hold()
-    try:
-        with new_folder(into) as made:
-            taken: set[str] = set()
-            collected = [
-                _collect(made, folder, manifest, taken, signals)
-                for folder, manifest in zip(folders, manifests, strict=True)
-            ]
-            merged = _joint(folders, collected)
-            write_json(made / "metadata.json", merged)
-    except OSError as error:
-        why = f"{error.strerror}; {remedy(error)}, and merge again"
-        raise UserError(f"cannot write {into}: {why}") from error
+    with writing(into, "and merge again", exit_code=2), new_folder(into) as made:
+        taken: set[str] = set()
+        collected = [
+            _collect(made, folder, manifest, taken, signals)
+            for folder, manifest in zip(folders, manifests, strict=True)
+        ]
+        merged = _joint(folders, collected)
+        write_json(made / "metadata.json", merged)
     return merged
 
 

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import io
 import json
-import math
 import os
 import platform
 import re
@@ -19,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -41,7 +40,7 @@ _NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_HARD_LINKS = _NO_SUCH_CALL | {errno.EPERM, errno.EMLINK}
 
 
-class Draft:
+class Draft(contextlib.AbstractContextManager):
     """A file on its way to the name `path`, which it has only once all of it is on the disk.
 
     Until `commit` it is a new file beside `path` with a random name, which ends in `.partial`; an
@@ -78,9 +77,6 @@ class Draft:
             os.replace(self._temporary, self.path)
         _sync_folder(self.path.parent)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         with contextlib.suppress(OSError):  # of a disk that fails: what is left is thrown away
             self.file.close()
@@ -95,12 +91,6 @@ def remedy(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "make it writable"
     return "put that right"
-
-
-def cannot_write(
-    path: Path, error: OSError, exit_code: int = 1, way_on: str = "or choose another folder"
-) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; {remedy(error)}, {way_on}", exit_code)
 
 
 def whole_name(name: str) -> str:
@@ -214,20 +204,17 @@ def _locked(folder: Path) -> int | None:
 def scratch_file(what: str) -> Iterator[BinaryIO]:
     """A file without a name for the content of `what`, which the block fills: it stays open after
     it, at its beginning, and ends with its handle. Raises UserError where it cannot be written."""
-    file = None
     try:
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-        yield file
-        file.seek(0)
-    except BaseException as error:
-        if file:
-            file.close()
-        if isinstance(error, OSError):
-            raise UserError(
-                f"cannot keep {what} in a temporary file: {error.strerror}; {remedy(error)}, or "
-                "set TMPDIR to another folder"
-            ) from error
-        raise
+        with contextlib.ExitStack() as unless_filled:
+            file = unless_filled.enter_context(tempfile.TemporaryFile())
+            yield file
+            file.seek(0)
+            unless_filled.pop_all()
+    except OSError as error:
+        raise UserError(
+            f"cannot keep {what} in a temporary file: {error.strerror}; {remedy(error)}, or set "
+            "TMPDIR to another folder"
+        ) from error
 
 
 class Sink:
@@ -236,7 +223,7 @@ class Sink:
     def __init__(self, file: BinaryIO | None = None):
         self.file = file
         self.size = 0
-        self._crc = 0
+        self._crc = google_crc32c.Checksum()
 
     def write(self, buffer: Any) -> None:
         view = np.frombuffer(buffer, np.uint8)
@@ -245,27 +232,23 @@ class Sink:
             return
         for start in range(0, view.size, _CHUNK):
             chunk = view[start : start + _CHUNK]
-            self._crc = google_crc32c.extend(self._crc, chunk)
+            self._crc.update(chunk)
             while chunk.size:  # a disk that fills up first takes a part
                 chunk = chunk[self.file.write(chunk) :]
 
     @property
     def crc32c(self) -> str:
-        return _base64(self._crc)
+        return base64.b64encode(self._crc.digest()).decode()
 
 
 def checksum(file: BinaryIO, most: int | None = None) -> str:
     """crc32c, in base64, of the rest of `file`, or of its next `most` bytes."""
-    crc, buffer, left = 0, np.empty(_CHUNK, np.uint8), float("inf") if most is None else most
+    crc, buffer = google_crc32c.Checksum(), np.empty(_CHUNK, np.uint8)
+    left = float("inf") if most is None else most
     while count := file.readinto(buffer[: min(_CHUNK, left)]):
-        crc = google_crc32c.extend(crc, buffer[:count])
+        crc.update(buffer[:count])
         left -= count
-    return _base64(crc)
-
-
-def _base64(crc: int) -> str:
-    """As Google Cloud Storage writes it."""
-    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+    return base64.b64encode(crc.digest()).decode()
 
 
 def to_json(value: Any) -> str:
@@ -273,15 +256,7 @@ def to_json(value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:  # it holds such a number
-        return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda number: None))
 
 
 def json_lines(value: dict[str, Any]) -> bytes:
@@ -296,16 +271,27 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         sink.write(json_lines(value))
 
 
-def write_result(path: Path, content: bytes, way_on: str = "or choose another folder") -> None:
-    """What a script has made, into a folder that is made if need be; `path` holds the old content
-    or the new one. way_on: what else to do about a disk that fails, after what cures it. Raises
-    UserError, exit code 1."""
+_WAY_ON = "or choose another folder"
+
+
+@contextlib.contextmanager
+def writing(path: Path, way_on: str = _WAY_ON, exit_code: int = 1) -> Iterator[None]:
+    """Errors of the disk are raised as UserError: that `path` cannot be written, what cures that,
+    and, as `way_on`, what to do then or instead."""
     try:
+        yield
+    except OSError as error:
+        why = f"{error.strerror}; {remedy(error)}, {way_on}"
+        raise UserError(f"cannot write {path}: {why}", exit_code) from error
+
+
+def write_result(path: Path, content: bytes, way_on: str = _WAY_ON) -> None:
+    """What a script has made, into a folder that is made if need be; `path` holds the old content
+    or the new one. Raises UserError, exit code 1; way_on: as of `writing`."""
+    with writing(path, way_on):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as sink:
             sink.write(content)
-    except OSError as error:
-        raise cannot_write(path, error, way_on=way_on) from error
 
 
 class JsonFile(Draft):
@@ -316,33 +302,26 @@ class JsonFile(Draft):
 
     def __init__(self, path: Path, brackets: bytes = b"{}"):
         self.path, self._brackets, self._separator = path, brackets, b"\n"
-        with self._errors(exit_code=2):
+        with writing(path, exit_code=2):
             super().__init__(path)
             self._file = io.BufferedWriter(self.file)
             self._file.write(brackets[:1])
 
-    @contextlib.contextmanager
-    def _errors(self, exit_code: int = 1) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise cannot_write(self.path, error, exit_code) from error
-
     def write(self, item: bytes) -> None:
         """item: JSON without NaN or Infinity, as `orjson.dumps` and `to_json` write it."""
-        with self._errors():
+        with writing(self.path):
             self._file.write(self._separator + item)
         self._separator = b",\n"
 
     def finish(self) -> None:
-        with self._errors():
+        with writing(self.path):
             if not self._file.closed:
                 self._file.write(b"\n" + self._brackets[1:] + b"\n")
                 self._file.flush()
             super().finish()
 
     def commit(self, exclusive: bool = False) -> None:
-        with self._errors():
+        with writing(self.path):
             super().commit(exclusive)
 
     def __exit__(self, *exception: object) -> None:
