@@ -23,6 +23,7 @@ from utils.arc import scores as scoring
 from utils.cli import Parser, Signals, run
 from utils.errors import UserError, some
 from utils.shards import manifest as stored
+from utils.shards.held import Held
 from utils.shards.items import sample_key
 from utils.shards.manifest import Manifest
 from utils.shards.reader import read_entry
@@ -142,12 +143,8 @@ def check(folders: list[Path], manifests: list[Manifest]) -> None:
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest["status"] != "complete":
             raise UserError(f"{folder} is not complete: finish its run with --resume first")
-        if missing := [
-            entry["filename"]
-            for entry in manifest["files"]
-            if not (path := folder / entry["filename"]).is_file()
-            or path.stat().st_size != entry["size_bytes"]
-        ]:
+        held = Held(folder, {"metadata.json": manifest})
+        if missing := [name for name, shard in held.shards.items() if not held.has_file(shard)]:
             raise UserError(
                 f"{folder} lacks shards, or holds parts of them: {some(missing)}; fetch them again"
             )
@@ -211,7 +208,7 @@ def _collect(
             owners[shard.owner] = next(name for name in names if name not in taken)
             taken.add(owners[shard.owner])
         owner = owners[shard.owner]
-        name = f"activations{owner}_{shard.short_name}"
+        name = shard.filename.replace(f"activations{shard.owner}", f"activations{owner}")
         _link(folder / shard.filename, into / name)
         files.append(replace(shard, filename=name, uploaded=False).to_json())
         with open(into / stored.journal_name(owner), "a") as journal:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ Manifest = dict[str, Any]  # the JSON object that `metadata.json` holds
 
 _WAY_ON = "put the file back, or --resume the run, which computes those samples again"
 _REQUIRED = {"status", "skipped", "files", *_TIMINGS}
-# Of what the programs here read of a manifest, the types: of an object those of its entries.
+# Of what the programs here read of a manifest, the types: of an object those of its entries. An int
+# counts something, and is not negative.
 _SCHEMA: dict[str, Any] = {
     "status": str,
     "skipped": list,
@@ -53,6 +54,8 @@ _SCHEMA: dict[str, Any] = {
     "capture": {"token_positions": str},
     "arguments": {"shard_id": int, "num_shards": int},
 }
+_COUNTS = ("num_samples", "num_tokens", "size_bytes", "float16_overflows", "non_finite")
+_ENTRY = {"filename": str, **dict.fromkeys(_COUNTS, int), "crc32c": str}
 _RECEIPT = {"uri": str, "size": int, "crc32c": str, "generation": int}
 _ERROR = {"rows": int, "sum": int | float, "max": int | float}
 
@@ -80,32 +83,19 @@ class Shard:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Shard":
         """Raises KeyError, TypeError or ValueError for anything else than an entry of `files`."""
-        shard = cls(
-            filename=entry["filename"],
-            num_samples=_count(entry["num_samples"]),
-            num_tokens=_count(entry["num_tokens"]),
-            size_bytes=_count(entry["size_bytes"]),
-            crc32c=entry["crc32c"],
-            samples=tuple(map(_checked_key, entry["samples"])),
-            float16_overflows=_count(entry.get("float16_overflows", 0)),
-            non_finite=_count(entry.get("non_finite", 0)),
-            relative_error={
-                name: RelativeError(**error)
-                for name, error in entry.get("relative_error", {}).items()
-            },
-            uploaded=entry["uploaded"],
-        )
-        if not (SHARD.fullmatch(shard.filename) and isinstance(shard.crc32c, str)):
-            raise ValueError(shard.filename)
-        if not all(_fits(asdict(error), _ERROR) for error in shard.relative_error.values()):
-            raise ValueError(shard.relative_error)
-        sent = shard.uploaded
+        name, sent, errors = entry["filename"], entry["uploaded"], entry.get("relative_error", {})
+        fits = _fits(entry, _ENTRY) and _fits(errors, dict.fromkeys(errors, _ERROR))
+        if not (fits and SHARD.fullmatch(name)):
+            raise ValueError(name)
         if not isinstance(sent, bool) and not (
             # The receipt is followed where the file is not beside the manifest.
-            _fits(sent, _RECEIPT) and re.fullmatch(f"gs://.*/{shard.filename}", sent["uri"])
+            _fits(sent, _RECEIPT) and re.fullmatch(f"gs://.*/{name}", sent["uri"])
         ):
             raise ValueError(sent)
-        return shard
+        known = {f.name: entry[f.name] for f in fields(cls) if f.name in entry}
+        known["samples"] = tuple(map(_checked_key, entry["samples"]))
+        known["relative_error"] = {key: RelativeError(**error) for key, error in errors.items()}
+        return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
         entry = {**asdict(self), "samples": [list(key) for key in self.samples]}
@@ -117,31 +107,18 @@ class Shard:
     def owner(self) -> str:
         return owner_of(self.filename)
 
-    @property
-    def short_name(self) -> str:
-        """`batch_000001.pkl`: the name without its owner."""
-        return f"batch_{SHARD.fullmatch(self.filename)[2]}.pkl"
-
-
-def _count(value: Any) -> int:
-    """`value`, a number of things. Raises ValueError for anything else."""
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(value)
-    return value
-
 
 def _checked_key(parts: Any) -> SampleKey:
     """`parts`, of JSON, as a sample's key. Raises TypeError or ValueError for anything else."""
-    task_id, *numbers = parts
-    if not isinstance(task_id, str) or len(numbers) not in (1, 2):
+    if not 2 <= len(parts) <= 3 or not all(map(_fits, parts, (str, int, int))):
         raise ValueError(parts)
-    return (task_id, *map(_count, numbers))
+    return tuple(parts)
 
 
 def _fits(value: Any, schema: Any) -> bool:
     """Whether a value of JSON is of the type that `_SCHEMA` says, as far as it is there."""
     if not isinstance(schema, dict):
-        return isinstance(value, schema)
+        return isinstance(value, schema) and not (schema is int and value < 0)
     return isinstance(value, dict) and all(
         _fits(value[key], kind) for key, kind in schema.items() if key in value
     )

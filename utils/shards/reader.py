@@ -30,11 +30,12 @@ def load_shard(path: str | Path, verify: bool = True) -> list[dict[str, Any]]:
     """
     place, name = split(path)
     if not verify:
-        return _read_shard(place, name, None)
-    entries = {entry["filename"]: entry for entry in read_manifest(str(place))["files"]}
-    if name not in entries:
-        raise UserError(f"{path} is refused: the manifest beside it does not list it")
-    return _read_shard(_place_of(place, entries[name]), name, entries[name])
+        with place.open(name) as file:
+            return _items_in(file, f"{place}/{name}", None)
+    for entry in read_manifest(str(place))["files"]:
+        if entry["filename"] == name:
+            return read_entry(str(place), entry)
+    raise UserError(f"{path} is refused: the manifest beside it does not list it")
 
 
 def iter_items(folder: str | Path) -> Iterator[dict[str, Any]]:
@@ -49,7 +50,7 @@ def iter_items(folder: str | Path) -> Iterator[dict[str, Any]]:
     files = read_ahead(lambda e: _place_of(place, e).open(e["filename"]), entries)
     for entry, file in zip(entries, files, strict=True):
         with file:
-            items = _load_verified(file, f"{place}/{entry['filename']}", entry)
+            items = _items_in(file, f"{place}/{entry['filename']}", entry)
         yield from map(dequantized_item, items)
 
 
@@ -68,27 +69,29 @@ def read_ahead(read: Callable[[Entry], Content], entries: Sequence[Entry]) -> It
 
 def read_entry(folder: str | Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
     """The items of a shard that the manifest of `folder` lists as `entry`, verified."""
-    return _read_shard(_place_of(place_of(folder), entry), entry["filename"], entry)
+    place, name = _place_of(place_of(folder), entry), entry["filename"]
+    with place.open(name) as file:
+        return _items_in(file, f"{place}/{name}", entry)
 
 
 def _place_of(place: Place, entry: dict[str, Any]) -> Place:
     """Where a shard lies: in its folder, or, deleted there, in the bucket that it was sent to."""
-    if isinstance(place, LocalFolder) and isinstance(entry["uploaded"], dict):
-        path = place.path / entry["filename"]
-        if not path.exists():
-            return split(entry["uploaded"]["uri"])[0]
+    sent, is_local = entry["uploaded"], isinstance(place, LocalFolder)
+    if isinstance(sent, dict) and is_local and not (place.path / entry["filename"]).exists():
+        return split(sent["uri"])[0]
     return place
 
 
-def _read_shard(place: Place, name: str, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
-    with place.open(name) as file:
-        return _load_verified(file, f"{place}/{name}", entry)
-
-
-def _load_verified(file: BinaryIO, path: str, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _items_in(file: BinaryIO, path: str, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Of a shard, which is compared with its `entry` of the manifest where that is given."""
     try:
         if entry:
-            _verify(file, entry)
+            size = os.fstat(file.fileno()).st_size
+            if size != (written := entry["size_bytes"]):
+                raise pickle.UnpicklingError(f"it has {size} bytes, not the {written} written")
+            if (crc32c := checksum(file)) != (was := entry["crc32c"]):
+                raise pickle.UnpicklingError(f"damaged: its crc32c is {crc32c}, not {was}")
+            file.seek(0)
         items = load(file)
         if entry and [list(sample_key(item)) for item in items] != entry["samples"]:
             raise pickle.UnpicklingError("it holds other samples than its manifest says")
@@ -98,12 +101,3 @@ def _load_verified(file: BinaryIO, path: str, entry: dict[str, Any] | None) -> l
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return items
-
-
-def _verify(file: BinaryIO, entry: dict[str, Any]) -> None:
-    size = os.fstat(file.fileno()).st_size
-    if size != entry["size_bytes"]:
-        raise pickle.UnpicklingError(f"it has {size} bytes, not the {entry['size_bytes']} written")
-    if (crc32c := checksum(file)) != entry["crc32c"]:
-        raise pickle.UnpicklingError(f"damaged: its crc32c is {crc32c}, not {entry['crc32c']}")
-    file.seek(0)
