@@ -94,13 +94,13 @@ class BucketUploads(Uploads):
         self.bucket, self.folder = bucket, folder
         self.waited = 0.0
         self.receipts = {name: asdict(receipt) for name, receipt in sent_before.items()}
-        self._sent_before, self._there = dict(sent_before), dict(there)
+        self._there = dict(there)
         self._max_pending, self._timeout = max_pending_bytes, timeout
         self._deletes, self._shards, self._joint = delete_after_upload, shards, list(listed)
         self._queue: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # of the next three
         self._left: dict[str, int] = {}  # bytes of each shard that is in no manifest of the bucket
-        self._sent: dict[str, Receipt] = {}  # those of them that have arrived there
+        self._sent: dict[str, dict] = {}  # receipts of those of them that have arrived there
         self._failure: BaseException | None = None
         self._damaged: list[str] = []
         self._trouble, self._told, self._healthy = "", float("-inf"), time.monotonic()
@@ -126,8 +126,8 @@ class BucketUploads(Uploads):
             for name in sorted(self.folder.speaks_for - self.receipts.keys()):
                 self._submit(self.folder.shards[name])
         if self._deletes:
-            self._sent = {n: r for n, r in self._sent_before.items() if self._is_on_disk(n)}
-            self._left |= {name: receipt.size for name, receipt in self._sent.items()}
+            self._sent = {n: r for n, r in self.receipts.items() if self._is_on_disk(n)}
+            self._left |= {name: receipt["size"] for name, receipt in self._sent.items()}
         for name, work in [("manifests", self._keep_manifest)] + [("upload", self._send)] * THREADS:
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True).start()
 
@@ -136,9 +136,9 @@ class BucketUploads(Uploads):
             there = self._there.get(path.name)
             if not (there and path.exists() and there.holds(*_measured(path))):
                 return False
-        if self._deletes and any(map(self._is_on_disk, self._sent_before)):
+        if self._deletes and any(map(self._is_on_disk, self.receipts)):
             return False
-        return not self._shards or self.folder.speaks_for <= self._sent_before.keys()
+        return not self._shards or self.folder.speaks_for <= self.receipts.keys()
 
     def _is_on_disk(self, name: str) -> bool:
         return (self.folder.path / name).exists()
@@ -167,7 +167,7 @@ class BucketUploads(Uploads):
         if self._deletes:  # a shard that has arrived takes room until a manifest lists it
             self._hurry.set()
         read = self.bucket.bytes_read  # which grows also as a shard that takes long is sent
-        while not self._settled_or(lambda: self._pending() <= self._max_pending, 0.5):
+        while not self._settled_within(0.5, lambda: self._pending() <= self._max_pending):
             check()
             if read != self.bucket.bytes_read:
                 read, still = self.bucket.bytes_read, time.monotonic()
@@ -189,7 +189,7 @@ class BucketUploads(Uploads):
             gone = () if self._deletes else self._sent
             return sum(size for name, size in self._left.items() if name not in gone)
 
-    def _settled_or(self, condition: Callable[[], bool], seconds: float) -> bool:
+    def _settled_within(self, seconds: float, condition: Callable[[], bool]) -> bool:
         """Whether that holds, or an upload failed for good, after at most so long."""
         with self._changed:
             return self._changed.wait_for(lambda: condition() or self._failure is not None, seconds)
@@ -204,7 +204,7 @@ class BucketUploads(Uploads):
         self._hurry.set()
         if total := self._bytes_left():
             with tqdm(total=total, unit="B", unit_scale=True, desc="uploading") as bar:
-                while not self._is_sent(0.2) and time.monotonic() < deadline:
+                while not self._all_arrive_within(0.2) and time.monotonic() < deadline:
                     check()
                     bar.update(total - self._bytes_left() - bar.n)
                 bar.update(total - self._bytes_left() - bar.n)
@@ -232,20 +232,15 @@ class BucketUploads(Uploads):
                 exit_code=1,
             )
 
-        def put() -> None:
-            for path in paths:
-                self._put(path)
-
-        within(max(LAST_SECONDS, self._deadline - time.monotonic()), put, late, check)
+        seconds = max(LAST_SECONDS, self._deadline - time.monotonic())
+        within(seconds, lambda: list(map(self._put, paths)), late, check)
 
     def stop(self, seconds: float) -> None:
         self._take_sealed()
-        deadline = time.monotonic() + (0 if self._given_up else seconds)
         self._hurry.set()
         if self._left and not self._given_up:
             log.info("sending %s for up to %d s", self._amount_left(), seconds)
-        while not self._is_sent(0.1) and time.monotonic() < deadline:
-            pass
+            self._all_arrive_within(seconds)
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -257,8 +252,8 @@ class BucketUploads(Uploads):
                 *(self.bucket, self._amount_left()),
             )
 
-    def _is_sent(self, seconds: float) -> bool:
-        return self._settled_or(lambda: not self._left, seconds)
+    def _all_arrive_within(self, seconds: float) -> bool:
+        return self._settled_within(seconds, lambda: not self._left)
 
     def _bytes_left(self) -> int:
         with self._changed:
@@ -294,7 +289,7 @@ class BucketUploads(Uploads):
                     self._changed.notify_all()
                 continue
             with self._changed:
-                self._sent[path.name] = receipt
+                self._sent[path.name] = asdict(receipt)
                 self._healthy = time.monotonic()
                 self._changed.notify_all()
 
@@ -306,9 +301,8 @@ class BucketUploads(Uploads):
             if not sent:
                 return
             begin = time.monotonic()
-            receipts = {name: asdict(receipt) for name, receipt in sent.items()}
-            self.folder.record(receipts)
-            self.receipts |= receipts
+            self.folder.record(sent)
+            self.receipts |= sent
             self._send_manifest()
             if self._deletes:
                 self._delete(sent)
@@ -366,13 +360,13 @@ class BucketUploads(Uploads):
         )
         self._healthy = self._put_at[name] = time.monotonic()
 
-    def _delete(self, receipts: dict[str, Receipt]) -> None:
+    def _delete(self, receipts: Mapping[str, dict]) -> None:
         for name, receipt in receipts.items():
             path = self.folder.path / name
             if not path.exists():
                 continue
             try:
-                self.bucket.check_holds(name, receipt.size, receipt.crc32c)
+                self.bucket.check_holds(name, receipt["size"], receipt["crc32c"])
                 path.unlink(missing_ok=True)
             except (UserError, OSError) as error:
                 log.warning("%s is kept: %s", path, error)
