@@ -60,7 +60,7 @@ class TorchRows(IterableDataset):
             yield torch.from_numpy(rows.activations)
 
 
-class DictionaryLearningBuffer:
+class DictionaryLearningBuffer(Iterator):
     """What dictionary_learning's `trainSAE` takes as `data`: an iterator of tensors [B, D].
 
     options: as of `ActivationDataset.batches`; epochs is None, without end, unless given, and the
@@ -82,9 +82,6 @@ class DictionaryLearningBuffer:
             "folders": [str(folder) for folder in dataset.folders],
             "selection": repr(dataset.selection),
         }
-
-    def __iter__(self) -> "DictionaryLearningBuffer":
-        return self
 
     def __next__(self) -> Any:
         return torch.from_numpy(next(self._batches).activations).to(self.device)

@@ -34,15 +34,17 @@ class OpenShard:
 
     def clear(self) -> None:
         self.items: list[dict[str, Any]] = []
+        self.answers: list[str] = []  # their lines in the journal
         self._errors: Errors = {}
         self._bytes = 0
 
     def lacks_room_for(self, item: dict[str, Any]) -> bool:
         return bool(self.items) and self._bytes + array_bytes(item) > self._max_bytes
 
-    def append(self, item: dict[str, Any], errors: Errors) -> None:
+    def append(self, item: dict[str, Any], errors: Errors, answer: str = "") -> None:
         """errors: what int8 changed, by activation; none of an item that is not stored as int8."""
         self.items.append(item)
+        self.answers.append(answer)
         self._errors = joined(self._errors, errors)
         self._bytes += array_bytes(item)
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from utils.arc.tasks import SampleKey
 from utils.errors import UserError, some
 from utils.shards.manifest import (
     MANIFEST,
@@ -85,11 +84,11 @@ class Held:
     @property
     def there(self) -> set[str]:
         """The shards that are on the disk, or were sent to a bucket."""
-        found = set()
-        for name, shard in self.shards.items():
-            if self.has_file(shard) or (shard.uploaded and not (self.path / name).is_file()):
-                found.add(name)
-        return found - self.unsound
+        return {
+            name
+            for name, shard in self.shards.items()
+            if self.has_file(shard) or (shard.uploaded and not (self.path / name).is_file())
+        } - self.unsound
 
     def has_file(self, shard: Shard) -> bool:
         """Whether the shard's file is on the disk, of the right size."""
@@ -148,17 +147,14 @@ def unsound_of(held: Held, writer: Writer, restored: Mapping[str, bytes]) -> fro
     """
     shards = [shard for shard in held.shards.values() if writer.looks_after(shard.owner)]
     files = list(filter(held.has_file, shards))
-    answered: dict[str, set[SampleKey]] = {}
-    for owner in {*map(owner_of, held.manifests), *(shard.owner for shard in files)}:
+    found: set[str] = set()
+    owners = {*map(owner_of, held.manifests), *(shard.owner for shard in files)}
+    for owner in filter(writer.looks_after, owners):
         journal = held.path / journal_name(owner)
         content = journal.read_bytes() if journal.exists() else b""
-        content = max(content, restored.get(journal.name, b""), key=len)
-        answered[owner] = set(read_journal(content)) if writer.looks_after(owner) else set()
-    found = {
-        shard.filename
-        for shard in shards
-        if shard.owner in answered and not answered[shard.owner].issuperset(shard.samples)
-    }
+        answered = set(read_journal(max(content, restored.get(journal.name, b""), key=len)))
+        of_owner = [shard for shard in shards if shard.owner == owner]
+        found |= {s.filename for s in of_owner if not answered.issuperset(s.samples)}
 
     def is_damaged(shard: Shard) -> bool:
         path = held.path / shard.filename

@@ -72,7 +72,7 @@ def to_storage(array: Any, dtype: str) -> np.ndarray:
     array = np.asarray(array)
     with np.errstate(over="ignore", invalid="ignore"):
         stored = np.ascontiguousarray(array, dtype=dtype)
-        narrowed = dtype == "float16" and stored is not array and stored.size
+        narrowed = dtype == "float16" and stored is not array
         if narrowed and not _all_finite(stored) and (np.isinf(stored) & np.isfinite(array)).any():
             return np.ascontiguousarray(array, dtype=np.float32)
     return stored
@@ -222,18 +222,14 @@ def _is_grid(grid: list | None) -> bool:
 
 
 def _is_view(view: dict[str, Any]) -> bool:
-    def whole(value: Any) -> bool:
-        return type(value) is int and value >= 0
-
     if view.keys() != {"number", "dihedral", "colors", "pair_order"}:
         return False
-    lists = view["colors"], view["pair_order"]
-    return (
-        whole(view["number"])
-        and whole(view["dihedral"])
-        and all(type(values) is list and all(map(whole, values)) for values in lists)
-        and sorted(view["colors"]) == [*range(10)]
-    )
+    colors, order = view["colors"], view["pair_order"]
+    if type(colors) is not list or type(order) is not list:
+        return False
+    numbers = [view["number"], view["dihedral"], *colors, *order]
+    is_whole = all(type(number) is int and number >= 0 for number in numbers)
+    return is_whole and sorted(colors) == [*range(10)]
 
 
 def _shown(name: Any) -> str:

@@ -119,19 +119,15 @@ class _Callable:
         raise pickle.UnpicklingError("an attempt to alter a function is refused")
 
 
-def _frombuffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    return _array(shape, dtype, buffer, order)
-
-
-def _reconstruct(subtype: Any, shape: Any, code: Any) -> np.ndarray:
-    return np.zeros(0).view(_Reconstructed)
-
-
 _ALLOWED = {
     ("numpy", "ndarray"): _Callable(_array),  # ours; the rest is how numpy pickles by itself
     ("numpy", "dtype"): _Callable(_Dtype),
-    ("numpy._core.numeric", "_frombuffer"): _Callable(_frombuffer),
-    ("numpy._core.multiarray", "_reconstruct"): _Callable(_reconstruct),
+    ("numpy._core.numeric", "_frombuffer"): _Callable(
+        lambda buffer, dtype, shape, order: _array(shape, dtype, buffer, order)
+    ),
+    ("numpy._core.multiarray", "_reconstruct"): _Callable(
+        lambda subtype, shape, code: np.zeros(0).view(_Reconstructed)
+    ),
 }
 
 

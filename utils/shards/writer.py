@@ -32,7 +32,7 @@ from utils.store import local
 from utils.store.locks import locked_file
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager):
     """One process's shards, answers and manifest in the folder of a run.
 
     The constructor takes the lock and reads; leaving the `with` block before `begin` leaves nothing
@@ -71,7 +71,6 @@ class RunFolder:
         self._activations = self._static.pop("activations", {})
         self._restored = restored or {}
         self._open = OpenShard(save_every_n_samples, max_shard_mb, activation_dtype)
-        self._answers: list[str] = []  # journal lines of the open shard
         self._timing = (0.0, 0.0, 0.0)
         self._status, self._extra = "running", {}
         self._skipped: list[dict[str, Any]] = []
@@ -122,9 +121,6 @@ class RunFolder:
         owners = {self.shards[name].owner for name in self.speaks_for} - {self.writer.owner}
         return list(filter(Path.exists, map(self.journal_of, sorted(owners))))
 
-    def __enter__(self) -> "RunFolder":
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
@@ -170,12 +166,11 @@ class RunFolder:
             for name in filter(stored.stem, os.listdir(self.path)):
                 owner, is_partial = stored.owner_of(name), name != stored.stem(name)
                 if self.mode == "overwrite":
-                    locked = stored.JOURNAL.fullmatch(name) and owner in self.writer.owners
-                    goes = not locked
+                    stays = stored.JOURNAL.fullmatch(name) and owner in self.writer.owners  # locked
                 else:
-                    is_listed = not SHARD.fullmatch(name) or name in self.shards
-                    goes = owner == self.writer.owner and (is_partial or not is_listed)
-                if goes:
+                    is_orphan = is_partial or (SHARD.fullmatch(name) and name not in self.shards)
+                    stays = owner != self.writer.owner or not is_orphan
+                if not stays:
                     (self.path / name).unlink(missing_ok=True)
             if self.mode == "overwrite":
                 os.truncate(self.journal_path, 0)
@@ -238,8 +233,7 @@ class RunFolder:
         if self._open.lacks_room_for(item):
             self.seal()
         self.done.add(key)
-        self._open.append(item, errors)
-        self._answers.append(line)
+        self._open.append(item, errors, line)
         if self._open.is_full:
             self.seal()
 
@@ -253,7 +247,7 @@ class RunFolder:
             with local.replacing(self.path / name, exclusive=True) as sink:
                 dump(items, sink)
             shard = self._open.as_written(name, sink)
-            lines = "".join(self._answers).encode()
+            lines = "".join(self._open.answers).encode()
             self.journal_bytes = self._append(self.journal_path, self.journal_bytes, lines)
             self.shards[name] = shard
             self._listed.add(name)
@@ -265,7 +259,6 @@ class RunFolder:
                 raise
         self.speaks_for |= {name}
         self._next_number += 1
-        self._answers = []
         self._open.clear()
         self.sealed.append(shard)
 
@@ -367,7 +360,6 @@ class RunFolder:
             if error.errno in local.NO_SPACE:
                 need = f"the shard takes {shard_bytes(items) / 1e6:.1f} MB, " if items else ""
                 words += f"; {need}{local.free_bytes(self.path) / 1e6:.1f} MB are free"
-            way_on = f"{local.remedy(error)} and --resume"
-            words += f". What was written before is intact: {way_on}"
-            self._failure = UserError(words, exit_code=1)
+            way_on = f"What was written before is intact: {local.remedy(error)} and --resume"
+            self._failure = UserError(f"{words}. {way_on}", exit_code=1)
             raise self._failure from error
