@@ -15,7 +15,7 @@ from utils.run.peers import Peers
 from utils.shards import manifest as stored
 from utils.shards.held import Writer
 from utils.shards.items import sample_name
-from utils.shards.manifest import SHARD, Manifest, Shard
+from utils.shards.manifest import SHARD, Manifest
 from utils.shards.writer import RunFolder
 from utils.store.bucket import BucketFolder, NameTaken, Receipt
 from utils.store.local import json_lines
@@ -113,18 +113,12 @@ def restored_from(
             restored[name] = bucket.read(name)
         elif owner == writer.owner:  # its shards were sent by another process, which lists them
             files = [shard for shard in listed.values() if shard.owner == owner]
-            restored[name] = _manifest_of(next(iter(manifests.values())), files)
+            own = stored.with_shards(next(iter(manifests.values())), files)
+            restored[name] = json_lines({**own, "status": "running"})
         here = stored.whole_size(journal) if journal.exists() else 0
         if (there := listing.get(journal.name)) and there.size > here:
             restored[journal.name] = bucket.read(journal.name)
     return restored
-
-
-def _manifest_of(other: Manifest, shards: list[Shard]) -> bytes:
-    """A manifest of these shards, of the same run as `other`."""
-    files = [shard.to_json() for shard in shards]
-    sums = stored.totals(shards, other.get("activations", {}))
-    return json_lines({**other, "status": "running", **sums, "files": files})
 
 
 def settle(

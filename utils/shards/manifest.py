@@ -249,6 +249,13 @@ def union_of(manifests: dict[str, Manifest]) -> Manifest:
     }
 
 
+def with_shards(manifest: Manifest, shards: Iterable[Shard]) -> Manifest:
+    """`manifest` with these shards in place of its own, and what sums them up."""
+    shards = list(shards)
+    sums = totals(shards, manifest.get("activations", {}))
+    return {**manifest, **sums, "files": [shard.to_json() for shard in shards]}
+
+
 def totals(shards: Iterable[Shard], activations: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest entries that sum up its files. One of them is `activations`, of which each entry
     is given and its `relative_error` is what the shards say together."""

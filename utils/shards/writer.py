@@ -203,10 +203,8 @@ class RunFolder(contextlib.AbstractContextManager):
             files = [entry for entry in manifest["files"] if entry["filename"] in self.shards]
             status = "running" if name == "metadata.json" else manifest["status"]
             if (files, status) != (manifest["files"], manifest["status"]):
-                sums = stored.totals(map(Shard.from_json, files), manifest.get("activations", {}))
-                local.write_json(
-                    self.path / name, {**manifest, **sums, "status": status, "files": files}
-                )
+                left = stored.with_shards(manifest, map(Shard.from_json, files))
+                local.write_json(self.path / name, {**left, "status": status})
 
     # ------------------------------------------------------------------------------ writing
 
