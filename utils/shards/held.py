@@ -43,12 +43,12 @@ class Writer:
     part: int = 0
     parts: int = 1
 
-    @property
+    @cached_property
     def owner(self) -> str:
         """What its files have in their names: `_host003`, or nothing for the only process."""
         return self.owners[self.index]
 
-    @property
+    @cached_property
     def owners(self) -> list[str]:
         """Of all processes of the run, in their order."""
         if self.count == self.parts == 1:
@@ -81,7 +81,7 @@ class Held:
     def is_complete(self) -> bool:
         return bool(self.manifests) and union_of(self.manifests)["status"] == "complete"
 
-    @property
+    @cached_property
     def there(self) -> set[str]:
         """The shards that are on the disk, or were sent to a bucket."""
         return {

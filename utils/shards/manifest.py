@@ -93,13 +93,16 @@ class Shard:
         ):
             raise ValueError(sent)
         known = {f.name: entry[f.name] for f in fields(cls) if f.name in entry}
-        known["samples"] = tuple(map(_checked_key, entry["samples"]))
+        known["samples"] = _checked_keys(entry["samples"])
         known["relative_error"] = {key: RelativeError(**error) for key, error in errors.items()}
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
-        entry = {**asdict(self), "samples": [list(key) for key in self.samples]}
-        if not self.relative_error:
+        # `asdict` would copy every key of every sample, and all of them at every commit.
+        errors = {name: asdict(error) for name, error in self.relative_error.items()}
+        samples = [list(key) for key in self.samples]
+        entry = {**vars(self), "samples": samples, "relative_error": errors}
+        if not errors:
             del entry["relative_error"]
         return entry
 
@@ -108,11 +111,13 @@ class Shard:
         return owner_of(self.filename)
 
 
-def _checked_key(parts: Any) -> SampleKey:
-    """`parts`, of JSON, as a sample's key. Raises TypeError or ValueError for anything else."""
-    if not 2 <= len(parts) <= 3 or not all(map(_fits, parts, (str, int, int))):
-        raise ValueError(parts)
-    return tuple(parts)
+def _checked_keys(keys: Iterable[Any]) -> tuple[SampleKey, ...]:
+    """`keys`, of JSON, as those of samples. Raises TypeError or ValueError for anything else."""
+    found = tuple(map(tuple, keys))
+    kinds = {tuple(map(type, key)) for key in found}
+    if not kinds <= {(str, int), (str, int, int)} or any(min(key[1:]) < 0 for key in found):
+        raise ValueError("no key of a sample")
+    return found
 
 
 def _fits(value: Any, schema: Any) -> bool:
@@ -177,8 +182,7 @@ def parse(path: str, content: bytes) -> Manifest:
         version = manifest["format_version"]
         for entry in manifest["files"]:
             Shard.from_json(entry)
-        for entry in manifest["skipped"]:
-            _checked_key(sample_key(entry))
+        _checked_keys(map(sample_key, manifest["skipped"]))
         valid = manifest.keys() >= _REQUIRED and _fits(manifest, _SCHEMA)
         valid &= all(isinstance(entry, dict) for entry in manifest.get("activations", {}).values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
