@@ -27,15 +27,7 @@ from utils.shards.held import Held
 from utils.shards.items import sample_key
 from utils.shards.manifest import Manifest
 from utils.shards.reader import read_entry
-from utils.store.local import (
-    check_writable,
-    json_lines,
-    new_folder,
-    to_json,
-    write_json,
-    write_result,
-    writing,
-)
+from utils.store import local
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +59,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     if output is not None:
         if output.exists():
             raise UserError(f"{output} exists: choose another --output_filepath")
-        check_writable(output.parent)
+        local.check_writable(output.parent)
     for part in parts:
         if not part.exists():
             raise UserError(f"{part} does not exist: check the path")
@@ -79,7 +71,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
             raise UserError("submissions are joined into --output_filepath FILE, without --into")
         joint = join_submissions(parts)
         check_beside(parts)
-        write_result(output, json_lines(joint))
+        local.write_result(output, local.json_lines(joint))
         print(f"submission    {output}, {len(joint)} tasks")
         return 0
     if into is None:
@@ -88,7 +80,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
         raise UserError(f"{into} is there already: choose another --into")
     if output is not None and into.absolute() in (output.absolute(), *output.absolute().parents):
         raise UserError(f"{output} is in --into {into}, or is it: choose another place")
-    check_writable(into.parent)
+    local.check_writable(into.parent)
     manifests = [stored.read_manifest(part) for part in parts]
     for part, manifest in zip(parts, manifests, strict=True):
         if not manifest["files"] and manifest["total_samples"]:
@@ -105,7 +97,7 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
     print(f"merged        {len(parts)} folders into {into}")
     print(f"samples       {merged['total_samples']}, shards {merged['total_batches']}")
     if output is not None:
-        write_result(output, json_lines(submission(into, merged)))
+        local.write_result(output, local.json_lines(submission(into, merged)))
         print(f"submission    {output}")
     return 0
 
@@ -175,14 +167,11 @@ def _settings(manifest: Manifest) -> Manifest:
 def join(folders: list[Path], manifests: list[Manifest], into: Path, signals: Signals) -> Manifest:
     """Makes the folder `into`, which appears when it is whole; a signal leaves nothing of it."""
     signals.hold()
-    with writing(into, "and merge again", exit_code=2), new_folder(into) as made:
+    with local.writing(into, "and merge again", exit_code=2), local.new_folder(into) as made:
         taken: set[str] = set()
-        collected = [
-            _collect(made, folder, manifest, taken, signals)
-            for folder, manifest in zip(folders, manifests, strict=True)
-        ]
-        merged = _joint(folders, collected)
-        write_json(made / "metadata.json", merged)
+        parts = zip(folders, manifests, strict=True)
+        merged = _joint(folders, [_collect(made, *part, taken, signals) for part in parts])
+        local.write_json(made / "metadata.json", merged)
     return merged
 
 
@@ -212,7 +201,7 @@ def _collect(
         _link(folder / shard.filename, into / name)
         files.append(replace(shard, filename=name, uploaded=False).to_json())
         with open(into / stored.journal_name(owner), "a") as journal:
-            journal.writelines(to_json(answers[key]) + "\n" for key in shard.samples)
+            journal.writelines(local.to_json(answers[key]) + "\n" for key in shard.samples)
     return {**manifest, "files": files}
 
 

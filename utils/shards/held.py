@@ -11,20 +11,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from utils.errors import UserError, some
-from utils.shards.manifest import (
-    MANIFEST,
-    SHARD,
-    Manifest,
-    Shard,
-    changed_settings,
-    journal_name,
-    owner_of,
-    parse,
-    read_journal,
-    read_manifests,
-    shards_of,
-    union_of,
-)
+from utils.shards import manifest as stored
+from utils.shards.manifest import MANIFEST, SHARD, Manifest, Shard
 from utils.store.local import checksum
 
 Mode = Literal["new", "resume", "overwrite"]
@@ -75,11 +63,11 @@ class Held:
 
     @cached_property
     def shards(self) -> dict[str, Shard]:
-        return shards_of(self.manifests.values())
+        return stored.shards_of(self.manifests.values())
 
     @property
     def is_complete(self) -> bool:
-        return bool(self.manifests) and union_of(self.manifests)["status"] == "complete"
+        return bool(self.manifests) and stored.union_of(self.manifests)["status"] == "complete"
 
     @cached_property
     def there(self) -> set[str]:
@@ -98,7 +86,7 @@ class Held:
     @property
     def missing(self) -> set[str]:
         """The shards whose writer has a manifest here, but which are not there, or are unsound."""
-        owners = set(map(owner_of, self.manifests))
+        owners = set(map(stored.owner_of, self.manifests))
         mine = {n for n, shard in self.shards.items() if shard.owner in owners}
         return (mine - self.there) | self.unsound
 
@@ -111,12 +99,12 @@ def held_in(
     Raises UserError for a run that is not to be resumed or overwritten, and for one with other
     settings.
     """
-    manifests = read_manifests(path) if path.exists() else {}
+    manifests = stored.read_manifests(path) if path.exists() else {}
     if mode == "overwrite":
         return Held(path)
     for name, content in restored.items():
         if MANIFEST.fullmatch(name) and name not in manifests:
-            manifests[name] = parse(name, content)
+            manifests[name] = stored.parse(name, content)
     if not manifests:
         if path.exists() and any(map(SHARD.fullmatch, os.listdir(path))):
             raise UserError(
@@ -124,13 +112,13 @@ def held_in(
                 "replace the run with --overwrite, or choose another folder"
             )
         return Held(path)
-    run = union_of(manifests)
+    run = stored.union_of(manifests)
     if mode == "new":
         raise UserError(
             f"{path} holds a run ({run['status']}, {run['total_samples']} samples): "
             "--resume continues it, --overwrite replaces it"
         )
-    if changes := changed_settings(run, settings):
+    if changes := stored.changed_settings(run, settings):
         raise UserError(
             f"cannot resume {path} with other settings: {some(changes)}; go back to the former, "
             "choose another folder, or --overwrite"
@@ -148,11 +136,11 @@ def unsound_of(held: Held, writer: Writer, restored: Mapping[str, bytes]) -> fro
     shards = [shard for shard in held.shards.values() if writer.looks_after(shard.owner)]
     files = list(filter(held.has_file, shards))
     found: set[str] = set()
-    owners = {*map(owner_of, held.manifests), *(shard.owner for shard in files)}
+    owners = {*map(stored.owner_of, held.manifests), *(shard.owner for shard in files)}
     for owner in filter(writer.looks_after, owners):
-        journal = held.path / journal_name(owner)
+        journal = held.path / stored.journal_name(owner)
         content = journal.read_bytes() if journal.exists() else b""
-        answered = set(read_journal(max(content, restored.get(journal.name, b""), key=len)))
+        answered = set(stored.read_journal(max(content, restored.get(journal.name, b""), key=len)))
         of_owner = [shard for shard in shards if shard.owner == owner]
         found |= {s.filename for s in of_owner if not answered.issuperset(s.samples)}
 

@@ -46,8 +46,7 @@ def parse_uri(uri: str | Path, flag: str = "") -> tuple[str, str]:
 
     flag: named in the UserError that is raised for anything else.
     """
-    shortened = isinstance(uri, Path) and is_uri(uri)
-    text = SCHEME + str(uri).removeprefix("gs:/") if shortened else str(uri)
+    text = re.sub("^gs:/", SCHEME, str(uri)) if isinstance(uri, Path) else str(uri)
     where = f"{flag} {text}".strip()
     if not text.startswith(SCHEME):
         written = "that" if ":" in text else f"gs://{text.lstrip('/')}"
