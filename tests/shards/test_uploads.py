@@ -25,6 +25,7 @@ from utils.shards import iter_items, load_shard, uploads
 from utils.shards.manifest import read_manifest
 from utils.shards.writer import RunFolder
 from utils.store import bucket as cloud
+from utils.store import errors
 
 # Runs of this process store numbers that no model made; those of child processes are real.
 pytestmark = pytest.mark.usefixtures("fake_model")
@@ -604,6 +605,20 @@ def test_waiting_ends_with_the_deadline(gcs, flags):
     assert "503" in str(error.value) and "--resume" in str(error.value)
     stored = len(read_manifest(flags["activations_dir"])["files"])
     assert 2 <= stored < 8
+
+
+def test_what_is_sent_again_and_again_is_no_progress(gcs, flags, monkeypatch):
+    """A server that refuses every attempt for longer than the deadline ends the run, however often
+    the same file is read for it."""
+    monkeypatch.setattr(cloud, "MAX_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(cloud, "retry", lambda seconds, *tell: errors.retry(0.2, *tell))
+    flags |= {"save_every_n_samples": 1, "upload_timeout": 2}
+    plan = plan_run(request_of(flags))
+    object.__setattr__(plan.request, "max_pending_gb", 0.0003)
+    fault = gcs.fault(503, lambda r: r.name.endswith(".pkl"), times=150)
+    with pytest.raises(UserError, match=r"nothing could be uploaded .* for 2 s"):
+        run(plan, NoSignals())
+    assert fault.seen
 
 
 def test_room_is_made_before_the_next_manifest_is_due(gcs, tmp_path, monkeypatch):

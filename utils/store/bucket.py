@@ -93,15 +93,16 @@ class Receipt:
         return (self.size, self.crc32c) == (size, crc32c)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sealed:
     """The first `size` bytes of `source`, as they were when `crc32c` was taken of them, on their
-    way to the object `name`."""
+    way to the object `name`; furthest: up to where they have been read for that."""
 
     source: Path | bytes
     name: str
     size: int
     crc32c: str
+    furthest: int = 0
 
     def __str__(self) -> str:
         return self.name if isinstance(self.source, bytes) else str(self.source)
@@ -147,7 +148,7 @@ class BucketFolder:
         self.bucket_name, self.prefix = parse_uri(uri, flag)
         self.uri = f"{SCHEME}{self.bucket_name}/{self.prefix}".rstrip("/")
         self.token = secrets.token_hex(8)  # tells our own objects from equal ones of others
-        self.bytes_read = 0  # of files, to be sent: a sign of progress
+        self.bytes_read = 0  # to be sent, of each file once: a sign of progress
         self._start = f"{self.prefix}/" if self.prefix else ""  # of the names of its objects
         self._doing = "reach"
 
@@ -342,7 +343,7 @@ class BucketFolder:
                 file.check_undamaged()
             stream.seek(0)
             blob.upload_from_file(
-                CallbackIOWrapper(self._count, stream, "read"),
+                CallbackIOWrapper(lambda size: self._count(file, stream.tell()), stream, "read"),
                 size=file.size,
                 content_type="application/octet-stream",
                 if_generation_match=replaces,
@@ -352,8 +353,9 @@ class BucketFolder:
             )
         return self._receipt(blob)
 
-    def _count(self, size: int) -> None:
-        self.bytes_read += size
+    def _count(self, file: _Sealed, place: int) -> None:
+        self.bytes_read += max(0, place - file.furthest)
+        file.furthest = max(place, file.furthest)
 
     @contextlib.contextmanager
     def _asking(self, what: str, name: str = "", done: int = 0) -> Iterator[None]:
