@@ -5,13 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from utils.shards.int8 import Errors, joined
-from utils.shards.items import (
-    array_bytes,
-    float16_overflows,
-    non_finite_rows,
-    sample_key,
-    stored_item,
-)
+from utils.shards.items import array_bytes, float16_overflows, sample_key, stored_item
 from utils.shards.manifest import Shard
 from utils.shards.pickles import shard_bytes
 from utils.store.local import Sink
@@ -36,17 +30,21 @@ class OpenShard:
         self.items: list[dict[str, Any]] = []
         self.answers: list[str] = []  # their lines in the journal
         self._errors: Errors = {}
-        self._bytes = 0
+        self._bytes = self._non_finite = 0
 
     def lacks_room_for(self, item: dict[str, Any]) -> bool:
         return bool(self.items) and self._bytes + array_bytes(item) > self._max_bytes
 
-    def append(self, item: dict[str, Any], errors: Errors, answer: str = "") -> None:
-        """errors: what int8 changed, by activation; none of an item that is not stored as int8."""
+    def append(
+        self, item: dict[str, Any], errors: Errors, answer: str = "", non_finite: int = 0
+    ) -> None:
+        """errors: what int8 changed, by activation; none of an item that is not stored as int8.
+        non_finite: its `non_finite_rows`."""
         self.items.append(item)
         self.answers.append(answer)
         self._errors = joined(self._errors, errors)
         self._bytes += array_bytes(item)
+        self._non_finite += non_finite
 
     @property
     def is_full(self) -> bool:
@@ -62,7 +60,7 @@ class OpenShard:
             crc32c=sink.crc32c,
             samples=tuple(map(sample_key, self.items)),
             float16_overflows=sum(float16_overflows(item, self._dtype) for item in self.items),
-            non_finite=sum(map(non_finite_rows, self.items)),
+            non_finite=self._non_finite,
             relative_error=self._errors,
         )
 

@@ -276,10 +276,10 @@ def non_finite_rows(item: dict[str, Any]) -> int:
     return count
 
 
-def gave_nothing_finite(item: dict[str, Any]) -> bool:
+def gave_nothing_finite(item: dict[str, Any], non_finite: int) -> bool:
     """Whether the model made nothing but NaN and infinities of a stored item: none of its rows is
-    finite or, where it keeps no rows, no log-probability of its answer."""
+    finite, by `non_finite_rows`, or, where it keeps no rows, no log-probability of its answer."""
     if rows := sum(map(len, item["activations"].values())):
-        return non_finite_rows(item) == rows
+        return non_finite == rows
     logprobs = item["output_logprobs"]
     return bool(len(logprobs)) and not np.isfinite(logprobs).any()

@@ -22,6 +22,7 @@ from utils.shards.int8 import quantized_item
 from utils.shards.items import (
     CELL_COLUMNS,
     gave_nothing_finite,
+    non_finite_rows,
     sample_key,
     sample_name,
     stored_item,
@@ -221,7 +222,8 @@ class RunFolder(contextlib.AbstractContextManager):
         if key in self.done or key != sample_key(answer):
             name = sample_name(key)
             raise ValueError(f"{name} is stored already, or the answer is another sample's")
-        if gave_nothing_finite(item):
+        non_finite = non_finite_rows(item)
+        if gave_nothing_finite(item, non_finite):
             raise UserError(
                 f"{sample_name(key)}: nothing that the model gives is finite, but NaN or "
                 "infinities alone: check the weights, or take another --dtype",
@@ -231,7 +233,7 @@ class RunFolder(contextlib.AbstractContextManager):
         if self._open.lacks_room_for(item):
             self.seal()
         self.done.add(key)
-        self._open.append(item, errors, line)
+        self._open.append(item, errors, line, non_finite)
         if self._open.is_full:
             self.seal()
 
