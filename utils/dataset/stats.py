@@ -42,7 +42,7 @@ class ActivationStats:
 
     count: rows; non_finite: rows besides that hold an infinity or a NaN, and are left out. mean,
     std: float32 [D], of each component, the deviation that of the population. norm_mean, norm_std,
-    norm_median, norm_max: of the rows' euclidean norms.
+    norm_median, norm_max: of the rows' euclidean norms, the median to 0.3%.
     """
 
     count: int
