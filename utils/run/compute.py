@@ -7,7 +7,7 @@ Knows no folders; `loop` stores what this makes.
 
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,8 +27,6 @@ from utils.plan.samples import Sample
 from utils.prompt.codec import Encoded
 from utils.run.result import Result
 
-ANSWER = 1 << 30  # where the parts of a row that are not of its prompt begin
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -47,16 +45,10 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class Launched:
-    """A pass on its way through the devices, and what of it is to be fetched.
-
-    job: the pass. rows: place in the batch -> what stands there, of the places that this process
-    brings to the host. owned: device -> the places whose results it holds. part: what the pass
-    gives, without what nobody keeps.
-    """
+    """A pass on its way through the devices. part: what it gives, without what nobody keeps."""
 
     job: Pass
-    rows: dict[int, tuple[Sample, Encoded]]
-    owned: dict[jax.Device, list[int]]
+    batch: "_Batch"
     part: Chunk | Decoded
 
 
@@ -106,6 +98,7 @@ class Computation:
         self._idle_since = 0.0  # when the last of them was fetched
         self._compiling: dict[Shape, Sequence[Future[Any]]] = {}
         self._batch: _Batch | None = None  # the one whose passes are being launched
+        self._state: Any = None  # the engine's, after the last of these passes
         self._unfinished: dict[int, _Unfinished] = {}  # by place, the rows that are being fetched
 
     def _on_devices(self, arrays: dict[str, Any], abstract: bool) -> dict[str, Any]:
@@ -154,21 +147,21 @@ class Computation:
         plan, shape = self.plan, job.batch.shape
         if job.first:
             self._wait_for(shape)
-            used, self._batch = self._batch, None
-            cache = used.state[0] if used and used.shape == shape else None
-            del used  # before a cache of another size is made
-            self._batch = _Batch.of(plan, job.batch, self.engine.begin(shape, cache))
+            cache = self._state[0] if self._batch and self._batch.shape == shape else None
+            self._state = None  # before a cache of another size is made
+            self._state = self.engine.begin(shape, cache)
+            self._batch = _Batch.of(plan, job.batch)
         batch = self._batch
         if job.prediction is None:
-            part, batch.state = self._prefill(job, batch)
+            part = self._prefill(job, batch)
         else:
-            keys = [
-                _sample_key(plan.request.seed, s, job.prediction) if s else 0 for s in batch.samples
-            ]
-            part, batch.state = self.engine.decode(
-                batch.state,
+            keys = np.zeros(shape.rows, np.uint32)
+            for place, (sample, _) in batch.computed.items():
+                keys[place] = _sample_key(plan.request.seed, sample, job.prediction)
+            part, self._state = self.engine.decode(
+                self._state,
                 batch.prompts,
-                np.array(keys, np.uint32),
+                keys,
                 self.temperatures[job.prediction],
                 shape,
                 self._changes_of_answers(batch),
@@ -176,14 +169,14 @@ class Computation:
             if job.prediction:  # of several predictions only the first is captured
                 part = replace(part, captures={})
         self._launched += 1
-        return Launched(job, batch.rows, batch.owned, part)
+        return Launched(job, batch, part)
 
-    def _prefill(self, job: Pass, batch: "_Batch") -> tuple[Chunk, Any]:
+    def _prefill(self, job: Pass, batch: "_Batch") -> Chunk:
         chunk = batch.shape.chunk
         places = [place for place, _ in job.chunks]
         start = np.array([number * chunk for _, number in job.chunks], np.int32)
-        part, state = self.engine.prefill(
-            batch.state,
+        part, self._state = self.engine.prefill(
+            self._state,
             batch.ids,
             places,
             start,
@@ -193,15 +186,13 @@ class Computation:
             self._changes(batch, places, start),
         )
         kept = [
-            _within(self.plan.capture.rows(*lengths_of(batch.rows[place][1])), begin, chunk)
+            _within(self.plan.capture.rows(*lengths_of(batch.kept[place][1])), begin, chunk)
             for place, begin in zip(places, start, strict=True)
-            if place in batch.rows
+            if place in batch.kept
         ]
         if not any(map(len, kept)):
             part = replace(part, captures={})
-        if not self.keeps_logits:
-            part = replace(part, logits=None)
-        return part, state
+        return part if self.keeps_logits else replace(part, logits=None)
 
     def _changes(self, batch: "_Batch", places: Sequence[int], start: np.ndarray) -> Changes:
         """What the interventions need of the chunks of a pass."""
@@ -212,9 +203,9 @@ class Computation:
                 width = width_of(self.plan.config, one.edit.hook)
                 arrays["values"] = np.zeros((rows, chunk, width), np.float32)
             for number, (place, begin) in enumerate(zip(places, start, strict=True)):
-                if (sample := batch.samples[place]) is None:
+                if place not in batch.computed:
                     continue
-                encoded = batch.encoded[place]
+                sample, encoded = batch.computed[place]
                 mask = one.mask(sample, encoded)
                 mask[:begin] = mask[begin + chunk :] = False
                 here = slice(begin, begin + chunk)
@@ -229,19 +220,18 @@ class Computation:
         """What they need of generated tokens, of which there are none to patch from."""
         room, found = self.plan.request.max_output_tokens, []
         for one in self.plan.interventions:
-            mask = np.zeros((len(batch.samples), room), bool)
-            for place, sample in enumerate(batch.samples):
-                if sample:
-                    mask[place] = one.answer_mask(sample, int(batch.prompts[place]), room)
+            mask = np.zeros((batch.shape.rows, room), bool)
+            for place, (sample, encoded) in batch.computed.items():
+                mask[place] = one.answer_mask(sample, encoded.prompt_length, room)
             found.append(None if one.donor else {"mask": mask})
         return tuple(found)
 
     def fetch(self, launched: Launched) -> list[Result]:
         """Waits for the pass; the results of its batch, where it ends with it."""
-        job, rows = launched.job, launched.rows
+        job, kept = launched.job, launched.batch.kept
         if job.first:
-            self._unfinished = {b: _Unfinished() for b in rows}
-            self.usage.prefill_useful += sum(len(encoded.ids) for _, encoded in rows.values())
+            self._unfinished = {place: _Unfinished() for place in kept}
+            self.usage.prefill_useful += sum(len(encoded.ids) for _, encoded in kept.values())
         if job.prediction is None:
             self._fetch_chunk(launched)
         else:
@@ -251,108 +241,101 @@ class Computation:
         if not job.last:
             return []
         unfinished, self._unfinished = self._unfinished, {}
-        return [unfinished[b].result(*row, self.plan.capture.names) for b, row in rows.items()]
+        names = self.plan.capture.names
+        return [unfinished[place].result(*of_sample, names) for place, of_sample in kept.items()]
 
     def _fetch_chunk(self, launched: Launched) -> None:
-        part, rows, chunk = launched.part, launched.rows, launched.job.batch.shape.chunk
-        size = len(launched.job.batch.rows) // self.layout.data
-        of_row = {place: number * chunk for place, number in launched.job.chunks}
-        held = {place for places in launched.owned.values() for place in places}
-        self.usage.prefill += chunk * len(held & of_row.keys())
-
-        def host(x: jax.Array | None) -> dict[int, np.ndarray]:
-            """Place in the batch -> what the pass gave of that row, of those kept here."""
-            found = {}
-            for shard in [] if x is None else x.addressable_shards:
-                places = set(launched.owned.get(shard.device, ())) & of_row.keys() & rows.keys()
-                for place in places:
-                    if place // size == (shard.index[0].start or 0):
-                        found[place] = np.asarray(shard.data)[0]
-            return found
-
+        part, batch, chunk = launched.part, launched.batch, launched.batch.shape.chunk
+        begins = {place: number * chunk for place, number in launched.job.chunks}
+        for held in batch.owned.values():
+            self.usage.prefill += chunk * len(begins.keys() & held)
+        row_of = {place: row for row, place in enumerate(begins)}
         for name, value in part.captures.items():
-            for place, states in host(value).items():
-                span = self.plan.capture.rows(*lengths_of(rows[place][1]))
-                kept = _within(span, of_row[place], chunk)
-                self._unfinished[place].add(name, of_row[place], states[kept.start : kept.stop])
-        for place, logprobs in host(part.logprobs).items():
-            prompt, forced = lengths_of(rows[place][1])
-            # The first of the answer's tokens follows the prompt's last.
-            kept = _within(range(prompt - 1, prompt - 1 + forced), of_row[place], chunk)
-            self._unfinished[place].add("", of_row[place], logprobs[kept.start : kept.stop])
-        for place, logits in host(part.logits).items():
-            if of_row[place] < rows[place][1].prompt_length <= of_row[place] + chunk:
-                last = logits[None, : self.plan.config.vocab_size].copy()
-                self._unfinished[place].logits = last
+            for place, states in batch.on_host(value, row_of).items():
+                span = self.plan.capture.rows(*lengths_of(batch.kept[place][1]))
+                self._unfinished[place].add(name, begins[place], states, span)
+        if part.logprobs is not None:
+            for place, logprobs in batch.on_host(part.logprobs, row_of).items():
+                prompt, forced = lengths_of(batch.kept[place][1])
+                # The first of the answer's tokens follows the prompt's last.
+                span = range(prompt - 1, prompt - 1 + forced)
+                self._unfinished[place].add("", begins[place], logprobs, span)
+        if part.logits is not None:
+            for place, logits in batch.on_host(part.logits, row_of).items():
+                if begins[place] < batch.kept[place][1].prompt_length <= begins[place] + chunk:
+                    last = logits[None, : self.plan.config.vocab_size].copy()
+                    self._unfinished[place].logits = last
 
     def _fetch_answers(self, launched: Launched) -> None:
-        """Of the buffers of decoding only the steps that were run are copied."""
-        part, rows = launched.part, launched.rows
-        # Rounded up, so that slicing compiles for few sizes.
+        part, batch = launched.part, launched.batch
+        row_of = {place: place for place in range(batch.shape.rows)}
+        counts, tokens, logprobs = (
+            batch.on_host(x, row_of) for x in (part.counts, part.tokens, part.logprobs)
+        )
         steps = int(part.steps.addressable_data(0))
-        stop = min(-(-steps // 128) * 128, part.tokens.shape[1])
-
-        def host(x: jax.Array) -> dict[int, np.ndarray]:
-            """Place in the batch -> that row, of the rows that this process keeps."""
-            found = {}
-            for shard in x.addressable_shards:
-                places = [b for b in launched.owned.get(shard.device, ()) if b in rows]
-                block = np.asarray(shard.data[:, :stop] if x.ndim == 3 else shard.data)
-                first = shard.index[0].start or 0
-                found.update({b: block[b - first] for b in places})
-            return found
-
-        counts, tokens, logprobs = map(host, (part.counts, part.tokens, part.logprobs))
-        self.usage.decode += steps * sum(map(len, launched.owned.values()))
-        for b in rows:
-            n, row = int(counts[b]), self._unfinished[b]
+        self.usage.decode += steps * sum(map(len, batch.owned.values()))
+        for place, count in counts.items():
+            n, row = int(count), self._unfinished[place]
             self.usage.decode_useful += min(n, steps)
-            row.answers.append(tokens[b][:n])
-            row.logprobs.append(logprobs[b][:n])
+            row.answers.append(tokens[place][:n])
+            row.logprobs.append(logprobs[place][:n])
+        # Only the steps that were run are copied; rounded up, so that slices are of few sizes.
+        stop = min(-(-steps // 128) * 128, part.tokens.shape[1])
         for name, value in part.captures.items():
-            for b, states in host(value).items():
-                self._unfinished[b].add(name, ANSWER, states[: int(counts[b])])
+            for place, states in batch.on_host(value, row_of, stop).items():
+                P, n = batch.kept[place][1].prompt_length, int(counts[place])
+                self._unfinished[place].add(name, P, states, range(P, P + n))
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Batch:
-    """A batch while its passes are launched.
+    """A batch while its passes are on their way.
 
     ids: int32 [B, T] of the rows that the devices of this process compute with; prompts, totals:
-    int32 [B], tokens of every row without and with a forced answer. samples, encoded: of the same
-    rows, None for padding. rows, owned: see `Launched`. state: the engine's, after the last pass.
+    int32 [B], tokens of every row without and with a forced answer. computed: place in the batch ->
+    what stands there, of those same rows without padding; kept: of those among them whose results
+    this process brings to the host. owned: device -> the places whose results it holds.
     """
 
     shape: Shape
     ids: np.ndarray
     prompts: np.ndarray
     totals: np.ndarray
-    samples: list[Sample | None]
-    encoded: list[Encoded | None]
-    rows: dict[int, tuple[Sample, Encoded]]
+    computed: dict[int, tuple[Sample, Encoded]]
+    kept: dict[int, tuple[Sample, Encoded]]
     owned: dict[jax.Device, list[int]]
-    state: Any
 
     @classmethod
-    def of(cls, plan: Plan, batch: Batch, state: Any) -> "_Batch":
-        needed, tokens = plan.layout.needed(len(batch.rows)), batch.shape.slots
-        lengths = [plan.samples[i].length if i >= 0 else Length(1) for i in batch.rows]
-        samples = [
-            plan.samples[i] if i >= 0 and b in needed else None for b, i in enumerate(batch.rows)
-        ]
-        encoded = [sample and plan.encode(sample) for sample in samples]
-        owned = plan.layout.owned(len(batch.rows))
+    def of(cls, plan: Plan, batch: Batch) -> "_Batch":
+        rows, needed = batch.rows, plan.layout.needed(len(batch.rows))
+        lengths = [plan.samples[i].length if i >= 0 else Length(1) for i in rows]
+        samples = {b: plan.samples[i] for b, i in enumerate(rows) if i >= 0 and b in needed}
+        computed = {b: (sample, plan.encode(sample)) for b, sample in samples.items()}
+        owned = plan.layout.owned(len(rows))
+        encoded = [computed[b][1].ids if b in computed else None for b in range(len(rows))]
         return cls(
             batch.shape,
-            pad_rows([row and row.ids for row in encoded], tokens),
+            pad_rows(encoded, batch.shape.slots),
             np.array([length.prompt for length in lengths], np.int32),
             np.array([length.total for length in lengths], np.int32),
-            samples,
-            encoded,
-            {b: (samples[b], encoded[b]) for held in owned.values() for b in held if samples[b]},
+            computed,
+            {b: computed[b] for held in owned.values() for b in held if b in computed},
             owned,
-            state,
         )
+
+    def on_host(
+        self, x: jax.Array, row_of: Mapping[int, int], stop: int | None = None
+    ) -> dict[int, np.ndarray]:
+        """Place in the batch -> its row of x, the first `stop` tokens of it, of the places that are
+        kept. row_of: place -> row of x, of those that x has."""
+        found = {}
+        for shard in x.addressable_shards:
+            places = [b for b in self.owned[shard.device] if b in self.kept and b in row_of]
+            if places:
+                block = np.asarray(shard.data if stop is None else shard.data[:, :stop])
+                first = shard.index[0].start or 0
+                found.update({b: block[row_of[b] - first] for b in places})
+        return found
 
 
 @dataclass
@@ -368,9 +351,11 @@ class _Unfinished:
     logprobs: list[np.ndarray] = field(default_factory=list)
     logits: np.ndarray | None = None
 
-    def add(self, name: str, start: int, part: np.ndarray) -> None:
-        """A copy, so that what is kept of a pass does not keep all of it in memory."""
-        self.parts.setdefault(name, {})[start] = part.copy()
+    def add(self, name: str, begin: int, part: np.ndarray, span: range) -> None:
+        """Of what a pass gave from position `begin` on, that of a span of positions; a copy, so
+        that what is kept of a pass does not keep all of it in memory."""
+        kept = _within(span, begin, len(part))
+        self.parts.setdefault(name, {})[begin] = part[kept.start : kept.stop].copy()
 
     def result(self, sample: Sample, encoded: Encoded, names: Sequence[str]) -> Result:
         whole = {name: np.concatenate(list(parts.values())) for name, parts in self.parts.items()}
