@@ -79,8 +79,9 @@ def test_which_tokens_are_meant(where, tokens):
     ],
 )
 def test_which_generated_tokens_are_meant(where, tokens):
-    mask = Intervention({"where": where}, None).answer_mask(Sample, 9, 3)
-    assert np.flatnonzero(mask).tolist() == tokens
+    asked = Encoded(ENCODED.ids[:9], 9, CELLS[:-1])
+    mask = Intervention({"where": where}, None).mask(Sample, asked, room=3)
+    assert np.flatnonzero(mask[9:]).tolist() == tokens
 
 
 def test_a_donor_is_not_asked_for_a_sample_that_is_not_touched():

@@ -5,7 +5,7 @@ the condition follows from its cell table, so that masks are made here, on the h
 to them is `utils.model.interventions`.
 """
 
-# T tokens of a sample   A answer tokens that may be generated   C cells   W width of a hook point
+# T tokens of a sample, those that may be generated included   C cells   W width of a hook point
 
 import hashlib
 import io
@@ -63,33 +63,20 @@ class Intervention:
     def where(self) -> dict[str, Any]:
         return self.entry.get("where") or {}
 
-    def mask(self, sample: Sample, encoded: Encoded) -> np.ndarray:
-        """bool [T]: the tokens of prompt and forced answer that are meant."""
-        T, P, where = len(encoded.ids), encoded.prompt_length, self.where
-        mask = np.ones(T, bool)
-        if not self._concerns(sample):
-            return ~mask
+    def mask(self, sample: Sample, encoded: Encoded, room: int = 0) -> np.ndarray:
+        """bool [T]: the tokens that are meant, of prompt and forced answer, and of `room` generated
+        ones behind them, which hold no cell that is known yet."""
+        P, where, tokens = encoded.prompt_length, self.where, np.arange(len(encoded.ids) + room)
+        concerned = "samples" not in where or list(sample.key) in where["samples"]
+        mask = np.full(len(tokens), concerned)
         if "part" in where:
-            mask &= (np.arange(T) < P) == (where["part"] == "prompt")
+            mask &= (tokens < P) == (where["part"] == "prompt")
         if "tokens" in where:
-            mask &= np.isin(np.arange(T), where["tokens"])
+            mask &= np.isin(tokens, where["tokens"])
         if any(name in where for name in _OF_CELLS):
             cells = encoded.cells[_meant(encoded.cells, where)]
-            mask &= np.isin(np.arange(T), tokens_in(cells[:, 5:], T))
+            mask &= np.isin(tokens, tokens_in(cells[:, 5:], len(tokens)))
         return mask
-
-    def answer_mask(self, sample: Sample, prompt: int, room: int) -> np.ndarray:
-        """bool [A]: the generated tokens that are meant, which hold no cell that is known yet."""
-        where, mask = self.where, np.ones(room, bool)
-        of_cells = any(name in where for name in _OF_CELLS)
-        if of_cells or where.get("part") == "prompt" or not self._concerns(sample):
-            return ~mask
-        if "tokens" in where:
-            mask &= np.isin(prompt + np.arange(room), where["tokens"])
-        return mask
-
-    def _concerns(self, sample: Sample) -> bool:
-        return "samples" not in self.where or list(sample.key) in self.where["samples"]
 
 
 def read_interventions(
@@ -249,34 +236,32 @@ def check_interventions(
     at the same token, and for a donor that lacks what it is asked for.
     """
     forced, path = request.teacher_forcing, request.interventions
-    room = request.max_output_tokens if request.generates else 0
-    counts, of_answers = np.zeros((2, len(interventions)), int)
+    counts, of_all = np.zeros((2, len(interventions)), int)
     for sample in samples:
         encoded = codec.encode(sample.task, sample.sample_idx, sample.num_train_pairs, forced)
         written: dict[str, list[tuple[int, np.ndarray]]] = {}
         for number, one in enumerate(interventions):
-            mask = one.mask(sample, encoded)
-            answer = one.answer_mask(sample, encoded.prompt_length, room)
-            counts[number] += mask.sum()
-            of_answers[number] += answer.sum()
+            mask = one.mask(sample, encoded, request.room)
+            known = mask[: len(encoded.ids)]
+            counts[number] += known.sum()
+            of_all[number] += mask.sum()
             try:
                 if one.donor:
-                    one.donor.values(mask, sample, encoded)
+                    one.donor.values(known, sample, encoded)
             except UserError as error:
                 raise UserError(f"{path}, entry {number}: {error}") from None
             if one.edit.op not in OVERWRITING:
                 continue
-            both = np.concatenate([mask, answer])
             for other, before in written.setdefault(one.edit.hook, []):
-                if (both & before).any():
+                if (mask & before).any():
                     raise UserError(
                         f"{path}: entries {other} and {number} both overwrite {one.edit.hook} at "
-                        f"token {np.argmax(both & before)} of sample {list(sample.key)}: make "
+                        f"token {np.argmax(mask & before)} of sample {list(sample.key)}: make "
                         "their `where` exclude each other"
                     )
-            written[one.edit.hook].append((number, both))
+            written[one.edit.hook].append((number, mask))
     for number, one in enumerate(interventions):
-        if not counts[number] + of_answers[number]:
+        if not of_all[number]:
             raise UserError(
                 f"{path}, entry {number} matches no token of any sample: look at its `where`"
             )

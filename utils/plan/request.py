@@ -260,6 +260,11 @@ class Request:
         return not self.teacher_forcing and self.max_output_tokens > 0
 
     @property
+    def room(self) -> int:
+        """Tokens that a generated answer can take, 0 where none is generated."""
+        return self.max_output_tokens if self.generates else 0
+
+    @property
     def temperatures(self) -> list[float]:
         """Of each prediction; the first of several is greedy."""
         if self.predictions_per_task == 1:

@@ -131,14 +131,13 @@ class Computation:
         """What is launched for these batches, in this order."""
         lengths, passes = [sample.length for sample in self.plan.samples], []
         for batch in batches:
-            own = [
-                Pass(batch, tuple(chunks))
-                for chunks in prefill_passes(batch, lengths, self.layout.data)
+            chunks = prefill_passes(batch, lengths, self.layout.data)
+            steps = [(tuple(each), None) for each in chunks]
+            steps += [((), number) for number in range(len(self.temperatures))]
+            passes += [
+                Pass(batch, *step, first=i == 0, last=i + 1 == len(steps))
+                for i, step in enumerate(steps)
             ]
-            own += [Pass(batch, prediction=k) for k in range(len(self.temperatures))]
-            own[0] = replace(own[0], first=True)
-            own[-1] = replace(own[-1], last=True)
-            passes += own
         return passes
 
     def launch(self, job: Pass) -> Launched:
@@ -196,35 +195,31 @@ class Computation:
 
     def _changes(self, batch: "_Batch", places: Sequence[int], start: np.ndarray) -> Changes:
         """What the interventions need of the chunks of a pass."""
-        rows, chunk, found = len(places), batch.shape.chunk, []
-        for one in self.plan.interventions:
-            arrays = {"mask": np.zeros((rows, chunk), bool)}
+        chunk, found = batch.shape.chunk, []
+        spans = [slice(begin, begin + chunk) for begin in start]
+        for one, masks in zip(self.plan.interventions, batch.masks, strict=True):
+            here = [masks[place, span] for place, span in zip(places, spans, strict=True)]
+            arrays = {"mask": np.stack(here)}
             if one.donor:
                 width = width_of(self.plan.config, one.edit.hook)
-                arrays["values"] = np.zeros((rows, chunk, width), np.float32)
-            for number, (place, begin) in enumerate(zip(places, start, strict=True)):
-                if place not in batch.computed:
-                    continue
-                sample, encoded = batch.computed[place]
-                mask = one.mask(sample, encoded)
-                mask[:begin] = mask[begin + chunk :] = False
-                here = slice(begin, begin + chunk)
-                arrays["mask"][number, : len(mask[here])] = mask[here]
-                if one.donor:
-                    values = one.donor.values(mask, sample, encoded)[here]
-                    arrays["values"][number, : len(values)] = values
+                arrays["values"] = np.zeros((*arrays["mask"].shape, width), np.float32)
+                for target, place, span in zip(arrays["values"], places, spans, strict=True):
+                    if place in batch.computed:
+                        sample, encoded = batch.computed[place]
+                        mask = np.zeros(len(encoded.ids), bool)
+                        mask[span] = masks[place, : len(mask)][span]
+                        values = one.donor.values(mask, sample, encoded)[span]
+                        target[: len(values)] = values
             found.append(arrays)
         return tuple(found)
 
     def _changes_of_answers(self, batch: "_Batch") -> Changes:
         """What they need of generated tokens, of which there are none to patch from."""
-        room, found = self.plan.request.max_output_tokens, []
-        for one in self.plan.interventions:
-            mask = np.zeros((batch.shape.rows, room), bool)
-            for place, (sample, encoded) in batch.computed.items():
-                mask[place] = one.answer_mask(sample, encoded.prompt_length, room)
-            found.append(None if one.donor else {"mask": mask})
-        return tuple(found)
+        tokens = batch.prompts[:, None] + np.arange(self.plan.request.room)
+        return tuple(
+            None if one.donor else {"mask": np.take_along_axis(masks, tokens, axis=1)}
+            for one, masks in zip(self.plan.interventions, batch.masks, strict=True)
+        )
 
     def fetch(self, launched: Launched) -> list[Result]:
         """Waits for the pass; the results of its batch, where it ends with it."""
@@ -294,7 +289,8 @@ class _Batch:
     ids: int32 [B, T] of the rows that the devices of this process compute with; prompts, totals:
     int32 [B], tokens of every row without and with a forced answer. computed: place in the batch ->
     what stands there, of those same rows without padding; kept: of those among them whose results
-    this process brings to the host. owned: device -> the places whose results it holds.
+    this process brings to the host. owned: device -> the places whose results it holds. masks: of
+    each intervention bool [B, T], the tokens that it means, generated ones included.
     """
 
     shape: Shape
@@ -304,6 +300,7 @@ class _Batch:
     computed: dict[int, tuple[Sample, Encoded]]
     kept: dict[int, tuple[Sample, Encoded]]
     owned: dict[jax.Device, list[int]]
+    masks: list[np.ndarray]
 
     @classmethod
     def of(cls, plan: Plan, batch: Batch) -> "_Batch":
@@ -312,15 +309,21 @@ class _Batch:
         samples = {b: plan.samples[i] for b, i in enumerate(rows) if i >= 0 and b in needed}
         computed = {b: (sample, plan.encode(sample)) for b, sample in samples.items()}
         owned = plan.layout.owned(len(rows))
-        encoded = [computed[b][1].ids if b in computed else None for b in range(len(rows))]
+        ids = [computed[b][1].ids if b in computed else None for b in range(len(rows))]
+        masks = [np.zeros((len(rows), batch.shape.slots), bool) for _ in plan.interventions]
+        for one, mask in zip(plan.interventions, masks, strict=True):
+            for b, of_sample in computed.items():
+                meant = one.mask(*of_sample, plan.request.room)
+                mask[b, : len(meant)] = meant
         return cls(
             batch.shape,
-            pad_rows(encoded, batch.shape.slots),
+            pad_rows(ids, batch.shape.slots),
             np.array([length.prompt for length in lengths], np.int32),
             np.array([length.total for length in lengths], np.int32),
             computed,
             {b: computed[b] for held in owned.values() for b in held if b in computed},
             owned,
+            masks,
         )
 
     def on_host(
