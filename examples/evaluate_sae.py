@@ -92,7 +92,6 @@ class Spliced:
             computation.passes(self.plan.batches),
             computation.launch,
             computation.fetch,
-            lambda result: result.nbytes,
             lambda: None,
         )
         with tqdm(total=len(self.plan.samples), desc=condition, unit="sample") as bar:

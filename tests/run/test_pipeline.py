@@ -3,13 +3,14 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from utils.run.pipeline import MAX_ON_DEVICES, Pipeline
 
 
-def pipeline_of(jobs, launch=int, fetch=lambda job: [job], nbytes=lambda _: 1, check=int, **more):
-    return Pipeline(range(jobs), launch, fetch, nbytes, check, **more)
+def pipeline_of(jobs, launch=int, fetch=lambda job: [job], check=int, **more):
+    return Pipeline(range(jobs), launch, lambda job: list(np.int64(fetch(job))), check, **more)
 
 
 def test_every_job_is_given_in_order():
@@ -49,7 +50,7 @@ def test_a_slow_disk_holds_the_devices_back_and_is_named():
             most = max(most, waiting)
         return [100]
 
-    pipeline = pipeline_of(10, int, fetch, lambda size: size, max_waiting_bytes=250)
+    pipeline = pipeline_of(10, int, fetch, max_waiting_bytes=20)  # of 8 bytes each
     for _ in pipeline:
         time.sleep(0.05)
         with lock:

@@ -165,18 +165,17 @@ def _compute(
         uploads.check()
 
     every = plan.request.save_every_n_batches
-    share = sum(len(batch.rows) - batch.rows.count(-1) for batch in todo)
-    share /= peers.count
-    passes, batches = computation.passes(todo), 0
-    pipeline = Pipeline(
-        passes, computation.launch, computation.fetch, lambda result: result.nbytes, check
-    )
-    outlook, stored, tokens = DiskOutlook(folder.path), 0, 0
-    to_store = sum(weight(plan, plan.samples[i]) for b in todo for i in b.rows if i >= 0)
-    to_store /= peers.count
+    samples = [plan.samples[i] for batch in todo for i in batch.rows if i >= 0]
+    to_store = sum(weight(plan, sample) for sample in samples) / peers.count
+    passes = computation.passes(todo)
+    pipeline = Pipeline(passes, computation.launch, computation.fetch, check)
+    outlook, stored, tokens, batches = DiskOutlook(folder.path), 0, 0, 0
     begin = time.perf_counter() - computation.compile_seconds
     with tqdm(
-        total=num_done + round(share),  # of several processes the first one's bar counts its own
+        total=num_done
+        + round(
+            len(samples) / peers.count
+        ),  # of several processes the first one's bar counts its own
         initial=num_done,
         unit="sample",
         desc="inference",

@@ -21,10 +21,10 @@ CHECK_SECONDS = 0.2
 class Pipeline(Generic[Job, OnDevice, Result]):
     """Iterating gives the results of each job, in the order of the jobs.
 
-    launch: job -> what is on the device, returning early. fetch: that -> results on the host. Each
-    is called by one thread alone. nbytes: of a result that waits. check: called time and again
-    while the caller waits; what it raises ends the iteration, and so does an error of a thread.
-    What the devices compute is dropped then.
+    launch: job -> what is on the device, returning early. fetch: that -> results on the host, each
+    with its `nbytes`. Each is called by one thread alone. check: called time and again while the
+    caller waits; what it raises ends the iteration, and so does an error of a thread. What the
+    devices compute is dropped then.
 
     disk_wait: seconds that fetching has waited for the caller.
     """
@@ -34,13 +34,12 @@ class Pipeline(Generic[Job, OnDevice, Result]):
         jobs: Sequence[Job],
         launch: Callable[[Job], OnDevice],
         fetch: Callable[[OnDevice], list[Result]],
-        nbytes: Callable[[Result], int],
         check: Callable[[], None],
         max_waiting_bytes: int = MAX_WAITING_BYTES,
     ):
         self.disk_wait = 0.0
-        self._jobs, self._launch, self._fetch = jobs, launch, fetch
-        self._nbytes, self._check, self._max_bytes = nbytes, check, max_waiting_bytes
+        self._jobs, self._launch, self._fetch, self._check = jobs, launch, fetch, check
+        self._max_bytes = max_waiting_bytes
         self._changed = threading.Condition()  # of the counts below
         self._ending = False
         self._on_devices = 0
@@ -99,7 +98,7 @@ class Pipeline(Generic[Job, OnDevice, Result]):
                 raise launched
             results = self._fetch(launched)
             del launched  # its buffers make room for the next batch
-            size = sum(map(self._nbytes, results))
+            size = sum(result.nbytes for result in results)
             start = time.perf_counter()
             with self._changed:
                 self._changed.wait_for(lambda size=size: self._ending or self._has_room(size))
