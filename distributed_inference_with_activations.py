@@ -126,18 +126,17 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> int:
     from utils.run.dry_run import print_placements, print_plan
     from utils.run.loop import run
     from utils.run.opening import stored_already
-    from utils.run.peers import agree, parting
+    from utils.run.peers import agree
     from utils.run.summary import print_summary
 
-    peers = connect(
+    with connect(
         args.coordinator_address,
         args.num_processes,
         args.process_id,
         timeout=args.coordinator_timeout,
         silence=args.peer_timeout,
         signals=signals,
-    )
-    with parting(peers):
+    ) as peers:
         with peers.together("checking the request"):
             plan = plan_run(request)
         agree(plan, peers)

@@ -15,6 +15,7 @@ import time
 
 import pytest
 from conftest import ROOT, TINY, NoSignals, random_task, words
+from jax.errors import JaxRuntimeError
 
 from utils import cli
 from utils.cli import Interrupted, LogStream, last_words
@@ -251,7 +252,7 @@ class Gone(Peers):
 
     told = None
 
-    def explain(self, error):
+    def _cause(self, seconds):
         return UserError("process 1 is gone", 1)
 
     def leaving(self, error):
@@ -267,10 +268,11 @@ def test_a_signal_ends_a_wait():
 
 def test_the_end_of_a_run_has_a_cause_and_a_last_moment(monkeypatch):
     left, gone = [], Gone()
+    gone.count = 2
     monkeypatch.setattr(cli, "GRACE_SECONDS", 0.1)
     monkeypatch.setattr(cli, "leave", lambda *words: left.append(words))
     monkeypatch.setattr("utils.run.peers.leave_later", cli.leave_later)
-    cause = gone.ending(RuntimeError("INTERNAL: connection reset"))
+    cause = gone.ending(JaxRuntimeError("INTERNAL: connection reset"))
     assert str(cause) == "process 1 is gone" and gone.told is cause
     time.sleep(0.5)
     assert left == [("error: process 1 is gone", 1)]

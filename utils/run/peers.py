@@ -191,14 +191,6 @@ class Peers:
                 exit_code=1,
             )
 
-    def explain(self, error: BaseException) -> BaseException:
-        """The cause of an error of the devices, which may be another process's end."""
-        if self.count == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
-            return error
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return error
-        return self._cause(self._silence + 3 * BEAT_SECONDS) or error
-
     def _cause(self, seconds: float) -> BaseException | None:
         """What `check` raises within so long."""
         deadline = time.monotonic() + seconds
@@ -223,6 +215,15 @@ class Peers:
 
     # ------------------------------------------------------------------ leaving
 
+    def __enter__(self) -> "Peers":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Tells the others what ended this process's part, and lets them hear it."""
+        if error is not None:
+            self.leaving(error)
+        self.farewell()
+
     def leaving(self, error: BaseException) -> None:
         """Tells the others that this process ends, and why."""
         if isinstance(error, Interrupted):
@@ -234,10 +235,13 @@ class Peers:
                 self._publish()
 
     def ending(self, error: BaseException) -> BaseException:
-        """To be called once the run ends by `error`: gives the cause, which may be the end of
-        another process, and tells the others. From here on the process has GRACE_SECONDS left,
-        whatever disk or server it waits for; after a signal, since that signal."""
-        cause = self.explain(error)
+        """To be called once the run ends by `error`: gives the cause, which of an error of the
+        devices may be the end of another process, and tells the others. From here on the process
+        has GRACE_SECONDS left, whatever disk or server it waits for; after a signal, since that
+        signal."""
+        cause, of_devices = error, isinstance(error, jax.errors.JaxRuntimeError)
+        if self.count > 1 and of_devices and "RESOURCE_EXHAUSTED" not in str(error):
+            cause = self._cause(self._silence + 3 * BEAT_SECONDS) or error
         if not isinstance(cause, Interrupted):
             leave_later(cause)
         self.leaving(cause)
@@ -258,18 +262,6 @@ class Peers:
                 time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def parting(peers: Peers) -> Iterator[None]:
-    """Tells the others what ended this process's part, and lets them hear it."""
-    try:
-        yield
-    except BaseException as error:
-        peers.leaving(error)
-        raise
-    finally:
-        peers.farewell()
-
-
 def agree(plan: Plan, peers: Peers) -> None:
     """Raises UserError where the processes of a run were not asked for the same, or do not read
     the same. The paths of model, prompt, tasks and results may differ."""
@@ -286,7 +278,7 @@ def agree(plan: Plan, peers: Peers) -> None:
         "interventions": {str(i): one.entry for i, one in enumerate(plan.interventions)},
         "tokens": sum(sample.length.total for sample in plan.samples),
         "config": asdict(plan.config),
-        "adapter": None if plan.adapter is None else plan.adapter.hash,
+        "adapter": settings["model"]["adapter"],
         "batches": hashlib.sha256(repr(plan.batches).encode()).hexdigest(),
     }
     everyone = peers.exchange("request", said)
