@@ -40,7 +40,6 @@ def conclude(plan: Plan, folder: RunFolder, usage: Usage, peers: Peers) -> Manif
     if folder.writer.owner and peers.index == 0:
         manifest = _joint(manifest, parts)
         write_result(folder.path / "metadata.json", json_lines(manifest), WAY_ON)
-    peers.exchange("finished", None)
     return manifest
 
 
@@ -94,11 +93,8 @@ def _joint(own: Manifest, parts: list[tuple[Manifest, list[dict[str, Any]]]]) ->
 def _useful(usages: list[dict[str, int]]) -> dict[str, float | None]:
     """Share of the computed slots, of prefill and of decoding, that held a sample's token."""
     total = {key: sum(usage[key] for usage in usages) for key in usages[0]}
-
-    def share(kind: str) -> float | None:
-        return total[f"{kind}_useful"] / total[kind] if total[kind] else None
-
-    return {"prefill": share("prefill"), "decode": share("decode")}
+    kinds = ("prefill", "decode")
+    return {kind: total[f"{kind}_useful"] / total[kind] if total[kind] else None for kind in kinds}
 
 
 def last_files(plan: Plan, folder: RunFolder) -> tuple[list[Path], list[Path]]:

@@ -42,7 +42,7 @@ def planned_item(plan: Plan, sample: Sample) -> dict[str, Any]:
     answers, said = [], []
     A = len(encoded.ids) - P
     if request.generates:
-        A = request.max_output_tokens
+        A = request.room
         cells = np.zeros((min(A, MAX_SIDE**2), 7), np.int32)
         cells[:, :2] = -1, 1  # of the test output
         cells[:, 5] = P + np.arange(len(cells))
@@ -85,9 +85,7 @@ def planned_items(plan: Plan, process: int) -> Iterator[dict[str, Any] | None]:
 def plan_storage(plan: Plan) -> tuple[int, list[tuple[int, int]]]:
     """Total tokens, and (samples, bytes) of each shard of every process; see `planned_item`."""
     request, shards = plan.request, []
-    tokens = sum(sample.length.total for sample in plan.samples)
-    if request.generates:
-        tokens += len(plan.samples) * request.max_output_tokens
+    tokens = sum(sample.length.total + request.room for sample in plan.samples)
     processes = sorted({device.process_index for device in plan.layout.mesh.devices.flat})
     with tqdm(total=len(plan.samples), desc="planning", unit=" samples") as bar:
         for process in processes:
@@ -105,25 +103,20 @@ def plan_storage(plan: Plan) -> tuple[int, list[tuple[int, int]]]:
 def bytes_per_layer(plan: Plan) -> int:
     """Of the states of one captured layer over the whole run, at all its hook points, with every
     answer at its longest; 0 where nothing is captured."""
-    request, names = plan.request, plan.capture.names
+    names = plan.capture.names
     if not names:
         return 0
     item = planned_item(plan, plan.samples[0])
     a_row = sum(array.itemsize * array.shape[1] for array in item["activations"].values())
     a_row += sum(scales.itemsize for scales in item.get("scales", {}).values())
-    most = request.max_output_tokens if request.generates else 0
-    rows = sum(
-        plan.capture.num_kept(
-            sample.length.prompt, sample.length.answer or most, sample.cell_tokens + most
-        )
-        for sample in plan.samples
-    )
+    rows = sum(kept_rows(plan, sample, plan.request.room) for sample in plan.samples)
     return rows * a_row // len({name.rpartition(".")[2] for name in names})
 
 
-def kept_rows(plan: Plan, sample: Sample) -> int:
-    """Of a sample's tokens, without those of a generated answer."""
-    return plan.capture.num_kept(sample.length.prompt, sample.length.answer, sample.cell_tokens)
+def kept_rows(plan: Plan, sample: Sample, room: int = 0) -> int:
+    """Of a sample's tokens, with so many of a generated answer, each of which may hold a cell."""
+    length = sample.length
+    return plan.capture.num_kept(length.prompt, length.answer + room, sample.cell_tokens + room)
 
 
 def weight(plan: Plan, sample: Sample) -> int:
@@ -168,8 +161,8 @@ def print_plan(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
     lengths = [sample.length for sample in plan.samples]
     at_most = "at most " if request.generates else ""
     print(f"model         {request.model_path}: {plan.config.model_type}, {plan.dtype}")
-    if plan.adapter is not None:
-        print(f"adapter       {plan.adapter.folder}")
+    if (adapter := plan.checkpoint.adapter) is not None:
+        print(f"adapter       {adapter.folder}")
     print(f"tasks         {len(plan.tasks)}")
     print(f"samples       {len(plan.samples)}{views_of(plan)}")
     print_shortfalls(plan)
