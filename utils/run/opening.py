@@ -44,15 +44,10 @@ def opened(plan: Plan, peers: Peers) -> Iterator[tuple[RunFolder, Uploads, set[S
                 )
             if peers.index == 0:
                 stack.enter_context(claimed(output))
-            remote, restored = {}, {}
-            if plan.bucket is not None:
-                remote = manifests_in(
-                    plan.bucket, plan.listing, output.name, settings, request.resume
-                )
-                if request.resume:
-                    restored = restored_from(
-                        plan.bucket, plan.listing, remote, plan.run_folder, writer, peers
-                    )
+            remote = manifests_in(plan, settings)
+            restored = {}
+            if plan.bucket is not None and request.resume:
+                restored = restored_from(plan, remote, writer, peers)
             folder = stack.enter_context(
                 RunFolder(
                     plan.run_folder,
@@ -72,7 +67,7 @@ def opened(plan: Plan, peers: Peers) -> Iterator[tuple[RunFolder, Uploads, set[S
                     f"{output} exists, but there is no run to resume in {plan.run_folder}: choose "
                     f"another {request.output_flag}, or replace it with --overwrite"
                 )
-        done = settle(folder, peers, plan.bucket, plan.listing)
+        done = settle(plan, folder, peers)
         with peers.together("checking the bucket"):
             listed = shards_of(remote.values()).values()
             uploads = _uploads(plan, folder, [s for s in listed if done.issuperset(s.samples)])
@@ -98,7 +93,7 @@ def _uploads(plan: Plan, folder: RunFolder, listed: list) -> Uploads:
     return BucketUploads(
         plan.bucket,
         folder,
-        uploaded_before(plan.bucket, plan.listing, folder) if extracts else {},
+        uploaded_before(plan, folder) if extracts else {},
         plan.listing,
         max_pending_bytes=request.max_pending_gb * 1e9,
         timeout=request.upload_timeout,

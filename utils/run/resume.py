@@ -5,41 +5,33 @@ bucket together, is the run; only the rest is computed.
 """
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.arc.tasks import SampleKey
 from utils.errors import UserError, some
+from utils.plan.plan import Plan
 from utils.run.peers import Peers
 from utils.shards import manifest as stored
 from utils.shards.held import Writer
 from utils.shards.items import sample_name
 from utils.shards.manifest import SHARD, Manifest
 from utils.shards.writer import RunFolder
-from utils.store.bucket import BucketFolder, NameTaken, Receipt
+from utils.store.bucket import NameTaken, Receipt
 from utils.store.local import json_lines
 
 log = logging.getLogger(__name__)
 
-Listing = Mapping[str, Receipt]
 
+def manifests_in(plan: Plan, settings: dict[str, Any]) -> dict[str, Manifest]:
+    """File name -> manifest of the run that the bucket holds; none where it is empty, or no bucket.
 
-def manifests_in(
-    bucket: BucketFolder,
-    listing: Listing,
-    output: str,
-    settings: dict[str, Any],
-    resume: bool,
-) -> dict[str, Manifest]:
-    """File name -> manifest of the run that the bucket holds; none for an empty one.
-
-    listing: of the bucket's objects. output: name of the predictions or of the submission. Raises
-    UserError for a bucket that holds a run without `resume`, or another run.
+    Raises UserError for a bucket that holds a run without --resume, or another run.
     """
-    held = [name for name in listing if stored.stem(name)]
-    if not resume:
-        if not held and output not in listing:
+    bucket, output = plan.bucket, Path(plan.request.output_path).name
+    held = [name for name in plan.listing if stored.stem(name)]
+    if not plan.request.resume:
+        if not held and output not in plan.listing:
             return {}
         there = "holds a run" if held else f"holds {output} already"
         if "metadata.json" in held:
@@ -49,7 +41,7 @@ def manifests_in(
             f"{bucket} {there}: --resume continues a run; objects are never replaced, not with "
             "--overwrite either, so choose another prefix"
         )
-    if not held and output in listing:
+    if not held and output in plan.listing:
         raise UserError(
             f"{bucket} holds {output} already, and no run to resume: choose another prefix"
         )
@@ -64,37 +56,34 @@ def manifests_in(
 
 
 def restored_from(
-    bucket: BucketFolder,
-    listing: Listing,
-    manifests: dict[str, Manifest],
-    folder: Path,
-    writer: Writer,
-    peers: Peers,
+    plan: Plan, manifests: dict[str, Manifest], writer: Writer, peers: Peers
 ) -> dict[str, bytes]:
     """File name -> content of the manifests and journals that this process takes from the bucket,
-    because the folders of the run have lost them. Of several processes all call it.
+    which holds these manifests, because the folders of the run have lost them. Of several processes
+    all call it.
 
     Raises UserError where the bucket and the folders do not speak of one run.
     """
+    bucket, folder = plan.bucket, plan.run_folder
     local = stored.read_manifests(folder) if folder.exists() else {}
     known_here = {name: shard.crc32c for name, shard in stored.shards_of(local.values()).items()}
     said = peers.exchange("known", [sorted(local), known_here])
     known_manifests = {name for names, _ in said for name in names}
     known = {name: crc32c for _, files in said for name, crc32c in files.items()}
     listed = stored.shards_of(manifests.values())
-    shards = [name for name in listing if SHARD.fullmatch(name)]
-    if not manifests and any(name not in known for name in shards):
+    unknown = [name for name in plan.listing if SHARD.fullmatch(name) and name not in known]
+    if unknown and not manifests:
         raise UserError(f"{bucket} holds a run's files but no metadata.json: choose another prefix")
     for name, shard in listed.items():
-        unknown = name not in known and stored.manifest_name(shard.owner) in known_manifests
-        if unknown or known.get(name, shard.crc32c) != shard.crc32c:
+        lacking = name not in known and stored.manifest_name(shard.owner) in known_manifests
+        if lacking or known.get(name, shard.crc32c) != shard.crc32c:
             raise UserError(
                 f"{bucket} holds {name}, which {folder} does not know, or knows "
                 "otherwise: it is another run's, so choose another prefix, or the folder is an "
                 "older copy: move it away and --resume"
             )
-    orphans = [name for name in shards if name not in known and name not in listed]
-    if manifests and orphans and peers.index == 0:
+    orphans = [name for name in unknown if name not in listed]
+    if orphans and peers.index == 0:
         log.info(
             "%d shards in %s are in no manifest, %s for one: a machine was lost as it sent them; "
             "their samples are computed again; readers ignore them, and they can be deleted",
@@ -107,31 +96,26 @@ def restored_from(
         elsewhere = name in known_manifests and name not in local
         if elsewhere or not writer.looks_after(owner):
             continue
-        if name in local:
-            pass
-        elif name in manifests:
+        if name in manifests and name not in local:
             restored[name] = bucket.read(name)
-        elif owner == writer.owner:  # its shards were sent by another process, which lists them
+        elif name not in local and owner == writer.owner:  # another process sent and lists them
             files = [shard for shard in listed.values() if shard.owner == owner]
             own = stored.with_shards(next(iter(manifests.values())), files)
             restored[name] = json_lines({**own, "status": "running"})
         here = stored.whole_size(journal) if journal.exists() else 0
-        if (there := listing.get(journal.name)) and there.size > here:
+        if (there := plan.listing.get(journal.name)) and there.size > here:
             restored[journal.name] = bucket.read(journal.name)
     return restored
 
 
-def settle(
-    folder: RunFolder, peers: Peers, bucket: BucketFolder | None, listing: Listing
-) -> set[SampleKey]:
+def settle(plan: Plan, folder: RunFolder, peers: Peers) -> set[SampleKey]:
     """The samples that are stored, in whichever process's folder; of several processes all call it.
 
-    bucket: where the run is sent, or None. listing: of its objects; a shard that was sent there and
-    is gone is lost. Tells `folder` which shards are lost, and for which it speaks. Raises UserError
-    where folders hold the same sample, or one holds what another process is about to write: brought
-    together, one would hide the other.
+    A shard that was sent to the bucket and is gone from there is lost. Tells `folder` which shards
+    are lost, and for which it speaks. Raises UserError where folders hold the same sample, or one
+    holds what another process is about to write: brought together, one would hide the other.
     """
-    gone = _gone_from(bucket, listing, folder) if bucket else set()
+    gone = _gone_from_bucket(plan, folder) if plan.bucket else set()
     said = peers.exchange("samples", _holdings(folder, gone))
     owners = {owner: index for index, owner in enumerate(folder.writer.owners)}
     unsound = {name for holdings in said for name in holdings["unsound"]}
@@ -160,14 +144,14 @@ def settle(
     return {tuple(key) for name in listed.keys() - lost for key in listed[name]}
 
 
-def _gone_from(bucket: BucketFolder, listing: Listing, folder: RunFolder) -> set[str]:
+def _gone_from_bucket(plan: Plan, folder: RunFolder) -> set[str]:
     """The shards that were sent to the bucket, are not there any more, and have no file here."""
     return {
         name
         for name, shard in folder.held.shards.items()
         if isinstance(shard.uploaded, dict)
-        and shard.uploaded["uri"] == bucket.uri_of(name)
-        and name not in listing
+        and shard.uploaded["uri"] == plan.bucket.uri_of(name)
+        and name not in plan.listing
         and not folder.held.has_file(shard)
     }
 
@@ -214,23 +198,23 @@ def _check_that_folders_fit(said: list[dict[str, Any]], owners: dict[str, int]) 
                 )
 
 
-def uploaded_before(
-    bucket: BucketFolder, listing: Listing, folder: RunFolder
-) -> dict[str, Receipt]:
+def uploaded_before(plan: Plan, folder: RunFolder) -> dict[str, Receipt]:
     """Of the shards that this process speaks for, those that the bucket holds. Raises UserError for
     one that it holds with other content, and for one that is nowhere any more."""
     receipts = {}
     for name, shard in folder.shards.items():
         if name not in folder.speaks_for:
             continue
-        there = listing.get(name)
+        there = plan.listing.get(name)
         if there is None:
             if not (folder.path / name).is_file():
                 was = shard.uploaded["uri"] if isinstance(shard.uploaded, dict) else ""
                 way_on = "put it back, or start again with another --activations_dir and prefix"
-                if was and was != bucket.uri_of(name):
+                if was and was != plan.bucket.uri_of(name):
                     way_on = f"it was sent to {was}, so resume with that --cloud_bucket"
-                raise UserError(f"{name} is neither in {folder.path} nor in {bucket}: {way_on}")
+                raise UserError(
+                    f"{name} is neither in {folder.path} nor in {plan.bucket}: {way_on}"
+                )
         elif there.holds(shard.size_bytes, shard.crc32c):
             receipts[name] = there
         else:
