@@ -81,7 +81,7 @@ def plan_batches(
     for slots, members in _by_cache(lengths, chunk, rows, room).items():
         members.sort(key=lambda i: (lengths[i].expected, lengths[i].total, i))
         # As few batches as hold them, with as few rows as then suffice.
-        count = _batches(len(members), rows[slots])
+        count = math.ceil(len(members) / rows[slots])
         size = math.ceil(len(members) / count / data)
         shape = Shape(size * data, slots, chunk)
         for i in range(0, len(members), shape.rows):
@@ -119,11 +119,6 @@ def _chunks(length: Length, chunk: int) -> int:
     return -(-length.total // chunk)
 
 
-def _batches(samples: int, rows: int) -> int:
-    """As few as hold so many samples."""
-    return -(-samples // rows)
-
-
 def _by_cache(
     lengths: Sequence[Length], chunk: int, rows: Mapping[int, int], room: int
 ) -> dict[int, list[int]]:
@@ -139,8 +134,8 @@ def _by_cache(
         slots, larger = max(needs[i] for i in group), next(reversed(found), None)
         if larger is not None:
             count = len(found[larger])
-            apart = _batches(count, rows[larger]) + _batches(len(group), rows[slots])
-            if _batches(count + len(group), rows[larger]) <= apart:
+            apart = math.ceil(count / rows[larger]) + math.ceil(len(group) / rows[slots])
+            if math.ceil((count + len(group)) / rows[larger]) <= apart:
                 found[larger] += group
                 continue
         found[slots] = group

@@ -16,7 +16,6 @@ import numpy as np
 from utils.arc import tasks as arc
 from utils.arc.tasks import SampleKey
 from utils.errors import UserError
-from utils.model.adapters import Adapter
 from utils.model.capture import CaptureSpec, width_of
 from utils.model.config import ModelConfig
 from utils.model.layout import (
@@ -34,7 +33,7 @@ from utils.plan.interventions import Intervention, check_interventions, read_int
 from utils.plan.memory import Workload, device_bytes, rows_that_fit
 from utils.plan.request import Request
 from utils.plan.samples import Sample, plan_samples, read_tasks, skip_reasons, tasks_hash
-from utils.prompt.codec import Codec, Encoded, load_codec, tokenizer_folder
+from utils.prompt.codec import Codec, Encoded, load_codec
 from utils.shards.manifest import stem
 from utils.store.bucket import BucketFolder, Receipt
 from utils.store.local import check_file, check_writable
@@ -80,11 +79,6 @@ class Plan:
         return Path(request.activations_dir or f"{request.output_path}.run")
 
     @property
-    def adapter(self) -> Adapter | None:
-        """What is merged into the model's weights."""
-        return self.checkpoint.adapter
-
-    @property
     def train_pairs(self) -> dict[str, int]:
         """How many train pairs the samples' tasks have, how many their prompts keep, and how many
         samples keep fewer than there are, for want of room."""
@@ -113,9 +107,9 @@ class Plan:
     def settings(self, weights_hash: str) -> dict[str, Any]:
         """The manifest entries that decide what is computed; a resumed run must have the same."""
         request, config, codec = self.request, self.config, self.codec
+        adapter, quantization = self.checkpoint.adapter, self.checkpoint.quantization
         # A --model_path that is an adapter names the folder of the model.
-        adapter, named = self.adapter, self.adapter is not None and request.adapter is None
-        quantization = self.checkpoint.quantization
+        named = adapter is not None and request.adapter is None
         return {
             "model": {
                 "path": str(self.checkpoint.folder) if named else request.model_path,
@@ -125,12 +119,10 @@ class Plan:
                 "vocab_size": config.vocab_size,
                 "dtype": self.dtype,
                 "hash": weights_hash,
-                "adapter": None
-                if adapter is None
-                else {"path": request.adapter or request.model_path, "hash": adapter.hash},
-                "quantization": None
-                if quantization is None
-                else {"method": quantization.method, "format": quantization.format},
+                "adapter": adapter
+                and {"path": request.adapter or request.model_path, "hash": adapter.hash},
+                "quantization": quantization
+                and {"method": quantization.method, "format": quantization.format},
             },
             "dataset": {
                 "path": request.dataset_path,
@@ -224,11 +216,11 @@ def plan_meshes(
         )
     interventions = read_interventions(request.interventions, config, request.generates)
     codec = load_codec(
-        tokenizer_folder(local.model_path, checkpoint.folder),
+        local.model_path,
+        checkpoint.folder,
         request.prompt_format,
         request.grid_encoding,
         config.vocab_size,
-        checkpoint.folder,
     )
     tasks, whole_hash = read_tasks(local)
     max_model_len = _max_model_len(request, config)
@@ -303,33 +295,34 @@ def _fitting(
     totals, best, needed = [sample.length.total for sample in samples], None, []
     for layout in layouts:
         chunk = chunk_tokens(totals, layout.platform == "cpu", layout.alignment)
-        room = request.max_output_tokens if request.generates else 0
-        work = Workload(config, capture, chunk, room, dtype.itemsize)
-        slots = [cache_slots(sample.length, chunk, room) for sample in samples]
+        work = Workload(config, capture, chunk, request.room, dtype.itemsize)
+        slots = [cache_slots(sample.length, chunk, work.room) for sample in samples]
         fits = rows_that_fit(work, layout, limit, layout.data, set(slots))
         fitting = [sample for sample, n in zip(samples, slots, strict=True) if fits[n]]
         if best is None or len(fitting) > len(best[2]):
-            too_long = [
-                sample.skipped(
-                    f"does not fit in {limit / 1e9:.1f} GB a device: {sample.length.total} tokens "
-                    f"on a mesh of {layout.data} x {layout.model}"
-                )
-                for sample, n in zip(samples, slots, strict=True)
-                if not fits[n]
-            ]
-            best = work, layout, fitting, too_long
+            best = work, layout, fitting
         if len(fitting) == len(samples):
-            return best
+            break
         least = work.batch_bytes(layout, layout.data, min(slots))
         needed.append(work.parameter_bytes(layout) + least)
-    if not best[2]:
+    work, layout, fitting = best
+    if not fitting:
         raise UserError(
-            f"not even the shortest sample, {min(totals)} tokens, fits on {best[1].mesh.size} "
+            f"not even the shortest sample, {min(totals)} tokens, fits on {layout.mesh.size} "
             f"devices of {limit / 1e9:.1f} GB: about {min(needed) / 1e9:.1f} GB each are needed; "
             "raise the second number of --mesh_shape, lower --max_output_tokens "
             "or the layers, or take more devices"
         )
-    return best
+    keys = {sample.key for sample in fitting}
+    too_long = [
+        sample.skipped(
+            f"does not fit in {limit / 1e9:.1f} GB a device: {sample.length.total} tokens "
+            f"on a mesh of {layout.data} x {layout.model}"
+        )
+        for sample in samples
+        if sample.key not in keys
+    ]
+    return work, layout, fitting, too_long
 
 
 def _batches(

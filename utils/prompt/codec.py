@@ -27,8 +27,8 @@ from utils.store.text import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Tokens that end a turn or a text wherever a vocabulary has them.
 log = logging.getLogger(__name__)
+# Tokens that end a turn or a text wherever a vocabulary has them.
 END_TOKENS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
     *("<|end|>", "<|return|>", "<|end_of_turn|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
@@ -108,20 +108,19 @@ class Codec:
 
 def load_codec(
     model_path: str | Path,
+    base: Path,
     prompt_format: str,
-    grid_encoding: str,
+    grid_encoding: str | None,
     vocab_size: int,
-    base_path: str | Path | None = None,
 ) -> Codec:
-    """The codec of a model folder, offline. base_path: the folder whose configurations name the
-    ends of an answer, where another one holds the tokenizer. Raises UserError for a tokenizer,
-    template or end of text that cannot be used, or that does not fit a model with `vocab_size`
-    embeddings."""
-    folder = Path(model_path)
+    """The codec of a model, offline. base: the folder whose configurations name the ends of an
+    answer; model_path: it, or that of an adapter, see `tokenizer_folder`. Raises UserError for a
+    tokenizer, template or end of text that cannot be used, or that does not fit a model with
+    `vocab_size` embeddings."""
+    folder = tokenizer_folder(model_path, base)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size)
     fmt = load_format(prompt_format, grid_encoding, tokenizer)
-    base = folder if base_path is None else Path(base_path)
     configs = [_read_json(base / name) for name in ("generation_config.json", "config.json")]
     stops = stop_ids(tokenizer, configs, fmt)
     if fmt.thinking:
