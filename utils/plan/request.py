@@ -297,9 +297,7 @@ class Request:
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
         self._check_upload()
-        extracted = ("layers_to_extract", "hook_points", "token_positions", "max_rows_per_sample")
-        names = self._given(*extracted, "activation_dtype", "no_logits")
-        if self.activations_dir is None and names:
+        if self.activations_dir is None and (names := self._given("what is extracted")):
             if self.distributed:
                 raise UserError(f"{names}: give --extract_activations too")
             raise UserError(f"--no_extraction extracts nothing: leave out {names}")
@@ -325,9 +323,8 @@ class Request:
             raise UserError("--token_positions answer, but --max_output_tokens 0 makes no answer")
 
     def _check_upload(self) -> None:
-        flags = ("cloud_bucket", "delete_after_upload", "upload_timeout", "max_pending_gb")
         if not self.upload_to_cloud:
-            if names := self._given(*flags):
+            if names := self._given("cloud storage"):
                 raise UserError(f"{names}: give --upload_to_cloud too")
             return
         if not self.cloud_bucket:
@@ -336,10 +333,11 @@ class Request:
         if self.delete_after_upload and self.activations_dir is None:
             raise UserError("--delete_after_upload has no shards to delete: leave it out")
 
-    def _given(self, *names: str) -> str:
-        """The flags of those fields that are not as they are without any flag."""
-        changed = [name for name in names if getattr(self, name) != getattr(Request, name)]
-        return ", ".join(f"--{name}" for name in changed)
+    def _given(self, group: str) -> str:
+        """The flags of a group that are not as they are without any flag."""
+        options = [entry for entry in fields(self) if entry.metadata.get("group") == group]
+        given = [entry.name for entry in options if getattr(self, entry.name) != entry.default]
+        return ", ".join(f"--{name}" for name in given)
 
 
 def mesh_shapes(words: Sequence[str]) -> list[tuple[int, int] | None]:
