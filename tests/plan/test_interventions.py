@@ -1,6 +1,7 @@
 """`--interventions`: which tokens an entry means, what is refused, and whole runs with them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from parity import worst_error
 import simple_extraction_inference as script
 from utils.errors import UserError
 from utils.model.config import ModelConfig
+from utils.model.interventions import Edit
 from utils.plan.donors import Donor
-from utils.plan.interventions import Intervention, read_interventions
+from utils.plan.interventions import Intervention, check_interventions, read_interventions
 from utils.plan.plan import plan_run
 from utils.plan.request import Request
 from utils.prompt.codec import Encoded
@@ -35,7 +37,7 @@ ENCODED = Encoded(np.arange(12, dtype=np.int32), 9, CELLS)
 
 
 class Sample:
-    key = ("task", 0)
+    key, task, sample_idx, num_train_pairs = ("task", 0), None, 0, 2
 
 
 @pytest.mark.parametrize(
@@ -84,12 +86,15 @@ def test_which_generated_tokens_are_meant(where, tokens):
     assert np.flatnonzero(mask[9:]).tolist() == tokens
 
 
-def test_a_donor_is_not_asked_for_a_sample_that_is_not_touched():
-    donor = Donor("a run of another sample", "resid_post.1", 32, {}, None, False)
-    values = donor.values(np.zeros(12, bool), Sample, ENCODED)
-    assert (values.shape, values.any()) == ((12, 32), False)
-    with pytest.raises(UserError, match=r"holds no sample \['task', 0\]"):
-        donor.values(np.ones(12, bool), Sample, ENCODED)
+@pytest.mark.parametrize(("asked", "said"), [("task", "holds no sample"), ("other", "matches no")])
+def test_a_donor_is_not_asked_for_a_sample_that_is_not_touched(asked, said):
+    donor = Donor("a run of another sample", "resid_post.1", {}, None, False)
+    where = {"samples": [[asked, 0]]}
+    patch = Intervention({"where": where}, Edit("resid_post.1", "patch"), {}, donor)
+    request = SimpleNamespace(teacher_forcing=True, interventions="changes.json", room=0)
+    codec = SimpleNamespace(encode=lambda *args: ENCODED)
+    with pytest.raises(UserError, match=said):
+        check_interventions(request, codec, [Sample], [patch])
 
 
 @pytest.fixture(scope="module")

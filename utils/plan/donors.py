@@ -1,6 +1,6 @@
 """Runs whose stored states take the place of others, as an intervention of `patch` asks."""
 
-# T tokens of a sample   W width of a hook point
+# N tokens whose states are replaced   W width of a hook point
 
 import hashlib
 import json
@@ -24,14 +24,12 @@ from utils.store.places import place_of
 class Donor:
     """A run whose stored states take the place of others.
 
-    width: of the hook. entries: sample -> the manifest's entry of the shard that holds it. sample:
-    the one whose states are taken, None for the same one; by_cells: the tokens are matched by their
-    cells.
+    entries: sample -> the manifest's entry of the shard that holds it. sample: the one whose states
+    are taken, None for the same one; by_cells: the tokens are matched by their cells.
     """
 
     folder: str
     hook: str
-    width: int
     entries: dict[tuple[Any, ...], dict[str, Any]]
     sample: tuple[Any, ...] | None
     by_cells: bool
@@ -54,16 +52,13 @@ class Donor:
             raise UserError(f"{folder} holds no sample {list(sample)}")
         with place_of(folder).open("metadata.json") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
-        return cls(folder, hook, width, entries, sample, by_cells), digest
+        return cls(folder, hook, entries, sample, by_cells), digest
 
-    def values(self, mask: np.ndarray, sample: Sample, encoded: Encoded) -> np.ndarray:
-        """float32 [T, W]: what is put in the place of the tokens of a mask, bool [T]; 0 elsewhere.
+    def values(self, tokens: np.ndarray, sample: Sample, encoded: Encoded) -> np.ndarray:
+        """float32 [N, W]: what is put in the place of some of the sample's tokens, int [N].
 
         Raises UserError where the donor lacks one of them, or is not of the same tokens.
         """
-        found, tokens = np.zeros((len(mask), self.width), np.float32), np.flatnonzero(mask)
-        if not len(tokens):
-            return found
         item = self._item(self.sample or sample.key)
         rows = item["activations"][self.hook]
         whose = f"{self.folder}, sample {list(self.sample or sample.key)}"
@@ -83,8 +78,7 @@ class Donor:
                 f"{whose} has not stored {self.hook} of token {source[lacking][0]}: patch fewer "
                 "tokens, or from a run with --token_positions all"
             )
-        found[tokens] = rows[at]
-        return found
+        return rows[at]
 
     def _item(self, key: tuple[Any, ...]) -> dict[str, Any]:
         if key not in self.entries:

@@ -209,17 +209,12 @@ def _check_where(where: Any, generates: bool, op: Any) -> None:
 def _meant(cells: np.ndarray, where: dict[str, Any]) -> np.ndarray:
     """bool [C]: the cells that fulfil all conditions on cells."""
     meant = np.ones(len(cells), bool)
-    for name in _OF_CELLS:
-        if name not in where:
-            continue
+    for name in where.keys() & set(_OF_CELLS):
         column, value = cells[:, CELL_COLUMNS.index(name)], where[name]
         if name == "role":
             value = ("input", "output").index(value)
-        elif name == "pair" and value == "train":
-            meant &= column >= 0
-            continue
-        elif name == "pair" and value == "test":
-            value = -1
+        if name == "pair":
+            value = {"test": -1, "train": column[column >= 0]}.get(value, value)
         meant &= np.isin(column, value)
     return meant
 
@@ -246,8 +241,8 @@ def check_interventions(
             counts[number] += known.sum()
             of_all[number] += mask.sum()
             try:
-                if one.donor:
-                    one.donor.values(known, sample, encoded)
+                if one.donor and known.any():
+                    one.donor.values(np.flatnonzero(known), sample, encoded)
             except UserError as error:
                 raise UserError(f"{path}, entry {number}: {error}") from None
             if one.edit.op not in OVERWRITING:

@@ -196,20 +196,17 @@ class Computation:
     def _changes(self, batch: "_Batch", places: Sequence[int], start: np.ndarray) -> Changes:
         """What the interventions need of the chunks of a pass."""
         chunk, found = batch.shape.chunk, []
-        spans = [slice(begin, begin + chunk) for begin in start]
         for one, masks in zip(self.plan.interventions, batch.masks, strict=True):
-            here = [masks[place, span] for place, span in zip(places, spans, strict=True)]
+            here = [masks[place, b : b + chunk] for place, b in zip(places, start, strict=True)]
             arrays = {"mask": np.stack(here)}
             if one.donor:
                 width = width_of(self.plan.config, one.edit.hook)
                 arrays["values"] = np.zeros((*arrays["mask"].shape, width), np.float32)
-                for target, place, span in zip(arrays["values"], places, spans, strict=True):
-                    if place in batch.computed:
-                        sample, encoded = batch.computed[place]
-                        mask = np.zeros(len(encoded.ids), bool)
-                        mask[span] = masks[place, : len(mask)][span]
-                        values = one.donor.values(mask, sample, encoded)[span]
-                        target[: len(values)] = values
+                rows = zip(arrays["values"], here, places, start, strict=True)
+                for target, mask, place, b in rows:
+                    if mask.any():
+                        tokens = np.flatnonzero(mask)
+                        target[tokens] = one.donor.values(tokens + b, *batch.computed[place])
             found.append(arrays)
         return tuple(found)
 
@@ -249,17 +246,15 @@ class Computation:
             for place, states in batch.on_host(value, row_of).items():
                 span = self.plan.capture.rows(*lengths_of(batch.kept[place][1]))
                 self._unfinished[place].add(name, begins[place], states, span)
-        if part.logprobs is not None:
-            for place, logprobs in batch.on_host(part.logprobs, row_of).items():
-                prompt, forced = lengths_of(batch.kept[place][1])
-                # The first of the answer's tokens follows the prompt's last.
-                span = range(prompt - 1, prompt - 1 + forced)
-                self._unfinished[place].add("", begins[place], logprobs, span)
-        if part.logits is not None:
-            for place, logits in batch.on_host(part.logits, row_of).items():
-                if begins[place] < batch.kept[place][1].prompt_length <= begins[place] + chunk:
-                    last = logits[None, : self.plan.config.vocab_size].copy()
-                    self._unfinished[place].logits = last
+        for place, logprobs in batch.on_host(part.logprobs, row_of).items():
+            prompt, forced = lengths_of(batch.kept[place][1])
+            # The first of the answer's tokens follows the prompt's last.
+            span = range(prompt - 1, prompt - 1 + forced)
+            self._unfinished[place].add("", begins[place], logprobs, span)
+        for place, logits in batch.on_host(part.logits, row_of).items():
+            if begins[place] < batch.kept[place][1].prompt_length <= begins[place] + chunk:
+                last = logits[None, : self.plan.config.vocab_size].copy()
+                self._unfinished[place].logits = last
 
     def _fetch_answers(self, launched: Launched) -> None:
         part, batch = launched.part, launched.batch
@@ -327,12 +322,12 @@ class _Batch:
         )
 
     def on_host(
-        self, x: jax.Array, row_of: Mapping[int, int], stop: int | None = None
+        self, x: jax.Array | None, row_of: Mapping[int, int], stop: int | None = None
     ) -> dict[int, np.ndarray]:
         """Place in the batch -> its row of x, the first `stop` tokens of it, of the places that are
         kept. row_of: place -> row of x, of those that x has."""
         found = {}
-        for shard in x.addressable_shards:
+        for shard in [] if x is None else x.addressable_shards:
             places = [b for b in self.owned[shard.device] if b in self.kept and b in row_of]
             if places:
                 block = np.asarray(shard.data if stop is None else shard.data[:, :stop])
