@@ -97,7 +97,7 @@ def requests(args: argparse.Namespace, model_path: Path, tasks: Path, **changes)
 def ours(plan):
     """A call that computes every batch of the run and makes its items, nothing stored."""
     from utils.run.compute import Computation
-    from utils.run.pipeline import Pipeline
+    from utils.run.pipeline import pipelined
     from utils.run.result import to_item
     from utils.shards.items import stored_item
 
@@ -106,7 +106,7 @@ def ours(plan):
 
     def run() -> None:
         jobs, stages = computation.passes(plan.batches), (computation.launch, computation.fetch)
-        for results in Pipeline(jobs, *stages, lambda: None):
+        for results in pipelined(jobs, *stages, lambda: None):
             for result in results:
                 stored_item(to_item(result, plan)[0], "float16")
 

@@ -80,7 +80,7 @@ class Spliced:
         """Every sample's, under one of CONDITIONS."""
         from tqdm import tqdm
 
-        from utils.run.pipeline import Pipeline
+        from utils.run.pipeline import pipelined
 
         chosen = [
             replace(one, entry={} if name == condition else NOWHERE)
@@ -88,7 +88,7 @@ class Spliced:
         ]
         computation = self.computation
         computation.plan = replace(self.plan, interventions=tuple(chosen))
-        pipeline = Pipeline(
+        pipeline = pipelined(
             computation.passes(self.plan.batches),
             computation.launch,
             computation.fetch,

@@ -12,8 +12,7 @@ import distributed_inference_with_activations as distributed
 from utils.errors import UserError
 from utils.plan.plan import plan_run
 from utils.plan.request import Request
-from utils.run import loop
-from utils.run.pipeline import Pipeline
+from utils.run import loop, pipeline
 from utils.shards import uploads
 from utils.shards.manifest import read_manifest
 
@@ -69,7 +68,7 @@ def test_the_disk_is_not_blamed_for_the_network(
             self.waited += 0.05
 
     monkeypatch.setattr(uploads.BucketUploads, "wait_for_room", wait)
-    monkeypatch.setattr(Pipeline.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(pipeline, "MAX_WAITING_BYTES", 1)
     plan = planned(tiny_model, tasks_file, tmp_path, "--max_output_tokens", 4, *TO_BUCKET)
     loop.run(plan, NoSignals())
     assert ("the disk was the bottleneck" in caplog.text) is (slow == "disk")

@@ -6,11 +6,12 @@ import time
 import numpy as np
 import pytest
 
-from utils.run.pipeline import MAX_ON_DEVICES, Pipeline
+from utils.run import pipeline as module
+from utils.run.pipeline import MAX_ON_DEVICES, pipelined
 
 
-def pipeline_of(jobs, launch=int, fetch=lambda job: [job], check=int, **more):
-    return Pipeline(range(jobs), launch, lambda job: list(np.int64(fetch(job))), check, **more)
+def pipeline_of(jobs, launch=int, fetch=lambda job: [job], check=int):
+    return pipelined(range(jobs), launch, lambda job: list(np.int64(fetch(job))), check)
 
 
 def test_every_job_is_given_in_order():
@@ -38,7 +39,7 @@ def test_two_batches_are_on_the_devices_at_most():
     assert launched == list(range(6)) and max(most) <= MAX_ON_DEVICES
 
 
-def test_a_slow_disk_holds_the_devices_back_and_is_named():
+def test_a_slow_disk_holds_the_devices_back_and_is_named(monkeypatch):
     """What waits is bounded in bytes; the time that the devices waited is counted."""
     waiting, most = 0, 0
     lock = threading.Lock()
@@ -50,12 +51,13 @@ def test_a_slow_disk_holds_the_devices_back_and_is_named():
             most = max(most, waiting)
         return [100]
 
-    pipeline = pipeline_of(10, int, fetch, max_waiting_bytes=20)  # of 8 bytes each
+    monkeypatch.setattr(module, "MAX_WAITING_BYTES", 20)
+    pipeline = pipeline_of(10, int, fetch)  # of 8 bytes each
     for _ in pipeline:
         time.sleep(0.05)
         with lock:
             waiting -= 1
-    assert most <= 3 and pipeline.disk_wait > 0.1
+    assert most <= 3 and pipeline.waited > 0.1
 
 
 @pytest.mark.parametrize("stage", ["launch", "fetch", "check"])

@@ -24,7 +24,7 @@ from utils.run.conclude import conclude, last_files, send_the_rest, tidy
 from utils.run.dry_run import DiskOutlook, check_disk, weight
 from utils.run.opening import opened
 from utils.run.peers import LeftBehind, Peers
-from utils.run.pipeline import Pipeline
+from utils.run.pipeline import pipelined
 from utils.run.result import to_item
 from utils.shards.manifest import Manifest
 from utils.shards.uploads import Uploads
@@ -166,16 +166,14 @@ def _compute(
 
     every = plan.request.save_every_n_batches
     samples = [plan.samples[i] for batch in todo for i in batch.rows if i >= 0]
+    share = round(len(samples) / peers.count)
     to_store = sum(weight(plan, sample) for sample in samples) / peers.count
     passes = computation.passes(todo)
-    pipeline = Pipeline(passes, computation.launch, computation.fetch, check)
+    pipeline = pipelined(passes, computation.launch, computation.fetch, check)
     outlook, stored, tokens, batches = DiskOutlook(folder.path), 0, 0, 0
     begin = time.perf_counter() - computation.compile_seconds
     with tqdm(
-        total=num_done
-        + round(
-            len(samples) / peers.count
-        ),  # of several processes the first one's bar counts its own
+        total=num_done + share,  # of several processes the first one's bar counts its own
         initial=num_done,
         unit="sample",
         desc="inference",
@@ -199,7 +197,7 @@ def _compute(
             stored += sum(weight(plan, result.sample) for result in results)
             outlook.look(stored, to_store)
     seconds = time.perf_counter() - begin - computation.compile_seconds
-    waited = pipeline.disk_wait - uploads.waited  # for room, during which nothing was stored either
+    waited = pipeline.waited - uploads.waited  # for room, during which nothing was stored either
     if waited > 0.1 * seconds:
         log.warning(
             "the disk was the bottleneck: the device waited %.0f of %.0f s for what was computed "
