@@ -25,8 +25,8 @@ import ijson
 import orjson
 
 from utils.arc import tasks as arc
-from utils.arc.tasks import Grid, Pair, Task, listed
-from utils.errors import UserError
+from utils.arc.tasks import Grid, Pair, Task
+from utils.errors import UserError, some
 from utils.store import text
 from utils.store.local import check_writable
 from utils.store.text import Guarded, parse
@@ -86,7 +86,7 @@ def open_rows(
         column = DEFAULT_COLUMN
     if column not in columns and (column or not {"train", "test"} <= columns.keys()):
         wanted = f"column {column!r}" if column else "column 'examples', nor 'train' and 'test'"
-        found = f"no {wanted} in {dataset}; found: {listed(columns)}"
+        found = f"no {wanted} in {dataset}; found: {some(list(columns), 12)}"
         raise UserError(f"{found}; name the one that holds the pairs with --column")
     return Source(chain(first, rows), columns, column)
 
@@ -195,7 +195,7 @@ def _read(dataset: str, split: str, streaming: bool) -> Iterator[object]:
     splits = [str(name) for name in files or builder.info.splits or ()]
     named = set(re.findall(r"(?:^|\+)([\w.-]+)", split))
     if splits and not named <= set(splits):
-        raise UserError(f"no split {split} in {dataset}; --split can be: {listed(splits)}")
+        raise UserError(f"no split {split} in {dataset}; --split can be: {some(splits, 12)}")
     is_json = builder.name == "json"
     if builder.name in ("json", "parquet") and path.exists() and not sliced:
         return chain.from_iterable(map(_json_rows if is_json else _parquet_rows, files[split]))

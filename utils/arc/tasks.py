@@ -181,11 +181,6 @@ def top_keys(file: BinaryIO, limit: int = 8) -> list[str]:
     return keys
 
 
-def listed(names: Iterable[object]) -> str:
-    names = list(map(str, names))
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-
-
 def split_suffix(name: str) -> tuple[str, str]:
     """The name of a file without the one of SUFFIXES that it ends in, in whatever case, and that
     one; nothing for another file."""
@@ -257,7 +252,7 @@ def _to_task(where: str, task_id: str, value: object) -> Task:
     if not isinstance(value, dict):
         raise UserError(f"{where} is not an object with {keys}; is it a solutions file?")
     if not {"train", "test"} <= value.keys():
-        raise UserError(f"{where} needs the keys {keys}, found: {listed(value)}")
+        raise UserError(f"{where} needs the keys {keys}, found: {some(list(value), 12)}")
     sides = {}
     for side in ("train", "test"):
         if not isinstance(value[side], list) or not value[side]:
