@@ -20,21 +20,13 @@ import numpy as np
 
 from utils.arc.tasks import MAX_SIDE, Grid, Task
 from utils.errors import UserError
-from utils.prompt.chat import (
-    Message,
-    apply_chat,
-    assistant_turn,
-    generation_prompt,
-    rendered,
-)
+from utils.prompt.chat import Message, apply_chat, assistant_turn, generation_prompt, rendered
 from utils.prompt.encodings import FENCE, GRID_ENCODINGS, NoGridError, read_grid, write_grid
-from utils.prompt.known import KNOWN, NVARC_END, compact, train_pairs
+from utils.prompt.known import KNOWN, Wording, compact, train_pairs
 from utils.store.text import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-PROMPT_FORMATS = ("chat", "turns", "compact", "plain", *KNOWN)
 
 CHAT_NOTE = (
     "This is a puzzle from ARC, the Abstraction and Reasoning Corpus. One hidden rule turns each "
@@ -51,13 +43,10 @@ ENCODING_NOTES = {
 }
 PLAIN_NOTE = "In each numbered pair below, the same hidden rule turns the input into the output."
 
-
 # Private use characters: no template has them, and no Jinja filter trims or changes them.
 PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
-
 Chat = Callable[[list[Message]], str]  # applies a chat template and opens the assistant's turn
-Composer = Callable[[list[str], Chat], str]  # (placeholders, chat) -> the text of a prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,29 +188,20 @@ def load_format(
     Raises UserError: unknown format or encoding, no chat template, a template that fails or that
     does not use each grid exactly once.
     """
-    known, eos = KNOWN.get(name_or_path), tokenizer.eos_token or ""
-    encoding = encoding or (known.encoding if known else GRID_ENCODINGS[0])
+    source, eos = "", tokenizer.eos_token or ""
+    if (wording := FORMATS.get(name_or_path)) is None:
+        if not Path(name_or_path).is_file():
+            names = ", ".join(FORMATS)
+            raise UserError(f"no prompt format {name_or_path!r}: neither {names} nor a Jinja file")
+        source, wording = jinja_file(name_or_path, tokenizer)
+    encoding = encoding or wording.encoding or GRID_ENCODINGS[0]
     if encoding not in GRID_ENCODINGS:
         raise UserError(f"no grid encoding {encoding!r}; there are {', '.join(GRID_ENCODINGS)}")
-    if known and encoding != known.encoding:
+    if wording.encoding not in (None, encoding):
         raise UserError(
-            f"--prompt_format {name_or_path} writes grids as {known.encoding}, not as {encoding}: "
-            "leave --grid_encoding out"
+            f"--prompt_format {name_or_path} writes grids as {wording.encoding}, not as "
+            f"{encoding}: leave --grid_encoding out"
         )
-    composers: dict[str, Composer] = {
-        "chat": functools.partial(_chat, encoding=encoding),
-        "turns": _turns,
-        "compact": functools.partial(compact, eos=eos),
-        "plain": _plain,
-        **{name: functools.partial(known.compose, eos=eos) for name, known in KNOWN.items()},
-    }
-    if name_or_path in composers:
-        source, compose = "", composers[name_or_path]
-    elif Path(name_or_path).is_file():
-        source, compose = jinja_file(name_or_path, tokenizer)
-    else:
-        names = ", ".join(PROMPT_FORMATS)
-        raise UserError(f"no prompt format {name_or_path!r}: neither {names} nor a Jinja file")
     chats: list[str] = []
 
     def chat(messages: list[Message]) -> str:
@@ -229,7 +209,9 @@ def load_format(
         return chats[-1]
 
     def skeleton(num_pairs: int) -> str:
-        text = compose(_placeholders(num_pairs), chat)
+        # Input and output of each train pair, then the test input.
+        placeholders = [f"\ue000{slot}\ue001" for slot in range(2 * num_pairs + 1)]
+        text = wording.compose(placeholders, chat, eos, encoding)
         check_placeholders(text, num_pairs, name_or_path)
         return text
 
@@ -248,13 +230,12 @@ def load_format(
     opening = ""
     if encoding == "numbered":
         opening = next(FENCE[:k] for k in range(len(FENCE), -1, -1) if sample.endswith(FENCE[:k]))
-    if name_or_path in ("compact", "architects"):
+    if wording.begins_with_bos:
         bos = tokenizer.bos_token is not None
     else:
         bos = not through_chat and _adds_bos(tokenizer)
         bos = bos and not sample.startswith(tokenizer.bos_token)
-    tail = "\n" if name_or_path in ("compact", "architects") else ""
-    end = {"plain": "\n\n", "nvarc": NVARC_END}.get(name_or_path, end)
+    tail, end = wording.tail, wording.end_of_turn or end
     # By names that the hash of every run so far was made of.
     parts = {"lead": lead, "tail": tail, "prefill": opening, "end_of_turn": end, "prepend_bos": bos}
     written = write_grid([[*range(10)], [0] * 10], encoding)[0]
@@ -265,7 +246,7 @@ def load_format(
     return PromptFormat(name_or_path, encoding, cached, *around, bos, digest, thinking)
 
 
-def _chat(grids: list[str], chat: Chat, encoding: str) -> str:
+def _chat(grids: list[str], chat: Chat, _: str, encoding: str) -> str:
     parts = [CHAT_NOTE + ENCODING_NOTES[encoding]]
     for k, (given, wanted) in enumerate(train_pairs(grids), 1):
         parts.append(f"Example {k}\n\nInput:\n{given}\n\nOutput:\n{wanted}")
@@ -273,16 +254,26 @@ def _chat(grids: list[str], chat: Chat, encoding: str) -> str:
     return chat([{"role": "user", "content": "\n\n".join(parts)}])
 
 
-def _turns(grids: list[str], chat: Chat) -> str:
+def _turns(grids: list[str], chat: Chat, *_: str) -> str:
     roles = itertools.cycle(("user", "assistant"))
     return chat([{"role": role, "content": g} for role, g in zip(roles, grids, strict=False)])
 
 
-def _plain(grids: list[str], _: Chat) -> str:
+def _plain(grids: list[str], *_: object) -> str:
     parts = [PLAIN_NOTE]
     for k, (given, wanted) in enumerate([*train_pairs(grids), (grids[-1], "")], 1):
         parts.append(f"Input {k}:\n{given}\n\nOutput {k}:\n{wanted}")
     return "\n\n".join(parts)
+
+
+FORMATS = {
+    "chat": Wording(_chat),
+    "turns": Wording(_turns),
+    "compact": Wording(compact, tail="\n", begins_with_bos=True),
+    "plain": Wording(_plain, end_of_turn="\n\n"),
+    **KNOWN,
+}
+PROMPT_FORMATS = tuple(FORMATS)
 
 
 def _adds_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
@@ -291,13 +282,8 @@ def _adds_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
     return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
 
-def _placeholders(num_pairs: int) -> list[str]:
-    """Input and output of each train pair, then the test input."""
-    return [f"\ue000{slot}\ue001" for slot in range(2 * num_pairs + 1)]
-
-
-def jinja_file(path: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, Composer]:
-    """A Jinja file -> (source, what composes a prompt by it)."""
+def jinja_file(path: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, Wording]:
+    """A Jinja file -> (source, what is made of it)."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -306,18 +292,18 @@ def jinja_file(path: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, Co
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
 
-    def compose(grids: list[str], chat: Chat) -> str:
+    def compose(grids: list[str], chat: Chat, eos: str, _: str) -> str:
         given = {
             "train": [{"input": i, "output": o} for i, o in train_pairs(grids)],
             "test_input": grids[-1],
             "bos_token": tokenizer.bos_token or "",
-            "eos_token": tokenizer.eos_token or "",
+            "eos_token": eos,
             "chat": chat,
         }
         which = f"the prompt template {path}"
         return rendered(lambda: environment.from_string(source).render(given), which)
 
-    return source, compose
+    return source, Wording(compose)
 
 
 def check_placeholders(text: str, num_pairs: int, name: str) -> None:

@@ -7,6 +7,7 @@ input, and in what stands before the system prompt). Knows nothing of tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 NVARC_END = "<|im_end|>"
 # The ARChitects' letters without I and O, which they write before an input and an output.
@@ -24,12 +25,20 @@ ARC24_ANSWER = "### Output\n\n```grid"  # which the answer goes on from
 
 
 @dataclass(frozen=True)
-class Known:
-    """encoding: how its grids are written. compose: (grids of the train pairs and of the test
-    input, the tokenizer's chat template, EOS) -> the text of a prompt."""
+class Wording:
+    """One way to put a task, row by row in `formats.FORMATS`.
 
-    encoding: str
-    compose: Callable[[list[str], Callable[[list[dict[str, str]]], str], str], str]
+    compose: (grids of the train pairs and of the test input, the tokenizer's chat template, EOS,
+    encoding) -> the text of a prompt. encoding: the only one of its grids, None for any. tail: what
+    follows the grid of an answer. end_of_turn: what ends an answer, None for what the chat template
+    says, or EOS. begins_with_bos: whether BOS goes before it wherever the tokenizer has one.
+    """
+
+    compose: Callable[[list[str], Callable[[list[dict[str, str]]], str], str, str], str]
+    encoding: str | None = None
+    tail: str = ""
+    end_of_turn: str | None = None
+    begins_with_bos: bool = False
 
 
 def train_pairs(grids: list[str]) -> list[tuple[str, str]]:
@@ -37,13 +46,13 @@ def train_pairs(grids: list[str]) -> list[tuple[str, str]]:
     return list(zip(grids[:-1:2], grids[1::2], strict=True))
 
 
-def compact(grids: list[str], _: object, eos: str) -> str:
+def compact(grids: list[str], chat: object, eos: str, *_: str) -> str:
     """What the ARChitects write of the grids, and `compact` writes alone."""
     pairs = (f"I{given}\n+/-=O{wanted}\n{eos}" for given, wanted in train_pairs(grids))
     return "".join(pairs) + f"I{grids[-1]}\n+/-=O"
 
 
-def _nvarc(grids: list[str], _: object, eos: str) -> str:
+def _nvarc(grids: list[str], *_: object) -> str:
     """github.com/1ytic/NVARC: `get_messages` in SDG/scripts/build_datasets.py, through
     ARChitects/qwen3_configs/chat_template.j2, which puts nothing between two turns."""
     turn = "<|im_start|>user\n{}" + NVARC_END + "<|im_start|>assistant\n"
@@ -51,13 +60,13 @@ def _nvarc(grids: list[str], _: object, eos: str) -> str:
     return "".join(pairs) + turn.format(grids[-1])
 
 
-def _architects(grids: list[str], _: object, eos: str) -> str:
+def _architects(grids: list[str], *more: Any) -> str:
     """github.com/da-fr/arc-prize-2024: `fmt_opts` in training_code/run_finetuning_Nemo-full.py and
     run_finetuning_Llama-rearc.py, `fmt_task` in training_code/arc_loader.py."""
-    return ARCHITECTS_LETTERS + compact(grids, _, eos)
+    return ARCHITECTS_LETTERS + compact(grids, *more)
 
 
-def _arc24(grids: list[str], chat: Callable[[list[dict[str, str]]], str], eos: str) -> str:
+def _arc24(grids: list[str], chat: Callable[[list[dict[str, str]]], str], *_: str) -> str:
     """github.com/ironbar/arc24: `output-from-examples-v1` in scripts/arc24/prompting.py, which
     docs/modeling/Iteration_50_last_trainings.md trains with; the grids of scripts/inference.py."""
     parts = [ARC24_TASK]
@@ -69,7 +78,7 @@ def _arc24(grids: list[str], chat: Callable[[list[dict[str, str]]], str], eos: s
 
 
 KNOWN = {
-    "nvarc": Known("digits", _nvarc),
-    "architects": Known("digits", _architects),
-    "arc24": Known("numbered", _arc24),
+    "nvarc": Wording(_nvarc, "digits", end_of_turn=NVARC_END),
+    "architects": Wording(_architects, "digits", tail="\n", begins_with_bos=True),
+    "arc24": Wording(_arc24, "numbered"),
 }
