@@ -10,7 +10,6 @@ import os
 import re
 import signal
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from jax._src.clusters import ClusterEnv
 from utils.cli import Signals, last_words, leave
 from utils.errors import UserError
 from utils.run.peers import Peers
+from utils.store.deadline import within
 
 
 def check_flags(address: str | None, count: int | None, index: int | None) -> None:
@@ -87,9 +87,7 @@ def connect(
         local_device_ids=local_devices(os.environ),
     )
     try:
-        ThreadPoolExecutor(1).submit(start, address, count, index).result(timeout)
-    except TimeoutError:
-        raise lost from None
+        within(timeout, lambda: start(address, count, index), lambda: lost)
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{lost} ({error!s:.200})") from error
     state = distributed.global_state
