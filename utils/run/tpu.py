@@ -126,7 +126,8 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
     fits = need is not None and need <= limit
     seconds = sum(bucket["seconds"] for bucket in buckets)
     prefill = fits and sum(bucket["prefill_seconds"] for bucket in buckets)
-    given = sum(sample.length.total for sample in plan.samples)  # prompts, and forced answers
+    lengths = [sample.length for sample in plan.samples]
+    given = sum(length.total for length in lengths)  # prompts, and forced answers
     stored = request.activations_dir is not None
     stored_bytes = sum(size for _, size in shards) if stored else 0
     return {
@@ -143,9 +144,7 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
         "prefill": worst["prefill"],
         "decode": worst["decode"],
         "buckets": buckets,
-        "padding": padding_share(
-            [sample.length for sample in plan.samples], plan.batches, layout.data
-        ),
+        "padding": padding_share(lengths, plan.batches, layout.data),
         "estimated_tokens_per_second": tokens_computed(plan) / seconds if fits else None,
         "estimated_prefill_tokens_per_second": given / prefill if fits else None,
         "estimated_hours": seconds / 3600 if fits else None,
@@ -164,9 +163,8 @@ def estimate(plan: Plan, name: str) -> dict[str, Any]:
 def tokens_computed(plan: Plan) -> int:
     """Those that go through the model, of every answer at its longest; of several predictions only
     the first is stored, and in `num_tokens_total`."""
-    answers = len(plan.request.temperatures) if plan.request.generates else 0
-    tokens = (sample.length.total for sample in plan.samples)
-    return sum(tokens) + len(plan.samples) * answers * plan.request.max_output_tokens
+    answers = len(plan.request.temperatures) * plan.request.room
+    return sum(sample.length.total + answers for sample in plan.samples)
 
 
 def prompt_tokens(plan: Plan) -> dict[str, int]:
@@ -217,11 +215,9 @@ def _bucket(
     # While a pass computes, what the last one captured is still on its way to the host.
     waiting = plan.workload.capture_bytes(plan.layout, shape.rows)
     limits = prefill_seconds(plan, batches, prefill, chip)
-    seconds, step = limits.pop("seconds"), None
-    decoding = 0.0
-    if decodes:
-        step = decode_step_seconds(plan, batches, decodes[0], chip)
-        decoding = len(batches) * len(plan.request.temperatures) * plan.request.max_output_tokens
+    seconds = limits.pop("seconds")
+    step = decode_step_seconds(plan, batches, decodes[0], chip) if decodes else None
+    steps = len(batches) * len(plan.request.temperatures) * plan.request.room
     return {
         **found,
         # The parameters are there once, whichever program runs, and so is the cache.
@@ -231,7 +227,7 @@ def _bucket(
         "prefill_seconds": seconds,
         "prefill_seconds_by": limits,
         "decode_step_seconds": step,
-        "seconds": seconds + decoding * (step or 0),
+        "seconds": seconds + steps * (step or 0),
     }
 
 
