@@ -27,7 +27,8 @@ _BLOCK_VALUES = 1 << 22  # dequantised at once, so that no temporary array is la
 _OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale")
 _ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 
-Shapes = tuple[tuple[int, ...], ...]
+# Suffix -> the dtypes that a tensor may have, and then the shapes, of each that makes a weight.
+Expected = dict[str, tuple[tuple[Any, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,8 @@ class Quantization(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()  # of the tensors that show that a weight is quantised
 
     @abstractmethod
-    def expected(self, module: Module) -> dict[str, tuple[Shapes, tuple[str, ...]]]:
-        """Suffix -> shapes and dtypes that it may have, of every tensor that makes the weight.
-        Raises UserError for what cannot be read."""
+    def expected(self, module: Module) -> Expected:
+        """The tensors that make the weight. Raises UserError for what cannot be read."""
 
     @abstractmethod
     def read(self, module: Module, rows: slice, columns: slice) -> np.ndarray:
@@ -71,7 +71,7 @@ class Quantization(ABC):
     def check(self, module: Module) -> tuple[list[str], list[str]]:
         """The names of the tensors that make the weight, and what is wrong with them."""
         expected, problems = self.expected(module), []
-        for suffix, (shapes, dtypes) in expected.items():
+        for suffix, (dtypes, *shapes) in expected.items():
             name = module.name + suffix
             if suffix not in module:
                 problems.append(f"missing {name}")
@@ -97,22 +97,22 @@ class BitsAndBytes(Quantization):
         *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"),
     )
 
-    def expected(self, module: Module) -> dict[str, tuple[Shapes, tuple[str, ...]]]:
+    def expected(self, module: Module) -> Expected:
         state, nested = self._state(module), "weight.nested_absmax" in module
         size = math.prod(module.shape)
         # What holds the bytes may be of another type, as bnb_4bit_quant_storage says.
         width = _ITEMSIZE.get(module["weight"].dtype, 1) if "weight" in module else 1
         blocks = -(-size // state["blocksize"])
         found = {
-            "weight": (((-(-size // (2 * width)), 1),), ("U8", "I8", *FLOATS)),
-            "weight.absmax": (((blocks,),), ("U8",) if nested else ("F32",)),
-            "weight.quant_map": (((16,),), ("F32",)),
-            self._state_suffix(module): ((state["bytes"],), ("U8",)),
+            "weight": (("U8", "I8", *FLOATS), (-(-size // (2 * width)), 1)),
+            "weight.absmax": (("U8",) if nested else ("F32",), (blocks,)),
+            "weight.quant_map": (("F32",), (16,)),
+            self._state_suffix(module): (("U8",), state["bytes"]),
         }
         if nested:
             groups = -(-blocks // state["nested_blocksize"])
-            found["weight.nested_absmax"] = (((groups,),), ("F32",))
-            found["weight.nested_quant_map"] = (((256,),), ("F32",))
+            found["weight.nested_absmax"] = (("F32",), (groups,))
+            found["weight.nested_quant_map"] = (("F32",), (256,))
         return found
 
     def _state_suffix(self, module: Module) -> str:
@@ -160,7 +160,7 @@ class BitsAndBytes(Quantization):
             values = flat[start % 2 :][: stop - start] * spread[: stop - start]
             return values.reshape(-1, width)[:, columns]
 
-        return _in_blocks(_sizes(rows, columns), block, width)
+        return _in_blocks(rows, columns, block, width)
 
     def _scales(self, module: Module, state: dict[str, Any], blocks: slice) -> np.ndarray:
         absmax = module["weight.absmax"].read(blocks)
@@ -184,14 +184,14 @@ class Fp8(Quantization):
     def _scale(self, module: Module) -> str:
         return next((s for s in self.suffixes if s in module), self.suffixes[0])
 
-    def expected(self, module: Module) -> dict[str, tuple[Shapes, tuple[str, ...]]]:
+    def expected(self, module: Module) -> Expected:
         rows = module.shape[0]
         shapes = ((), (1,), (1, 1), (rows,), (rows, 1))
         if self.block is not None:
             sizes = zip(module.shape, self.block, strict=True)
             shapes = (tuple(-(-n // size) for n, size in sizes),)
-        scale = (shapes, (*FLOATS, "F8_E8M0"))
-        return {"weight": ((module.shape,), ("F8_E4M3",)), self._scale(module): scale}
+        scale = (*FLOATS, "F8_E8M0"), *shapes
+        return {"weight": (("F8_E4M3",), module.shape), self._scale(module): scale}
 
     def read(self, module: Module, rows: slice, columns: slice) -> np.ndarray:
         values = module["weight"].read(rows, columns)
@@ -205,91 +205,105 @@ class Fp8(Quantization):
             for part, size in zip((rows, columns), block, strict=True)
         )
         return _in_blocks(
-            values.shape, lambda part: table[values[part]] * scales[row[part]][:, column]
+            rows, columns, lambda part: table[values[part]] * scales[row[part]][:, column]
         )
 
 
 @dataclass(frozen=True)
 class Grouped(Quantization):
     """Values of 4 bits, eight in an int32, of which each group of columns has a scale and a zero
-    point: (value - zero) * scale.
+    point: (value - zero) * scale. Zero points are packed by rows.
 
-    group_size: columns of a group; None is all of them.
+    group_size: columns of a group; None is all of them. symmetric: all zero points are 8, and none
+    is stored. suffixes: of values, zero points, scales, and anything else. g_idx: of the tensor
+    that names the group of each column, if there can be one. columns_first: whether columns come
+    before rows in all of them. axis: by which values are packed, 0 for rows and 1 for columns.
+    places: of eight values in a word, from its lowest bits.
     """
 
     group_size: int | None = None
+    symmetric: bool = False
+    suffixes: ClassVar = ("qweight", "qzeros", "scales")
+    g_idx: ClassVar = ""
+    columns_first: ClassVar = True
+    axis: ClassVar = 1
+    places: ClassVar = np.arange(PER_WORD)
 
     def groups(self, module: Module) -> int:
         return -(-module.shape[1] // (self.group_size or module.shape[1]))
 
-    def group_of(self, module: Module, columns: slice, order: str) -> np.ndarray:
-        """The group of each column, as the tensor `order` says where there is one."""
-        if order not in module:
+    def expected(self, module: Module) -> Expected:
+        (rows, columns), groups = module.shape, self.groups(module)
+        values, zeros, scales, *_ = self.suffixes
+        packed = (rows, _words(columns)) if self.axis else (_words(rows), columns)
+        found = {values: (("I32",), packed), scales: (FLOATS, (rows, groups))}
+        if not self.symmetric:
+            found[zeros] = ("I32",), (_words(rows), groups)
+        if self.columns_first:
+            found = {suffix: (dtypes, shape[::-1]) for suffix, (dtypes, shape) in found.items()}
+        if self.g_idx in module:
+            found[self.g_idx] = ("I32", "I64"), (columns,)
+        return found
+
+    def read(self, module: Module, rows: slice, columns: slice) -> np.ndarray:
+        def stored(suffix: str, *index: slice) -> np.ndarray:  # [rows, columns]
+            if self.columns_first:
+                return module[suffix].read(*index[::-1]).T
+            return module[suffix].read(*index)
+
+        values_in, zeros_in, scales_in, *_ = self.suffixes
+        every, index = slice(None), [rows, columns]
+        scales = stored(scales_in, rows, every).astype(np.float32)
+        if self.symmetric:
+            zeros = np.full_like(scales, PER_WORD)
+        else:
+            words, at = _packed(rows)
+            zeros = stored(zeros_in, words, every)
+            if self.format == "gptq":
+                # Stored less one. Added to the word and not to each value, as GPTQModel does: so
+                # what a value borrowed from its neighbour when one was subtracted is given back.
+                zeros = (zeros.view(np.uint32) + np.uint32(0x11111111)).view(np.int32)
+            zeros = self._values(zeros, at, 0).astype(np.float32)
+        index[self.axis], at = _packed(index[self.axis])
+        words, group = stored(values_in, *index), self._group_of(module, columns)
+
+        def block(part: slice) -> np.ndarray:
+            packed = (words[part], at) if self.axis else (words, at[part])
+            found = self._values(*packed, self.axis).astype(np.float32)
+            found -= np.take(zeros[part], group, axis=1)
+            found *= np.take(scales[part], group, axis=1)
+            return found
+
+        return _in_blocks(rows, columns, block)
+
+    def _values(self, packed: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
+        """int32: the values at the places `at` of an axis that holds eight in an int32."""
+        shift = (4 * self.places[at % PER_WORD]).astype(np.int32)
+        shift = shift.reshape((-1, 1) if axis == 0 else (1, -1))
+        return (np.take(packed, at // PER_WORD, axis) >> shift) & 15
+
+    def _group_of(self, module: Module, columns: slice) -> np.ndarray:
+        if self.g_idx not in module:
             group_size = self.group_size or module.shape[1]
             return np.arange(columns.start, columns.stop) // group_size
-        group = module[order].read(columns)
+        tensor = module[self.g_idx]
+        group = tensor.read(columns)
         if group.min(initial=0) < 0 or group.max(initial=0) >= self.groups(module):
-            tensor = module[order]
             raise UserError(f"{tensor.file}: {tensor.name} names groups that are not there")
         return group
 
 
-@dataclass(frozen=True)
 class Awq(Grouped):
-    """AutoAWQ's `gemm`: columns before rows, and rows packed in an order of their own."""
+    """AutoAWQ's `gemm`."""
 
-    suffixes: ClassVar = ("qweight", "qzeros", "scales")
-    order: ClassVar = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.int32)  # of eight rows in a word
-
-    def expected(self, module: Module) -> dict[str, tuple[Shapes, tuple[str, ...]]]:
-        (rows, columns), groups = module.shape, self.groups(module)
-        return {
-            "qweight": (((columns, _words(rows)),), ("I32",)),
-            "qzeros": (((groups, _words(rows)),), ("I32",)),
-            "scales": (((groups, rows),), FLOATS),
-        }
-
-    def read(self, module: Module, rows: slice, columns: slice) -> np.ndarray:
-        words, at = _packed(rows)
-        weight = module["qweight"].read(columns, words).T
-        return _grouped(
-            lambda part: _values(weight, at[part], 0, self.order),
-            _values(module["qzeros"].read(slice(None), words).T, at, 0, self.order),
-            module["scales"].read(slice(None), rows).T,
-            self.group_of(module, columns, ""),
-        )
+    axis: ClassVar = 0
+    places: ClassVar = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
-@dataclass(frozen=True)
 class Gptq(Grouped):
-    """AutoGPTQ's and GPTQModel's: columns before rows, columns packed. In the first format, `gptq`,
-    zero points are stored less one; `g_idx` names the group of each column."""
+    """AutoGPTQ's and GPTQModel's; zero points are stored less one in the first format, `gptq`."""
 
-    suffixes: ClassVar = ("qweight", "qzeros", "scales", "g_idx")
-
-    def expected(self, module: Module) -> dict[str, tuple[Shapes, tuple[str, ...]]]:
-        (rows, columns), groups = module.shape, self.groups(module)
-        found = {
-            "qweight": (((_words(columns), rows),), ("I32",)),
-            "qzeros": (((groups, _words(rows)),), ("I32",)),
-            "scales": (((groups, rows),), FLOATS),
-        }
-        return found | ({"g_idx": (((columns,),), ("I32",))} if "g_idx" in module else {})
-
-    def read(self, module: Module, rows: slice, columns: slice) -> np.ndarray:
-        (words, at), (zero_words, zero_at) = _packed(columns), _packed(rows)
-        weight = module["qweight"].read(words, rows).T
-        zeros = module["qzeros"].read(slice(None), zero_words).T
-        if self.format == "gptq":
-            # To the word and not to each value, as GPTQModel does: so what a value borrowed from
-            # its neighbour when one was subtracted is given back.
-            zeros = (zeros.view(np.uint32) + np.uint32(0x11111111)).view(np.int32)
-        return _grouped(
-            lambda part: _values(weight[part], at, 1),
-            _values(zeros, zero_at, 0),
-            module["scales"].read(slice(None), rows).T,
-            self.group_of(module, columns, "g_idx"),
-        )
+    g_idx: ClassVar = "g_idx"
 
     def ignores(self, tensor: Stored) -> bool:
         """AutoGPTQ also stores a bias of zeros for a layer that has none."""
@@ -297,40 +311,15 @@ class Gptq(Grouped):
         return (unused and not tensor.read().any()) or super().ignores(tensor)
 
 
-@dataclass(frozen=True)
 class PackQuantized(Grouped):
-    """compressed-tensors' `pack-quantized`: rows before columns, columns packed, values from -8 to
-    7 stored plus 8, and zero points likewise where there are any."""
+    """compressed-tensors' `pack-quantized`."""
 
-    symmetric: bool = True
-    suffixes: ClassVar = (
-        *("weight_packed", "weight_scale", "weight_shape"),
-        *("weight_zero_point", "weight_g_idx"),
-    )
+    suffixes: ClassVar = ("weight_packed", "weight_zero_point", "weight_scale", "weight_shape")
+    g_idx: ClassVar = "weight_g_idx"
+    columns_first: ClassVar = False
 
-    def expected(self, module: Module) -> dict[str, tuple[Shapes, tuple[str, ...]]]:
-        (rows, columns), groups = module.shape, self.groups(module)
-        found = {
-            "weight_packed": (((rows, _words(columns)),), ("I32",)),
-            "weight_scale": (((rows, groups),), FLOATS),
-            "weight_shape": (((2,),), ("I64", "I32")),
-        }
-        if not self.symmetric:
-            found["weight_zero_point"] = (((_words(rows), groups),), ("I32",))
-        if "weight_g_idx" in module:
-            found["weight_g_idx"] = (((columns,),), ("I32", "I64"))
-        return found
-
-    def read(self, module: Module, rows: slice, columns: slice) -> np.ndarray:
-        words, at = _packed(columns)
-        weight, scales = module["weight_packed"].read(rows, words), module["weight_scale"]
-        scales = scales.read(rows)
-        zeros = np.full(scales.shape, PER_WORD, np.int32)
-        if not self.symmetric:
-            zero_words, zero_at = _packed(rows)
-            zeros = _values(module["weight_zero_point"].read(zero_words), zero_at, 0)
-        group = self.group_of(module, columns, "weight_g_idx")
-        return _grouped(lambda part: _values(weight[part], at, 1), zeros, scales, group)
+    def expected(self, module: Module) -> Expected:
+        return super().expected(module) | {"weight_shape": (("I64", "I32"), (2,))}
 
 
 def _words(values: int) -> int:
@@ -344,43 +333,14 @@ def _packed(values: slice) -> tuple[slice, np.ndarray]:
     return words, np.arange(values.start, values.stop) - words.start * PER_WORD
 
 
-def _values(
-    packed: np.ndarray, at: np.ndarray, axis: int, order: np.ndarray | None = None
-) -> np.ndarray:
-    """int32: the 4-bit values at the places `at` of an axis that holds eight in an int32, the first
-    in the lowest bits, or in those that `order` says."""
-    place = at % PER_WORD if order is None else order[at % PER_WORD]
-    shift = (4 * place).astype(np.int32).reshape((-1, 1) if axis == 0 else (1, -1))
-    return (np.take(packed, at // PER_WORD, axis) >> shift) & 15
-
-
-def _grouped(
-    values: Callable[[slice], np.ndarray], zeros: np.ndarray, scales: np.ndarray, group: np.ndarray
-) -> np.ndarray:
-    """float32 [rows, columns]; values: of a block of rows; zeros and scales: [rows, G]; group: of
-    each column."""
-    zeros, scales = zeros.astype(np.float32), scales.astype(np.float32)
-
-    def block(part: slice) -> np.ndarray:
-        found = values(part).astype(np.float32)
-        found -= np.take(zeros[part], group, axis=1)
-        found *= np.take(scales[part], group, axis=1)
-        return found
-
-    return _in_blocks((len(scales), len(group)), block)
-
-
-def _sizes(*index: slice) -> tuple[int, ...]:
-    return tuple(part.stop - part.start for part in index)
-
-
 def _in_blocks(
-    sizes: tuple[int, int], block: Callable[[slice], np.ndarray], width: int | None = None
+    rows: slice, columns: slice, block: Callable[[slice], np.ndarray], width: int = 0
 ) -> np.ndarray:
-    """float32 [rows, columns], a few rows at a time; width: values that are made of each row."""
-    rows, columns = sizes
-    made, step = np.empty(sizes, np.float32), max(1, _BLOCK_VALUES // max(1, width or columns))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    """float32 [rows, columns], a few rows at a time, counted from the first; width: values that are
+    made of each row, where they are more than its columns."""
+    sizes = tuple(part.stop - part.start for part in (rows, columns))
+    made, step = np.empty(sizes, np.float32), max(1, _BLOCK_VALUES // max(1, width or sizes[1]))
+    for start in range(0, sizes[0], step):
+        part = slice(start, min(start + step, sizes[0]))
         made[part] = block(part)
     return made
