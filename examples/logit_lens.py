@@ -67,7 +67,7 @@ def load_lens(checkpoint: "Checkpoint", manifest: dict[str, Any]) -> Lens:
     of_run = manifest["model"].get("adapter") or {"path": "none", "hash": None}
     if (checkpoint.adapter and checkpoint.adapter.hash) != of_run["hash"]:
         raise UserError(f"the run was made with another adapter ({of_run['path']}): see --adapter")
-    paths = [path for path in checkpoint.shapes if not path.startswith("layers_")]
+    paths = [path for path in checkpoint.parameters if not path.startswith("layers_")]
     dtype = np.dtype(default_dtype(jax.local_devices()))
     params, model = checkpoint.load(layout, dtype, paths), Decoder(config, layout)
 

@@ -281,11 +281,11 @@ def write_checkpoint(folder: Path, fields: dict[str, Any], params: dict[str, Any
     from safetensors.numpy import save_file
 
     from utils.model.config import ModelConfig
-    from utils.model.weights import as_stored
+    from utils.model.weights import parameters
 
-    config, tensors = ModelConfig.from_dict(fields), {}
-    for path, leaf in flatten_dict(params, sep="/").items():
-        tensors |= as_stored(path, np.asarray(leaf).astype(jnp.bfloat16), config)
+    tensors, leaves = {}, flatten_dict(params, sep="/")
+    for path, parameter in parameters(ModelConfig.from_dict(fields)).items():
+        tensors |= parameter.as_stored(np.asarray(leaves[path]).astype(jnp.bfloat16))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

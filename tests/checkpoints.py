@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from utils.model.config import ModelConfig
-from utils.model.weights import abstract_params, as_stored, hf_names, row_at
+from utils.model.weights import parameters
 
 
 def outline(folder: str | Path) -> None:
@@ -18,9 +18,9 @@ def outline(folder: str | Path) -> None:
     the file system knows sparse files, taking no room: for planning runs of a model not at hand."""
     folder, header, size = Path(folder), {}, 0
     config = ModelConfig.from_hf(folder)
-    for path, shape in abstract_params(config).items():
-        stored = row_at(path, config).stored_shape(shape)
-        for name in hf_names(path, config):
+    for parameter in parameters(config).values():
+        stored = parameter.stored_shape
+        for name in parameter.names:
             end = size + 2 * math.prod(stored)
             header[name] = {"dtype": "BF16", "shape": stored, "data_offsets": [size, end]}
             size = end
@@ -39,16 +39,16 @@ def write_random_checkpoint(folder: str | Path, fields: dict[str, Any], seed: in
     random = np.random.default_rng(seed)
     tensors = {}
     config = ModelConfig.from_dict(fields)
-    for path, shape in abstract_params(config).items():
-        stored = row_at(path, config).stored_shape(shape)
-        noise = random.standard_normal(shape, dtype=np.float32)
+    for path, parameter in parameters(config).items():
+        stored = parameter.stored_shape
+        noise = random.standard_normal(parameter.shape, dtype=np.float32)
         if path.endswith("scale"):
             noise = 1 + 0.1 * noise
         elif len(stored) == 1:
             noise *= 0.1
         else:
             noise *= 0.05 if path in ("embedding", "head") else stored[1] ** -0.5
-        tensors |= as_stored(path, noise.astype(jnp.bfloat16), config)
+        tensors |= parameter.as_stored(noise.astype(jnp.bfloat16))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

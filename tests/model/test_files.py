@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.model.config import ModelConfig
 from utils.model.files import INDEX, ONE_FILE, model_folder, weight_files
 from utils.model.layout import Layout, single_device_mesh
-from utils.model.weights import Checkpoint, hf_names
+from utils.model.weights import Checkpoint
 
 PARTS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 BESIDE = ["._model.safetensors", "consolidated.safetensors", "optimizer.safetensors"]
@@ -98,10 +98,11 @@ def test_the_parameters_are_those_that_transformers_loads(kind, tmp_path):
     SAVED[kind](tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     config = ModelConfig.from_hf(tmp_path)
-    params = Checkpoint(tmp_path, config).load(Layout.of(config, single_device_mesh()), np.float32)
+    checkpoint = Checkpoint(tmp_path, config)
+    params = checkpoint.load(Layout.of(config, single_device_mesh()), np.float32)
     expected = model.state_dict()
     for path, found in flatten_dict(params, sep="/").items():
-        (name,) = hf_names(path, config)
+        (name,) = checkpoint.parameters[path].names
         value = expected[name].numpy()
         np.testing.assert_array_equal(np.asarray(found).reshape(value.shape), value)
 

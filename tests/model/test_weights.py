@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.model.config import MODEL_TYPES, ModelConfig
 from utils.model.decoder import Decoder
 from utils.model.layout import Layout, make_mesh, single_device_mesh
-from utils.model.weights import Checkpoint, abstract_params, fingerprint, hf_names, rows_of
+from utils.model.weights import TABLE, Checkpoint, fingerprint, parameters
 
 
 @pytest.fixture
@@ -54,17 +54,19 @@ def test_the_table_has_the_parameters_of_the_decoder(family, tied):
         lambda t: model.init(jax.random.key(0), t, t, method=Decoder.initialize), tokens
     )
     leaves = flatten_dict(tree["params"], sep="/")
-    assert list(abstract_params(config).items()) == [(p, x.shape) for p, x in leaves.items()]
-    rows = rows_of(config)
+    found = [(path, parameter.shape) for path, parameter in parameters(config).items()]
+    assert found == [(path, leaf.shape) for path, leaf in leaves.items()]
+    rows = [row for row in TABLE if row.is_of(config)]
     assert len({row.path for row in rows}) == len({row.hf for row in rows}) == len(rows)
 
 
 def test_names_and_paths_are_each_other_s_reverse():
     config = ModelConfig.from_dict({**TINY, "model_type": "qwen3", "tie_word_embeddings": False})
-    paths = {name: path for path in abstract_params(config) for name in hf_names(path, config)}
-    assert list(paths.values()) == list(abstract_params(config))
-    query = hf_names("layers_3/attention/query", config)
-    assert query == ["model.layers.3.self_attn.q_proj.weight"]
+    found = parameters(config)
+    paths = {name: path for path, parameter in found.items() for name in parameter.names}
+    assert list(paths.values()) == list(found)
+    query = found["layers_1/attention/query"].names
+    assert query == ["model.layers.1.self_attn.q_proj.weight"]
     assert "model.layers.3.self_attn.rotary_emb.inv_freq" not in paths
 
 

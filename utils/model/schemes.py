@@ -68,20 +68,6 @@ class Quantization(ABC):
         packed = "weight" in module and module["weight"].dtype not in FLOATS
         return packed or any(suffix in module for suffix in self.suffixes)
 
-    def check(self, module: Module) -> tuple[list[str], list[str]]:
-        """The names of the tensors that make the weight, and what is wrong with them."""
-        expected, problems = self.expected(module), []
-        for suffix, (dtypes, *shapes) in expected.items():
-            name = module.name + suffix
-            if suffix not in module:
-                problems.append(f"missing {name}")
-            elif (shape := module[suffix].shape) not in shapes:
-                known = " or ".join(str(list(known)) for known in shapes)
-                problems.append(f"{name} has shape {list(shape)}, not {known}")
-            elif (dtype := module[suffix].dtype) not in dtypes:
-                problems.append(f"{name} has dtype {dtype}, not one of {', '.join(dtypes)}")
-        return [module.name + suffix for suffix in expected], problems
-
     def ignores(self, tensor: Stored) -> bool:
         """Whether a tensor that is of no parameter leaves the result as it is."""
         return tensor.name.rpartition(".")[2] in _OF_ACTIVATIONS

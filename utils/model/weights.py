@@ -10,7 +10,7 @@ one row; what is missing, unexpected or mis-shaped is reported together.
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -28,19 +28,19 @@ from utils.model.config import ModelConfig
 from utils.model.files import EMBEDDING, HEAD, full_name, model_folder, read_headers
 from utils.model.layout import Layout
 from utils.model.quantized import quantization_of
-from utils.model.schemes import Module
+from utils.model.schemes import Expected, Module
 from utils.model.stored import FLOATS, Stored
 from utils.store.text import read_json
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A row of the table: one parameter, or that of every layer, whose number goes to `{}`.
+    """A row of the table: one parameter, or that of every layer, whose number goes to `{layer}`.
 
     hf: the checkpoint's name; path: the Flax path. axes: of both, outputs before inputs; `(N H)` is
-    one axis on disk that is two in the parameter, and a first axis E is many tensors on disk, whose
-    number goes to the name's last `{}`. only_if: the attribute of `ModelConfig` that models with
-    it have, or after `not ` do not have; None is all of them.
+    one axis on disk that is two in the parameter, and where the name has an `{expert}`, the first
+    axis E is as many tensors on disk. only_if: the attribute of `ModelConfig` that models with it
+    have, or after `not ` do not have; None is all of them.
     """
 
     hf: str
@@ -48,25 +48,10 @@ class Weight:
     axes: str
     only_if: str | None = None
 
-    @property
-    def stored_axes(self) -> list[list[str]]:
-        """The checkpoint's axes; `(N H) D` is [["N", "H"], ["D"]]."""
-        found = re.findall(r"\((.*?)\)|(\S+)", self.axes)
-        return [(group or axis).split() for group, axis in found]
-
-    @property
-    def param_axes(self) -> list[str]:
-        return [axis for group in self.stored_axes for axis in group]
-
-    @property
-    def of_experts(self) -> bool:
-        return self.hf.count("{}") > self.path.count("{}")
-
-    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The checkpoint's shape of a parameter of this shape, or of one expert's share."""
-        sizes = dict(zip(self.param_axes, shape, strict=True))
-        groups = self.stored_axes[1:] if self.of_experts else self.stored_axes
-        return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
+    def is_of(self, config: ModelConfig) -> bool:
+        """Whether a model has it."""
+        _, negated, attribute = (self.only_if or "").rpartition("not ")
+        return self.only_if is None or bool(getattr(config, attribute)) != bool(negated)
 
 
 _OF_A_LAYER = (
@@ -89,9 +74,9 @@ _OF_A_LAYER = (
     Weight("mlp.up_proj.weight", "mlp/up", "F D", "not num_experts"),
     Weight("mlp.down_proj.weight", "mlp/down", "D F", "not num_experts"),
     Weight("mlp.gate.weight", "mlp/router", "E D", "num_experts"),
-    Weight("mlp.experts.{}.gate_proj.weight", "mlp/expert_gate", "E F D", "num_experts"),
-    Weight("mlp.experts.{}.up_proj.weight", "mlp/expert_up", "E F D", "num_experts"),
-    Weight("mlp.experts.{}.down_proj.weight", "mlp/expert_down", "E D F", "num_experts"),
+    Weight("mlp.experts.{expert}.gate_proj.weight", "mlp/expert_gate", "E F D", "num_experts"),
+    Weight("mlp.experts.{expert}.up_proj.weight", "mlp/expert_up", "E F D", "num_experts"),
+    Weight("mlp.experts.{expert}.down_proj.weight", "mlp/expert_down", "E D F", "num_experts"),
     Weight("mlp.gate_proj.bias", "mlp/gate_bias", "F", "mlp_bias"),
     Weight("mlp.up_proj.bias", "mlp/up_bias", "F", "mlp_bias"),
     Weight("mlp.down_proj.bias", "mlp/down_bias", "D", "mlp_bias"),
@@ -101,7 +86,7 @@ TABLE = (
     Weight("lm_head.weight", "head", "V D", "not tie_word_embeddings"),
     Weight("model.norm.weight", "final_norm/scale", "D"),
     *(
-        replace(row, hf=f"model.layers.{{}}.{row.hf}", path=f"layers_{{}}/{row.path}")
+        replace(row, hf=f"model.layers.{{layer}}.{row.hf}", path=f"layers_{{layer}}/{row.path}")
         for row in _OF_A_LAYER
     ),
 )
@@ -113,44 +98,60 @@ _NOT_READ = re.compile(
 _BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
 
 
-def rows_of(config: ModelConfig) -> list[Weight]:
-    """The rows of the table that a model has."""
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a model, and what it is made of in a checkpoint.
 
-    def is_so(condition: str) -> bool:
-        negated = condition.startswith("not ")
-        return bool(getattr(config, condition.removeprefix("not "))) != negated
+    names: of the tensor on disk, or of one for each expert, which are stacked by a first axis.
+    axes: of these tensors, that of the experts included, each as letters and sizes; of several
+    letters, which are one axis on disk, each is an axis of the parameter.
+    """
 
-    return [row for row in TABLE if row.only_if is None or is_so(row.only_if)]
+    names: list[str]
+    axes: list[dict[str, int]]
+    of_experts: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The letter and size of each axis."""
+        return {letter: size for axis in self.axes for letter, size in axis.items()}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.sizes.values())
+
+    @property
+    def stored_axes(self) -> list[dict[str, int]]:
+        return self.axes[self.of_experts :]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of each tensor on disk."""
+        return tuple(math.prod(axis.values()) for axis in self.stored_axes)
+
+    def as_stored(self, value: np.ndarray) -> dict[str, np.ndarray]:
+        """Its value -> the checkpoint's tensors by name."""
+        parts = value if self.of_experts else [value]
+        parts = [part.reshape(self.stored_shape) for part in parts]
+        return dict(zip(self.names, parts, strict=True))
+
+    def placement(self, layout: Layout) -> tuple[tuple[int, ...], PartitionSpec]:
+        """Its shape on the mesh, and how it is split.
+
+        Over `model` are split the vocabulary, the mlp's width and the heads; where attention is not
+        by heads (`Layout`), its kernels are split by D instead. A vocabulary or width that does not
+        divide the model axis is padded with zeros; a D that does not leaves the kernel whole.
+        """
+        split = next((axis for axis in self.sizes if axis in "VFNK"), None)
+        if split in ("N", "K") and not layout.by_heads:
+            split = "D"
+        sizes = {a: layout.padded(n) if a in "VF" else n for a, n in self.sizes.items()}
+        spec = ["model" if a == split and n % layout.model == 0 else None for a, n in sizes.items()]
+        return tuple(sizes.values()), PartitionSpec(*spec)
 
 
-def row_at(path: str, config: ModelConfig) -> Weight:
-    """The model's row of the parameter at a Flax path."""
-    return next(row for row in rows_of(config) if row.path == _general(path))
-
-
-def _general(path: str) -> str:
-    """A Flax path as the table has it."""
-    return re.sub(r"\d+", "{}", path)
-
-
-def hf_names(path: str, config: ModelConfig) -> list[str]:
-    """The checkpoint's name of the parameter at a Flax path; of experts, a name of each."""
-    row, numbers = row_at(path, config), re.findall(r"\d+", path)
-    if not row.of_experts:
-        return [row.hf.format(*numbers)]
-    return [row.hf.format(*numbers, expert) for expert in range(config.num_experts)]
-
-
-def as_stored(path: str, value: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The parameter at a Flax path -> the checkpoint's tensors by name."""
-    row, names = row_at(path, config), hf_names(path, config)
-    shape = row.stored_shape(value.shape)
-    parts = value if row.of_experts else [value]
-    return {name: part.reshape(shape) for name, part in zip(names, parts, strict=True)}
-
-
-def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Flax path -> shape of every parameter, in the order of the parameter tree's leaves."""
+def parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Those of a model by their Flax paths, in the order of the parameter tree's leaves."""
     sizes = {
         "D": config.hidden_size,
         "F": config.intermediate_size,
@@ -160,48 +161,42 @@ def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "V": config.vocab_size,
         "E": config.num_experts,
     }
-    shapes = {
-        row.path.format(layer): tuple(sizes[axis] for axis in row.param_axes)
-        for row in rows_of(config)
-        for layer in range(config.num_layers if "{}" in row.path else 1)
-    }
-    return {path: shapes[path] for path in sorted(shapes, key=lambda path: path.split("/"))}
+    found = {}
+    for row in filter(lambda row: row.is_of(config), TABLE):
+        groups = re.findall(r"\(.*?\)|\w", row.axes)
+        axes = [{a: sizes[a] for a in group.strip("()").split()} for group in groups]
+        of_experts = "{expert}" in row.hf
+        for layer in range(config.num_layers if "{layer}" in row.path else 1):
+            experts = range(config.num_experts if of_experts else 1)
+            names = [row.hf.format(layer=layer, expert=expert) for expert in experts]
+            found[row.path.format(layer=layer)] = Parameter(names, axes, of_experts)
+    return dict(sorted(found.items(), key=lambda entry: entry[0].split("/")))
 
 
-def placement(
-    path: str, shape: tuple[int, ...], layout: Layout
-) -> tuple[tuple[int, ...], PartitionSpec]:
-    """The shape on the mesh of the parameter at a Flax path, `shape` in the checkpoint's model, and
-    how it is split.
-
-    Over `model` are split the vocabulary, the mlp's width and the heads; where attention is not by
-    heads (`Layout`), its kernels are split by D instead. A vocabulary or width that does not divide
-    the model axis is padded with zeros; a D that does not leaves the kernel whole.
-    """
-    axes = next(row for row in TABLE if row.path == _general(path)).param_axes
-    split = next((axis for axis in axes if axis in "VFNK"), None)
-    if split in ("N", "K") and not layout.by_heads:
-        split = "D"
-    sizes, spec = [], []
-    for axis, size in zip(axes, shape, strict=True):
-        size = layout.padded(size) if axis in "VF" else size
-        sizes.append(size)
-        spec.append("model" if axis == split and size % layout.model == 0 else None)
-    return tuple(sizes), PartitionSpec(*spec)
+def misfits(expected: Expected, tensors: Mapping[str, Stored]) -> Iterator[str]:
+    """What is wrong with those that are expected, by name."""
+    for name, (dtypes, *shapes) in expected.items():
+        if (tensor := tensors.get(name)) is None:
+            yield f"missing {name}"
+        elif tensor.shape not in shapes:
+            known = " or ".join(str(list(shape)) for shape in shapes)
+            yield f"{name} has shape {list(tensor.shape)}, not {known}"
+        elif tensor.dtype not in dtypes:
+            yield f"{name} has dtype {tensor.dtype}, not one of {', '.join(dtypes)}"
 
 
 class Checkpoint:
     """The tensors of a folder of safetensors files, checked against the configuration, and the
     adapter that is merged into them, if any.
 
-    shapes: Flax path -> shape of every parameter; quantization: the scheme that config.json names,
-    or None. Raises UserError for a folder without safetensors files, and one error for all tensors
+    parameters: of the model, by Flax path; quantization: the scheme that config.json names, or
+    None. Raises UserError for a folder without safetensors files, and one error for all tensors
     that are missing, unexpected, mis-shaped or of an unknown dtype.
     """
 
     def __init__(self, model_path: str | Path, config: ModelConfig, adapter: Adapter | None = None):
         self.folder, self.config, self.adapter = Path(model_path), config, adapter
-        self.shapes = abstract_params(config)
+        self.parameters = parameters(config)
         try:
             self.quantization = quantization_of(read_json(self._config_file))
         except UserError as error:
@@ -216,26 +211,36 @@ class Checkpoint:
                 problems.append(f"{name} is there twice")
             self._stored[name] = tensor
         self._replaced = {} if adapter is None else adapter.replaced
-        wanted: dict[str, tuple[int, ...]] = {}
-        for path, shape in self.shapes.items():
-            stored = row_at(path, config).stored_shape(shape)
-            wanted |= dict.fromkeys(hf_names(path, config), stored)
+        wanted = {name: p.stored_shape for p in self.parameters.values() for name in p.names}
         if adapter is not None:
-            self._check_adapter(adapter, wanted)
+            if misfitting := adapter.misfits(wanted):
+                raise UserError(
+                    f"the adapter in {adapter.folder} is of another model than {self.folder}: "
+                    + some(misfitting, 12, "; ")
+                )
             if HEAD in wanted and EMBEDDING in self._replaced and EMBEDDING in self._stored:
                 # A head that was tied, until the adapter replaced the embedding alone.
                 self._stored.setdefault(HEAD, self._stored[EMBEDDING])
-        checked = [self._check(name, shape) for name, shape in wanted.items()]
-        used = {name for names, _ in checked for name in names}
+        self._modules: dict[str, Module] = {}  # of the weights that are quantised
+        expected, scheme = Expected(), self.quantization
+        for name, shape in wanted.items():
+            module = Module(name.removesuffix("weight"), shape, self._stored)
+            if scheme and len(shape) == 2 and scheme.holds(module):
+                self._modules[name] = module
+                own = scheme.expected(module)
+                expected |= {module.name + suffix: known for suffix, known in own.items()}
+            elif name in self._stored or name not in self._replaced:
+                expected[name] = FLOATS, shape
+        used = expected.keys() | self._replaced.keys()
         used |= {HEAD} if config.tie_word_embeddings else set()
         problems += [
             f"unexpected {name}"
             for name, tensor in self._stored.items()
             if name not in used
             and not _NOT_READ.fullmatch(name)
-            and not (self.quantization is not None and self.quantization.ignores(tensor))
+            and not (scheme and scheme.ignores(tensor))
         ]
-        problems += [problem for _, wrong in checked for problem in wrong]
+        problems += misfits(expected, self._stored)
         if problems:
             shown = some(problems, 12, "; ")
             raise UserError(f"the weights in {self.folder} do not fit its config.json: {shown}")
@@ -246,33 +251,6 @@ class Checkpoint:
     def _config_file(self) -> Path:
         return self.folder / "config.json"
 
-    def _module(self, name: str, shape: tuple[int, ...]) -> Module | None:
-        """The linear layer of this weight, where it is quantised."""
-        if self.quantization is None or len(shape) != 2:
-            return None
-        module = Module(name.removesuffix("weight"), shape, self._stored)
-        return module if self.quantization.holds(module) else None
-
-    def _check(self, name: str, shape: tuple[int, ...]) -> tuple[list[str], list[str]]:
-        """The names of the tensors that make a parameter, and what is wrong with them."""
-        if (module := self._module(name, shape)) is not None:
-            return self.quantization.check(module)
-        problems, tensor = [], self._stored.get(name)
-        if tensor is None:
-            problems = [] if name in self._replaced else [f"missing {name}"]
-        elif tensor.shape != shape:
-            problems = [f"{name} has shape {list(tensor.shape)}, not {list(shape)}"]
-        elif tensor.dtype not in FLOATS:
-            problems = [f"{name} has dtype {tensor.dtype}, not one of {', '.join(FLOATS)}"]
-        return [name], problems
-
-    def _check_adapter(self, adapter: Adapter, wanted: dict[str, tuple[int, ...]]) -> None:
-        if problems := adapter.misfits(wanted):
-            raise UserError(
-                f"the adapter in {adapter.folder} is of another model than {self.folder}: "
-                + some(problems, 12, "; ")
-            )
-
     def _check_tied(self) -> None:
         head, embedding = (self._stored[name] for name in (HEAD, EMBEDDING))
         if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
@@ -281,13 +259,12 @@ class Checkpoint:
                 'them: set "tie_word_embeddings": false if the head was trained'
             )
 
-    def _read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a weight of this name and shape; float32 where it is computed, else as it is
-        stored."""
+    def _read(self, name: str, *index: slice) -> np.ndarray:
+        """A part of the weight of this name; float32 where it is computed, else as it is stored."""
         if name in self._replaced:
             values = self._replaced[name].read(*index)
-        elif (module := self._module(name, shape)) is not None:
-            values = self.quantization.read(module, *index)
+        elif name in self._modules:
+            values = self.quantization.read(self._modules[name], *index)
         else:
             values = self._stored[name].read(*index)
         if self.adapter is not None and name in self.adapter.added:
@@ -323,10 +300,10 @@ class Checkpoint:
         """The parameter tree, each leaf of `dtype` and split over the mesh as the table says.
 
         paths: of the parameters that are wanted (default: all)."""
-        paths = self.shapes if paths is None else paths
+        paths = self.parameters if paths is None else paths
 
         def leaf(path: str) -> jax.Array:
-            shape, spec = placement(path, self.shapes[path], layout)
+            shape, spec = self.parameters[path].placement(layout)
             parts: dict[str, np.ndarray] = {}  # which several devices may hold, computed once
 
             def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -344,27 +321,24 @@ class Checkpoint:
 
     def _part(self, path: str, padded: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """The block `index` of the parameter of shape `padded`, in the parameter's axes."""
-        row, names = row_at(path, self.config), hf_names(path, self.config)
-        shape = dict(zip(row.param_axes, self.shapes[path], strict=True))
+        parameter = self.parameters[path]
         wanted = [s.indices(size)[:2] for s, size in zip(index, padded, strict=True)]
         block = {
-            axis: (min(start, shape[axis]), min(stop, shape[axis]))
-            for axis, (start, stop) in zip(row.param_axes, wanted, strict=True)
+            axis: (min(start, size), min(stop, size))
+            for (axis, size), (start, stop) in zip(parameter.sizes.items(), wanted, strict=True)
         }
         if any(start == stop for start, stop in block.values()):  # padding alone
             return np.zeros([stop - start for start, stop in wanted], np.float32)
-        if row.of_experts:
-            names = names[slice(*block["E"])]
         slices = []
-        for outer, *inner in row.stored_axes[row.of_experts :]:
+        for outer, *inner in parameter.stored_axes:
             # Of an axis that is two in the parameter only the outer one is ever sharded.
-            size = math.prod(shape[axis] for axis in inner)
+            size = math.prod(parameter.sizes[axis] for axis in inner)
             start, stop = block[outer]
             slices.append(slice(start * size, stop * size))
-        stored = row.stored_shape(self.shapes[path])
-        parts = [self._read(name, stored, tuple(slices)) for name in names]
+        names = parameter.names[slice(*block["E"])] if parameter.of_experts else parameter.names
+        parts = [self._read(name, *slices) for name in names]
         sizes = [stop - start for start, stop in block.values()]
-        tensor = (np.stack(parts) if row.of_experts else parts[0]).reshape(sizes)
+        tensor = (np.stack(parts) if parameter.of_experts else parts[0]).reshape(sizes)
         room = [(0, j - i - n) for (i, j), n in zip(wanted, tensor.shape, strict=True)]
         return np.pad(tensor, room) if any(after for _, after in room) else tensor
 

@@ -13,7 +13,7 @@ import jax
 from utils.model.capture import CaptureSpec, width_of
 from utils.model.config import ModelConfig
 from utils.model.layout import Layout
-from utils.model.weights import abstract_params, placement
+from utils.model.weights import parameters
 
 USABLE = 0.9  # share of a device's memory that the estimate may fill
 # The TPU compiler holds more at once than the widest moment needs, to overlap: 1.8 times as much
@@ -59,8 +59,8 @@ class Workload:
     def parameter_bytes(self, layout: Layout, tokens: int | None = None) -> int:
         """Of one device; with `tokens`, what these read, who may all be given to other experts."""
         total, c = 0, self.config
-        for path, shape in abstract_params(c).items():
-            sizes, spec = placement(path, shape, layout)
+        for path, parameter in parameters(c).items():
+            sizes, spec = parameter.placement(layout)
             if tokens is not None and "expert_" in path:
                 sizes = min(c.num_experts, tokens * c.experts_per_token), *sizes[1:]
             total += prod(sizes) // (layout.model if "model" in spec else 1)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from utils.arc.tasks import MAX_SIDE, SampleKey
 from utils.errors import UserError
 from utils.model.capture import width_of
-from utils.model.weights import abstract_params, placement
+from utils.model.weights import parameters
 from utils.plan.batching import padding_share
 from utils.plan.plan import Plan
 from utils.plan.samples import Sample
@@ -197,14 +197,14 @@ def print_placements(plan: Plan) -> None:
     print(f"mesh          {layout.data} x {layout.model} (data x model), attention "
           f"{'by heads' if layout.by_heads else 'by tokens'}")  # fmt: skip
     seen = {}
-    for path, shape in abstract_params(plan.config).items():
-        seen.setdefault(re.sub(r"layers_\d+", "layers_*", path), (path, shape))
-    for kind, (path, shape) in seen.items():
-        sizes, spec = placement(path, shape, layout)
+    for path, parameter in parameters(plan.config).items():
+        seen.setdefault(re.sub(r"layers_\d+", "layers_*", path), parameter)
+    for kind, parameter in seen.items():
+        sizes, spec = parameter.placement(layout)
         split = [i for i, axis in enumerate(spec) if axis == "model"]
         words = f"split by axis {split[0]}" if split and layout.model > 1 else "whole on each"
-        if sizes != shape:
-            words += f", padded from {list(shape)}"
+        if sizes != parameter.shape:
+            words += f", padded from {list(parameter.shape)}"
         print(f"  {kind:36} {list(sizes)!s:24} {words}")
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from utils.cli import COMPILER_ALONE
 from utils.errors import UserError
 from utils.model.generate import Shape
-from utils.model.weights import abstract_params, placement
+from utils.model.weights import parameters
 from utils.plan.batching import Batch, padding_share, prefill_passes
 from utils.plan.memory import device_bytes
 from utils.plan.plan import Plan, plan_meshes
@@ -180,8 +180,8 @@ def _abstract(plan: Plan) -> Any:
     """The parameters as the run would hold them, without their values."""
     layout, dtype = plan.layout, np.dtype(plan.dtype)
     leaves = {}
-    for path, shape in abstract_params(plan.config).items():
-        sizes, spec = placement(path, shape, layout)
+    for path, parameter in parameters(plan.config).items():
+        sizes, spec = parameter.placement(layout)
         leaves[path] = jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.sharding(*spec))
     return unflatten_dict(leaves, sep="/")
 
