@@ -12,14 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from utils.errors import UserError
 from utils.model.autoencoder import (
-    capture_name,
     encode,
-    hook_name,
     load_autoencoder,
     save_autoencoder,
     top,
 )
-from utils.model.capture import HOOK_POINTS
+from utils.model.capture import HOOK_POINTS, capture_name, hook_name
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "saelens"
 QWEN = GOLDEN / "SAE-Res-Tiny-W32K-L0_4" / "layer11.sae.pt"

@@ -20,7 +20,7 @@ import numpy as np
 
 from utils.dataset import ActivationDataset
 from utils.errors import UserError
-from utils.model.autoencoder import hook_name
+from utils.model.capture import hook_name
 from utils.store.local import check_writable, new_folder
 
 try:

@@ -13,34 +13,31 @@ import pickle
 import re
 import zipfile
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import file_digest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes  # also gives numpy the name bfloat16, by which safetensors asks
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from utils.errors import UserError, some
-from utils.model.capture import HOOK_POINTS
+from utils.model.capture import capture_name, hook_name
 from utils.store.local import new_folder, write_json, writing
-
-if TYPE_CHECKING:
-    import jax
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"  # of SAELens's folders
 FORMER_CONFIG, FORMER_WEIGHTS = "config.json", "sae.safetensors"  # of this project's first ones
 FORM = "6.0.0"  # the first SAELens whose folders look like this
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 THRESHOLDED = ("batchtopk", "jumprelu")
-# Where TransformerLens has a hook point in a block; all others are called `hook_` and their name.
-# Its `hook_normalized` is before the norm's weight unless that was folded into what follows.
-_PLACES = {
-    "attn_in": "ln1.hook_normalized",
-    "mlp_in": "ln2.hook_normalized",
-    "mlp_act": "mlp.hook_post",
-    **{point: f"attn.hook_{point}" for point in "qkvz"},
-}
+
+# In float32 also where a device multiplies float32 in bfloat16 by default.
+_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,27 +68,20 @@ class Autoencoder:
 
     def encode(self, x: np.ndarray) -> np.ndarray:
         """Activations [..., D] -> latents, float32 [..., L], on the host."""
-        import jax
-
         encoder = jax.jit(encode, static_argnums=(0, 1))
         return np.asarray(encoder(self.architecture, self.k, self.weights, x))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [..., L] -> activations, float32 [..., D], on the host."""
-        import jax
-
         return np.asarray(jax.jit(decode)(self.weights, latents))
 
 
-def encode(architecture: str, k: int | None, weights: Any, x: Any) -> "jax.Array":
+def encode(architecture: str, k: int | None, weights: Any, x: Any) -> Array:
     """Activations [..., D] of any float dtype -> latents, float32 [..., L], none below zero.
 
     The latents are SAELens's, but that all of several equal values at the k-th place are kept.
     architecture and k are static under `jit`; weights are traced.
     """
-    import jax
-    import jax.numpy as jnp
-
     centered = x.astype(jnp.float32) - weights["b_dec"]
     before = _matmul(centered, weights["w_enc"]) + weights["b_enc"]
     latents = jax.nn.relu(before)
@@ -102,28 +92,17 @@ def encode(architecture: str, k: int | None, weights: Any, x: Any) -> "jax.Array
     return latents
 
 
-def decode(weights: Any, latents: Any) -> "jax.Array":
+def decode(weights: Any, latents: Any) -> Array:
     """Latents [..., L] -> activations, float32 [..., D]."""
     return _matmul(latents, weights["w_dec"]) + weights["b_dec"]
 
 
-def _matmul(x: Any, matrix: Any) -> "jax.Array":
-    """In float32 also where a device multiplies float32 in bfloat16 by default."""
-    import jax
-    import jax.numpy as jnp
-
-    return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
-
-
-def top(values: Any, k: int, axis: int | None = -1) -> "jax.Array":
+def top(values: Any, k: int, axis: int | None = -1) -> Array:
     """Float32 values >= 0, all but the `k` largest along the last axis set to zero; equal to the
     smallest of those, all are kept. With `axis` None, the k largest of the whole array.
 
     The k-th largest is found bit by bit, unsorted: floats above zero are ordered as their bits are.
     """
-    import jax
-    import jax.numpy as jnp
-
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
 
     def bit(i: Any, lowest: Any) -> Any:
@@ -135,25 +114,6 @@ def top(values: Any, k: int, axis: int | None = -1) -> "jax.Array":
 
     start = jnp.zeros_like(bits.min(axis=axis, keepdims=True))
     return jnp.where(bits >= jax.lax.fori_loop(0, 31, bit, start), values, 0)
-
-
-def hook_name(name: str) -> str:
-    """`resid_post.11` as TransformerLens, and with it SAELens, calls it."""
-    point, _, layer = name.rpartition(".")
-    return f"blocks.{layer}.{_PLACES.get(point, f'hook_{point}')}"
-
-
-def capture_name(hook: str) -> str:
-    """TransformerLens's `blocks.11.hook_resid_post`, or `model.layers.11`, by which Hugging Face
-    models call the same, as it is called here. Raises UserError for a place that is not captured.
-    """
-    for point in HOOK_POINTS:
-        place = re.escape(hook_name(f"{point}.")).replace(r"\.\.", r"\.(\d+)\.", 1)
-        if found := re.fullmatch(place, hook):
-            return f"{point}.{found[1]}"
-    if found := re.fullmatch(r"model\.layers\.(\d+)", hook):
-        return f"resid_post.{found[1]}"
-    raise UserError(f"it was trained at {hook!r}, which is none of the places captured here")
 
 
 def load_autoencoder(path: str | Path) -> Autoencoder:
@@ -190,8 +150,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
 
 
 def _tensors(file: Path) -> dict[str, np.ndarray]:
-    with safe_open(file, "numpy") as found:
-        return {name: found.get_tensor(name).astype(np.float32) for name in found.keys()}  # noqa: SIM118
+    return {name: value.astype(np.float32, copy=False) for name, value in load_file(file).items()}
 
 
 def _from_saelens(folder: Path) -> Autoencoder:
@@ -245,12 +204,8 @@ def _from_former(folder: Path) -> Autoencoder:
     """Of this project's first form, which stored the normalisation beside the weights."""
     config = json.loads((folder / FORMER_CONFIG).read_text())
     found = _tensors(folder / FORMER_WEIGHTS)
-    weights = {
-        "w_enc": found["encoder"],
-        "b_enc": found["bias"],
-        "w_dec": found["decoder"],
-        "b_dec": found["shift"],
-    }
+    names = {"w_enc": "encoder", "b_enc": "bias", "w_dec": "decoder", "b_dec": "shift"}
+    weights = {name: found[former] for name, former in names.items()}
     weights = folded(weights, found["center"], found["scale"].item())
     return Autoencoder("topk", config["k"], config.get("activation"), weights)
 
@@ -265,39 +220,6 @@ def folded(
     return {**weights, **grown, "b_dec": weights["b_dec"] * scale + center}
 
 
-class _TorchUnpickler(pickle.Unpickler):
-    """What `torch.save` wrote, as dicts of numpy arrays; any other name than those of a tensor is
-    refused, so that nothing of the pickle's own is run."""
-
-    _STORED = {  # noqa: RUF012
-        "FloatStorage": np.dtype(np.float32),
-        "HalfStorage": np.dtype(np.float16),
-        "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    }
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self._archive, self._root = archive, root
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name in self._STORED:
-            return self._STORED[name]
-        if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return _strided
-        if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda tensor, *_: tensor
-        raise UserError(f"it asks for {f'{module}.{name}'!a:.80}, which is no part of a tensor")
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        _, dtype, key, _, count = pid
-        entry = self._archive.getinfo(f"{self._root}/data/{int(key)}")
-        if entry.file_size != count * dtype.itemsize or entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"storage {key} has {entry.file_size} bytes")
-        return np.frombuffer(self._archive.read(entry), dtype)
-
-
 def _strided(storage: np.ndarray, offset: int, shape: Any, strides: Any, *_: Any) -> np.ndarray:
     """float32 of this shape: the tensor that begins at `offset` of a storage."""
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -306,6 +228,36 @@ def _strided(storage: np.ndarray, offset: int, shape: Any, strides: Any, *_: Any
     steps = [s * storage.itemsize for s in strides]
     view = np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
     return np.ascontiguousarray(view, np.float32)
+
+
+class _TorchUnpickler(pickle.Unpickler):
+    """What `torch.save` wrote, as dicts of numpy arrays; any other name than those of a tensor is
+    refused, so that nothing of the pickle's own is run."""
+
+    _KNOWN = {  # noqa: RUF012
+        "collections.OrderedDict": dict,
+        "torch.FloatStorage": np.dtype(np.float32),
+        "torch.HalfStorage": np.dtype(np.float16),
+        "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+        "torch._utils._rebuild_tensor_v2": _strided,
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    }
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self._archive, self._root = archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (asked := f"{module}.{name}") not in self._KNOWN:
+            raise UserError(f"it asks for {asked!a:.80}, which is no part of a tensor")
+        return self._KNOWN[asked]
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        _, dtype, key, _, count = pid
+        entry = self._archive.getinfo(f"{self._root}/data/{int(key)}")
+        if entry.file_size != count * dtype.itemsize or entry.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"storage {key} has {entry.file_size} bytes")
+        return np.frombuffer(self._archive.read(entry), dtype)
 
 
 def _from_qwen_scope(file: Path) -> Autoencoder:
@@ -328,12 +280,8 @@ def _from_qwen_scope(file: Path) -> Autoencoder:
             found = _TorchUnpickler(archive, names[0].partition("/")[0]).load()
         except (pickle.UnpicklingError, EOFError, IndexError, OverflowError) as error:
             raise ValueError(f"a broken pickle: {error}") from error
-    weights = {
-        "w_enc": np.ascontiguousarray(found["W_enc"].T),
-        "b_enc": found["b_enc"],
-        "w_dec": np.ascontiguousarray(found["W_dec"].T),
-        "b_dec": found["b_dec"],
-    }
+    weights = {name: found[name] for name in ("b_enc", "b_dec")}
+    weights |= {n: np.ascontiguousarray(found[n.capitalize()].T) for n in ("w_enc", "w_dec")}
     return Autoencoder("topk", int(k[-1]), f"resid_post.{layer[1]}", _taking_the_bias(weights))
 
 
@@ -369,8 +317,6 @@ def save_autoencoder(
     threshold is known, as SAELens does. about: goes to the `metadata` of cfg.json. Raises
     UserError where `folder` holds files or cannot be written.
     """
-    from safetensors.numpy import save
-
     D, L = weights["w_enc"].shape
     metadata = {"sae_lens_version": FORM, "training_architecture": architecture, **about}
     if hook is not None:

@@ -1,6 +1,7 @@
 """Which layers and hook points are captured, for which tokens, and what each capture is called."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,14 @@ HOOK_POINTS = (
     *("attn_in", "q", "k", "v", "z", "mlp_in", "mlp_act"),
 )
 TOKEN_POSITIONS = ("all", "prompt", "answer", "last", "cells")
+# Where TransformerLens has a hook point in a block; all others are called `hook_` and their name.
+# Its `hook_normalized` is before the norm's weight unless that was folded into what follows.
+_PLACES = {
+    "attn_in": "ln1.hook_normalized",
+    "mlp_in": "ln2.hook_normalized",
+    "mlp_act": "mlp.hook_post",
+    **{point: f"attn.hook_{point}" for point in "qkvz"},
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,25 @@ def width_of(config: ModelConfig, name: str) -> int:
     if hook_point in heads:
         return heads[hook_point] * config.head_dim
     return config.intermediate_size if hook_point == "mlp_act" else config.hidden_size
+
+
+def hook_name(name: str) -> str:
+    """`resid_post.11` as TransformerLens, and with it SAELens, calls it."""
+    point, _, layer = name.rpartition(".")
+    return f"blocks.{layer}.{_PLACES.get(point, f'hook_{point}')}"
+
+
+def capture_name(hook: str) -> str:
+    """TransformerLens's `blocks.11.hook_resid_post`, or `model.layers.11`, by which Hugging Face
+    models call the same, as it is called here. Raises UserError for a place that is not captured.
+    """
+    for point in HOOK_POINTS:
+        place = re.escape(hook_name(f"{point}.")).replace(r"\.\.", r"\.(\d+)\.", 1)
+        if found := re.fullmatch(place, hook):
+            return f"{point}.{found[1]}"
+    if found := re.fullmatch(r"model\.layers\.(\d+)", hook):
+        return f"resid_post.{found[1]}"
+    raise UserError(f"it was trained at {hook!r}, which is none of the places captured here")
 
 
 def tokens_in(spans: np.ndarray, tokens: int) -> np.ndarray:
