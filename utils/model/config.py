@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.model.rope import ROPE_FIELDS, Rope, parse_ropes, unread_rope_fields
+from utils.model.rope import ROPE_FIELDS, Rope, parse_ropes
 from utils.store.text import read_json
 
 log = logging.getLogger(__name__)
@@ -227,7 +227,8 @@ class ModelConfig:
             elif value is False if name == "is_causal" else value:
                 raise UserError(f"{name} is not supported: {_REFUSED[name]}")
         fields = read
-        if ignored := [*ignored, *unread_rope_fields(fields)]:
+        rope, sliding_rope, unread = parse_ropes(fields)
+        if ignored := [*ignored, *unread]:
             told = "config.json: ignored, since transformers' class for %s never reads them: %s"
             log.info(told, model_type, ", ".join(ignored))
 
@@ -256,7 +257,6 @@ class ModelConfig:
             raise UserError(f"rms_norm_eps must be a number of at least 0, not {eps!r}")
         attention_bias, mlp_bias = _flag(fields, "attention_bias"), _flag(fields, "mlp_bias")
         num_layers = size("num_hidden_layers")
-        rope, sliding_rope = parse_ropes(fields)
         mixture, family = "num_experts" in fields, {}
         if gemma:
             family = _of_gemma(model_type, fields)

@@ -37,15 +37,17 @@ class Rope:
     truncate: bool = True
 
 
-def parse_ropes(fields: dict[str, Any]) -> tuple[Rope, Rope | None]:
-    """Of layers that see all tokens, and of those with a window where theirs is another (Gemma 3).
+def parse_ropes(fields: dict[str, Any]) -> tuple[Rope, Rope | None, list[str]]:
+    """Of layers that see all tokens, and of those with a window where theirs is another (Gemma 3);
+    and what stands within the rope parameters that their rope type does not read.
 
     Raises UserError naming the field.
     """
     if "rope_local_base_freq" not in fields:
-        return parse_rope(fields), None
-    full, sliding = map(parse_rope, _by_layer_type(fields))
-    return full, sliding
+        rope, unread = _parse_rope(fields)
+        return rope, None, unread
+    (full, unread), (sliding, more) = map(_parse_rope, _by_layer_type(fields))
+    return full, sliding, unread + more
 
 
 def _by_layer_type(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -64,18 +66,17 @@ def _by_layer_type(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return kinds[0], kinds[1]
 
 
-def parse_rope(fields: dict[str, Any]) -> Rope:
-    """From the fields of a `config.json`: `rope_theta` and `rope_scaling`, or `rope_parameters`.
-
-    Raises UserError naming the field.
-    """
+def _parse_rope(fields: dict[str, Any]) -> tuple[Rope, list[str]]:
+    """From the fields of a `config.json`: `rope_theta` and `rope_scaling`, or `rope_parameters`."""
     kind, theta, given = _stated(fields)
     if kind not in ROPE_TYPES:
         raise UserError(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     for factor in (fields.get("partial_rotary_factor"), given.get("partial_rotary_factor")):
         if factor not in (None, 1):
             raise UserError("partial_rotary_factor is not supported: all of a head is rotated")
-    scaling = {name: value for name, value in given.items() if name in _read_by(kind)}
+    known = _REQUIRED[kind] | _OPTIONAL.get(kind, set())
+    scaling = {name: value for name, value in given.items() if name in known}
+    unread = given.keys() - known - {_LENGTH, "partial_rotary_factor"}
     if _LENGTH in _REQUIRED[kind]:
         # transformers lets the field outside of the rope parameters win, and falls back on the
         # model's length
@@ -94,26 +95,7 @@ def parse_rope(fields: dict[str, Any]) -> Rope:
             if mscale and mscale_all_dim
             else _yarn_mscale(factor, 1.0)
         )
-    return Rope(theta=theta, type=kind, **scaling)
-
-
-def unread_rope_fields(fields: dict[str, Any]) -> list[str]:
-    """What stands within the rope parameters of a `config.json` and its rope type does not read."""
-    if "rope_local_base_freq" in fields:
-        return [name for part in _by_layer_type(fields) for name in _unread(part)]
-    return _unread(fields)
-
-
-def _unread(fields: dict[str, Any]) -> list[str]:
-    kind, _, given = _stated(fields)
-    if kind not in ROPE_TYPES:
-        return []
-    known = {*_read_by(kind), _LENGTH, "partial_rotary_factor"}
-    return [f"{name} of rope_type {kind}" for name in given if name not in known]
-
-
-def _read_by(kind: str) -> set[str]:
-    return _REQUIRED[kind] | _OPTIONAL.get(kind, set())
+    return Rope(theta, kind, **scaling), [f"{name} of rope_type {kind}" for name in sorted(unread)]
 
 
 def _stated(fields: dict[str, Any]) -> tuple[Any, float, dict[str, Any]]:
