@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 from utils.errors import UserError
 from utils.model.adapters import read_adapter
 from utils.model.config import ModelConfig
+from utils.model.files import stored_in
 from utils.model.layout import Layout, make_mesh, single_device_mesh
 from utils.model.quantized import quantization_of
 from utils.model.schemes import Module
-from utils.model.stored import stored_in
 from utils.model.weights import Checkpoint, misfits
 
 FIELDS = {**TINY, "num_hidden_layers": 2, "tie_word_embeddings": False}

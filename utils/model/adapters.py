@@ -19,8 +19,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.model.config import ModelConfig
-from utils.model.files import EMBEDDING, HEAD, model_folder
-from utils.model.stored import FLOATS, Stored, stored_in
+from utils.model.files import EMBEDDING, FLOATS, HEAD, Stored, model_folder, stored_in
 from utils.store.text import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,18 +107,13 @@ class Adapter:
     def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """What does not fit a model whose weights have these shapes, by their names in a
         checkpoint."""
-        problems = [f"no {n}" for n in (*self.added, *self.replaced) if n not in shapes]
-        for name, change in self.added.items():
-            if name in shapes and shapes[name] != change.shape:
-                problems.append(
-                    f"{name} has shape {list(shapes[name])}, and what is added {list(change.shape)}"
-                )
-        for name, tensor in self.replaced.items():
-            if name in shapes and tensor.shape != shapes[name]:
-                problems.append(
-                    f"{name} has shape {list(shapes[name])}, and here {list(tensor.shape)}"
-                )
-        return problems
+        own = [(name, "what is added", change.shape) for name, change in self.added.items()]
+        own += [(name, "here", tensor.shape) for name, tensor in self.replaced.items()]
+        return [f"no {name}" for name, *_ in own if name not in shapes] + [
+            f"{name} has shape {list(shapes[name])}, and {what} {list(shape)}"
+            for name, what, shape in own
+            if shapes.get(name, shape) != shape
+        ]
 
 
 def base_and_adapter(model_path: str, adapter_path: str | None) -> tuple[Path, Path | None]:

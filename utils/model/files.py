@@ -1,23 +1,70 @@
-"""Which files of a model's folder hold its weights, as transformers decides.
+"""Which files of a model's folder hold its weights, as transformers decides, and their tensors.
 
-Of a folder in the hub's cache, the snapshot that is meant; of the weights, the files and the names
-that the tensors have in them. Reads headers, never values.
+Of a folder in the hub's cache, the snapshot that is meant; of the weights, the files, the tensors
+in them, of which no more is read than is asked for, and the names that these have.
 """
 
 import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
 from utils.errors import UserError, some
-from utils.model.stored import Stored, stored_in
 from utils.store.text import GIT_LFS
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F32", "BF16", "F16")
+# Types of which the numpy side of safetensors has no name, and whose bytes are read here.
+_EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
 _PART = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor on the disk; dtype is the name that safetensors gives it, such as `BF16`."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, *index: slice) -> np.ndarray:
+        """Its values where the first axes are cut as `index` says; no more is read than that."""
+        # Opened for each tensor, so that the pages of a mapped file do not pile up in memory.
+        if self.dtype in _EIGHT_BITS:
+            return self._bytes().view(_EIGHT_BITS[self.dtype])[index].copy()
+        with safe_open(self.file, "numpy") as tensors:
+            if not index:
+                return tensors.get_tensor(self.name)
+            return tensors.get_slice(self.name)[index]
+
+    def _bytes(self) -> np.ndarray:
+        """A file of safetensors is the length of its header, the header, and the tensors."""
+        with open(self.file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            begin = json.loads(stream.read(length))[self.name]["data_offsets"][0]
+        return np.memmap(self.file, np.uint8, "r", 8 + length + begin, self.shape)
+
+
+def stored_in(file: Path) -> Iterator[Stored]:
+    """The tensors of a file. Raises UserError for one that is no safetensors file."""
+    try:
+        with safe_open(file, "numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                entry = tensors.get_slice(name)
+                yield Stored(name, file, tuple(entry.get_shape()), entry.get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is damaged or not a safetensors file ({error}): fetch it again"
+        ) from error
 
 
 def model_folder(path: str | Path) -> Path:
@@ -115,10 +162,9 @@ def _nothing_to_read(folder: Path, names: list[str]) -> str:
     return f"{folder} has no .safetensors weights: copy them there too"
 
 
-def read_headers(folder: Path) -> Iterator[Stored]:
+def read_headers(folder: Path) -> list[Stored]:
     """Every tensor of the weights."""
-    for file in weight_files(folder):
-        yield from stored_in(file)
+    return [tensor for file in weight_files(folder) for tensor in stored_in(file)]
 
 
 def full_name(name: str, names: set[str], tied: bool) -> str:

@@ -9,11 +9,6 @@ from typing import Any
 from utils.errors import UserError
 from utils.model.schemes import Awq, BitsAndBytes, Fp8, Gptq, PackQuantized, Quantization
 
-SUPPORTED = (
-    "bitsandbytes 4-bit, fp8, awq (gemm) and gptq 4-bit, and compressed-tensors pack-quantized "
-    "4-bit and float-quantized 8-bit"
-)
-
 
 def quantization_of(fields: Mapping[str, Any]) -> Quantization | None:
     """The scheme that a config.json names, None for weights that are not quantised. Raises
@@ -34,8 +29,9 @@ def quantization_of(fields: Mapping[str, Any]) -> Quantization | None:
 
 def _unsupported(what: str) -> UserError:
     return UserError(
-        f"quantization_config: {what} is not supported; supported: {SUPPORTED}; take a checkpoint "
-        "that is not quantised, or one of these"
+        f"quantization_config: {what} is not supported; supported: bitsandbytes 4-bit, fp8, awq "
+        "(gemm) and gptq 4-bit, and compressed-tensors pack-quantized 4-bit and float-quantized "
+        "8-bit; take a checkpoint that is not quantised, or one of these"
     )
 
 
@@ -48,9 +44,8 @@ def _require(given: Mapping[str, Any], name: str, *known: Any, default: Any = No
     return value
 
 
-def _group_size(given: Mapping[str, Any]) -> int | None:
-    size = given.get("group_size", -1)
-    if size == -1 or size is None:
+def _group_size(size: Any) -> int | None:
+    if size is None or size == -1:
         return None
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise _unsupported(f"group_size {size!r}")
@@ -84,7 +79,7 @@ def _awq(given: Mapping[str, Any]) -> Quantization:
     _require(given, "zero_point", True, default=True)
     version = _require(given, "version", "gemm", default="gemm")
     size = given.get("group_size", given.get("q_group_size"))
-    return Awq("awq", version, _group_size({"group_size": size}))
+    return Awq("awq", version, _group_size(size))
 
 
 def _gptq(given: Mapping[str, Any]) -> Quantization:
@@ -93,7 +88,7 @@ def _gptq(given: Mapping[str, Any]) -> Quantization:
     _require(given, "pack_dtype", "int32", default="int32")
     field = "format" if given.get("checkpoint_format") is None else "checkpoint_format"
     version = _require(given, field, "gptq", "gptq_v2", default="gptq")
-    return Gptq("gptq", version, _group_size(given))
+    return Gptq("gptq", version, _group_size(given.get("group_size")))
 
 
 def _compressed_tensors(given: Mapping[str, Any]) -> Quantization:
@@ -117,7 +112,7 @@ def _compressed_tensors(given: Mapping[str, Any]) -> Quantization:
     _require(weights, "num_bits", 4)
     strategy = _require(weights, "strategy", "channel", "group")
     symmetric = _require(weights, "symmetric", True, False, default=True)
-    size = _group_size(weights) if strategy == "group" else None
+    size = _group_size(weights.get("group_size")) if strategy == "group" else None
     return PackQuantized("compressed-tensors", kind, size, symmetric)
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from utils.errors import UserError
-from utils.model.stored import FLOATS, Stored
+from utils.model.files import FLOATS, Stored
 
 PER_WORD = 8  # 4-bit values in an int32
 _BLOCK_VALUES = 1 << 22  # dequantised at once, so that no temporary array is large
@@ -45,6 +45,10 @@ class Module:
 
     def __getitem__(self, suffix: str) -> Stored:
         return self.tensors[self.name + suffix]
+
+    def first(self, *suffixes: str) -> str:
+        """The first of these that it has; the very first where it has none."""
+        return next((suffix for suffix in suffixes if suffix in self), suffixes[0])
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,10 @@ class BitsAndBytes(Quantization):
     """Two values of 4 bits in a byte, the first one above, and a scale for each block of the
     flattened weight; nested, the scales are 8-bit values with scales of their own."""
 
+    states: ClassVar = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
     suffixes: ClassVar = (
         *("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
-        *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"),
+        *states,
     )
 
     def expected(self, module: Module) -> Expected:
@@ -93,7 +98,7 @@ class BitsAndBytes(Quantization):
             "weight": (("U8", "I8", *FLOATS), (-(-size // (2 * width)), 1)),
             "weight.absmax": (("U8",) if nested else ("F32",), (blocks,)),
             "weight.quant_map": (("F32",), (16,)),
-            self._state_suffix(module): (("U8",), state["bytes"]),
+            module.first(*self.states): (("U8",), state["bytes"]),
         }
         if nested:
             groups = -(-blocks // state["nested_blocksize"])
@@ -101,15 +106,11 @@ class BitsAndBytes(Quantization):
             found["weight.nested_quant_map"] = (("F32",), (256,))
         return found
 
-    def _state_suffix(self, module: Module) -> str:
-        nf4, fp4 = self.suffixes[-2:]
-        return fp4 if fp4 in module else nf4
-
     def _state(self, module: Module) -> dict[str, Any]:
         """What bitsandbytes says of a weight, in JSON that is stored as bytes; its defaults where
         that is missing. `bytes` is the shape of these."""
         state = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.0, "bytes": ()}
-        if (suffix := self._state_suffix(module)) not in module:
+        if (suffix := module.first(*self.states)) not in module:
             return state
         tensor = module[suffix]
         try:
@@ -167,9 +168,6 @@ class Fp8(Quantization):
     block: tuple[int, int] | None = None
     suffixes: ClassVar = ("weight_scale_inv", "weight_scale")
 
-    def _scale(self, module: Module) -> str:
-        return next((s for s in self.suffixes if s in module), self.suffixes[0])
-
     def expected(self, module: Module) -> Expected:
         rows = module.shape[0]
         shapes = ((), (1,), (1, 1), (rows,), (rows, 1))
@@ -177,13 +175,13 @@ class Fp8(Quantization):
             sizes = zip(module.shape, self.block, strict=True)
             shapes = (tuple(-(-n // size) for n, size in sizes),)
         scale = (*FLOATS, "F8_E8M0"), *shapes
-        return {"weight": (("F8_E4M3",), module.shape), self._scale(module): scale}
+        return {"weight": (("F8_E4M3",), module.shape), module.first(*self.suffixes): scale}
 
     def read(self, module: Module, rows: slice, columns: slice) -> np.ndarray:
         values = module["weight"].read(rows, columns)
         table = np.arange(256, dtype=np.uint8).view(values.dtype).astype(np.float32)
         values = values.view(np.uint8)
-        scales = module[self._scale(module)].read().astype(np.float32)
+        scales = module[module.first(*self.suffixes)].read().astype(np.float32)
         scales = scales.reshape(len(scales) if scales.ndim else 1, -1)
         block = self.block or (module.shape[0] if len(scales) == 1 else 1, module.shape[1])
         row, column = (

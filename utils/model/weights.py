@@ -25,11 +25,10 @@ from jax.sharding import PartitionSpec
 from utils.errors import UserError, some
 from utils.model.adapters import Adapter, base_and_adapter, read_adapter
 from utils.model.config import ModelConfig
-from utils.model.files import EMBEDDING, HEAD, full_name, model_folder, read_headers
+from utils.model.files import EMBEDDING, FLOATS, HEAD, Stored, full_name, model_folder, read_headers
 from utils.model.layout import Layout
 from utils.model.quantized import quantization_of
 from utils.model.schemes import Expected, Module
-from utils.model.stored import FLOATS, Stored
 from utils.store.text import read_json
 
 
@@ -196,6 +195,7 @@ class Checkpoint:
 
     def __init__(self, model_path: str | Path, config: ModelConfig, adapter: Adapter | None = None):
         self.folder, self.config, self.adapter = Path(model_path), config, adapter
+        self._config_file = self.folder / "config.json"
         self.parameters = parameters(config)
         try:
             self.quantization = quantization_of(read_json(self._config_file))
@@ -203,7 +203,7 @@ class Checkpoint:
             raise UserError(f"{self._config_file}: {error}") from None
         self._stored: dict[str, Stored] = {}  # by its name in a whole model
         problems = []
-        tensors = list(read_headers(self.folder))
+        tensors = read_headers(self.folder)
         names = {tensor.name for tensor in tensors}
         for tensor in tensors:
             name = full_name(tensor.name, names, config.tie_word_embeddings)
@@ -245,19 +245,12 @@ class Checkpoint:
             shown = some(problems, 12, "; ")
             raise UserError(f"the weights in {self.folder} do not fit its config.json: {shown}")
         if config.tie_word_embeddings and HEAD in self._stored:
-            self._check_tied()
-
-    @property
-    def _config_file(self) -> Path:
-        return self.folder / "config.json"
-
-    def _check_tied(self) -> None:
-        head, embedding = (self._stored[name] for name in (HEAD, EMBEDDING))
-        if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
-            raise UserError(
-                f"{self._config_file} ties the embeddings, but lm_head.weight differs from "
-                'them: set "tie_word_embeddings": false if the head was trained'
-            )
+            head, embedding = self._stored[HEAD], self._stored[EMBEDDING]
+            if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
+                raise UserError(
+                    f"{self._config_file} ties the embeddings, but lm_head.weight differs from "
+                    'them: set "tie_word_embeddings": false if the head was trained'
+                )
 
     def _read(self, name: str, *index: slice) -> np.ndarray:
         """A part of the weight of this name; float32 where it is computed, else as it is stored."""
