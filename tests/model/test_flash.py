@@ -16,7 +16,7 @@ from utils.model.config import Scores
 from utils.model.flash import INVALID_POSITION, _blocks, cost, flash
 
 # The tolerance is absolute, for queries of variance 4 and values of variance 1.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @functools.partial(jax.jit, static_argnames="scores")
@@ -68,7 +68,6 @@ def check(query, kv, query_at, key_at, window=None, softcap=None):
     ("float32", 4, 2, 256, 200, 70, 5.0),
     ("bfloat16", 14, 2, 64, 512, 200, None),
     ("bfloat16", 32, 8, 128, 80, None, None),
-    ("float16", 4, 2, 32, 40, None, None),
 ])  # fmt: skip
 def test_a_prompt(dtype, N, K, H, T, window, softcap):
     at = np.arange(T)[None]

@@ -50,14 +50,9 @@ def flash(
     holds that a query does not see, NaN included, does not reach it; one that is not finite and is
     seen makes the query's row not finite.
 
-    bfloat16 is multiplied as it is, float32 to full precision; float16, for which a TPU has no
-    arithmetic, is converted to float32, the cache with it. With `interpret`, runs on a CPU.
+    bfloat16 is multiplied as it is, float32 to full precision. With `interpret`, runs on a CPU.
     """
     (B, T, N, H), (K, S) = query.shape, kv.shape[1:3]
-    if query.dtype == jnp.float16:
-        wide = query.astype(jnp.float32), kv.astype(jnp.float32)
-        y = flash(*wide, row, query_at, key_at, scores, interpret=interpret)
-        return y.astype(query.dtype)
     G = N // K
     Q, C = block_sizes(G, T, S, query.dtype.itemsize)
     # The arrays themselves are not padded: beyond their ends a block holds anything.
