@@ -58,7 +58,7 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
     from utils.model.config import ModelConfig
     from utils.model.decoder import Decoder
     from utils.model.engine import Engine
-    from utils.model.generate import Outputs, Shape
+    from utils.model.generate import Shape
     from utils.model.layout import Layout, single_device_mesh
     from utils.model.weights import Checkpoint
     from utils.plan.batching import Length, cache_slots, chunk_tokens
@@ -69,7 +69,7 @@ def ours(args: argparse.Namespace, rows, scratch: Path):
     params = Checkpoint(args.model_path, config).load(layout, np.float32)
     name = f"resid_post.{args.layer}"
     decoder = Decoder(config, layout, CaptureSpec((name,)), args.layer + 1)
-    engine = Engine(decoder, params, Outputs(logits=False))
+    engine = Engine(decoder, params, logits=False)
     chunk = chunk_tokens([args.context], on_cpu=True)
     shape = Shape(1, cache_slots(Length(args.context), chunk, 0), chunk)
     length = np.array([args.context], np.int32)

@@ -10,7 +10,7 @@ from utils.model.capture import HOOK_POINTS, CaptureSpec
 from utils.model.config import ModelConfig
 from utils.model.decoder import Decoder
 from utils.model.engine import Engine
-from utils.model.generate import Outputs, Sampling, Shape
+from utils.model.generate import Sampling, Shape
 from utils.model.layout import Layout, single_device_mesh
 from utils.model.weights import Checkpoint
 from utils.plan.batching import Batch, Length, pad_rows, prefill_passes
@@ -39,7 +39,7 @@ def load_engine(
     layout = Layout.of(config, mesh or single_device_mesh())
     params = Checkpoint(folder, config, adapter).load(layout, dtype)
     model = Decoder(config, layout, spec, edits=tuple(edits))
-    return Engine(model, params, Outputs(logits=True, forced=True))
+    return Engine(model, params, logits=True, forced=True)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from utils.model import generate as generation
 from utils.model.decoder import Attention
 from utils.model.engine import Engine
-from utils.model.generate import Outputs, Sampling, Shape
+from utils.model.generate import Sampling, Shape
 from utils.model.layout import make_mesh
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "qwen2"
@@ -132,7 +132,7 @@ def test_sampling_follows_the_distribution(engine):
 @pytest.mark.parametrize(("positions", "parts"), [("prompt", "p"), ("answer", "d"), ("last", "p")])
 def test_nothing_is_captured_where_nothing_is_kept(batch, positions, parts):
     chosen = load_engine(CHECKPOINT, ("resid_post.1",), positions)
-    chosen.outputs = Outputs(logits=True)
+    chosen.forced = False
     first, decoded = generate(chosen, PROMPTS, 80, 10)
     assert (set(first.captures), set(decoded.captures)) == (
         ({"resid_post.1"}, set()) if parts == "p" else (set(), {"resid_post.1"})
@@ -149,7 +149,7 @@ def test_layers_after_the_last_captured_are_not_run(engine):
     names, ids = ("resid_post.0", "mlp_out.1"), PROMPTS[1]
     short = load_engine(CHECKPOINT, names)
     short.model = short.model.clone(num_layers_run=2)
-    short.outputs = Outputs(logits=False)
+    short.logits = short.forced = False
     shape, length = Shape(1, 256, 32), np.array([len(ids)], np.int32)
     begin = np.zeros(1, np.int32)
     found, (cache, logits) = short.prefill(
@@ -161,7 +161,7 @@ def test_layers_after_the_last_captured_are_not_run(engine):
         np.testing.assert_array_equal(found.captures[name][:, : len(ids)], full.captures[name])
 
     def flops(e):
-        return e.prefill_program(shape).cost_analysis()["flops"]
+        return e.program("prefill", shape).cost_analysis()["flops"]
 
     assert flops(short) < 0.75 * flops(engine)  # two layers of three
 
@@ -196,7 +196,7 @@ def test_no_program_copies_the_cache(engine, slots):
     """What a pass needs besides what it is given does not grow with the rows of the batch."""
     engine, shape = replace(engine, sampling=Sampling(16, (0,))), Shape(128, slots, 192)
     cache = sum(np.prod(spec.shape) * 4 for spec in engine.state(shape)[0].values())
-    for program in (engine.prefill_program(shape), engine.decode_program(shape)):
+    for program in (engine.program("prefill", shape), engine.program("decode", shape)):
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= cache
         assert memory.temp_size_in_bytes < cache / 3
@@ -226,7 +226,7 @@ def test_a_second_answer_to_the_same_prompts(engine, batch):
     first, decoded = generate(engine, PROMPTS, 80, 10, temperature=1.5)
     prompts = np.array([len(prompt) for prompt in PROMPTS], np.int32)
     keys = np.arange(1, 5, dtype=np.uint32)
-    again = Engine(engine.model, engine.params, engine.outputs, Sampling(10, ()))
+    again = Engine(engine.model, engine.params, True, True, Sampling(10, ()))
     decoded, _ = again.decode(first.state, prompts, keys, 0.0, Shape(4, 256, 32))
     assert decoded.tokens.tolist() == batch[1].tokens.tolist()
 

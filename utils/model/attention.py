@@ -4,11 +4,11 @@
 # N query heads   K key/value heads   H head width
 
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import PartitionSpec as P
@@ -17,6 +17,7 @@ from utils.model.config import Scores
 from utils.model.layout import INVALID_POSITION, Layout
 from utils.model.rope import Rope
 
+Angles = tuple[Array, Array]  # as their cos and sin, float32 [B, T, 1, H / 2]
 QUERY_TILE, KEY_TILE = 64, 512  # tokens of a tile of scores, which stays in a CPU's cache
 LEAST_KEYS, TILE_BYTES = 64, 2**22  # fewer keys where they and their values would not stay there
 
@@ -52,20 +53,16 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     return frequencies
 
 
-def rotation(positions: Array, rope: Rope, head_dim: int) -> tuple[Array, Array]:
-    """cos and sin, float32 [B, T, 1, H / 2]. positions: int32 [B, T].
-
-    Angles are float32: bfloat16 cannot tell position 257 from 256.
-    """
+def rotation(positions: Array, rope: Rope, head_dim: int) -> Angles:
+    """Of positions, int32 [B, T]; in float32, since bfloat16 cannot tell position 257 from 256."""
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
-def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
+def rotate(x: Array, cos_sin: Angles) -> Array:
     """Rotary position embedding, half-split as in the Hugging Face checkpoints (Su et al. 2021).
 
-    x: [B, T, N, H]; cos_sin: float32 [B, T, 1, H / 2] each. Computed in float32, returned as x's
-    dtype.
+    x: [B, T, N, H]. Computed in float32, returned as x's dtype.
     """
     cos, sin = cos_sin
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -103,7 +100,7 @@ def attend(
     return jnp.einsum("BKGTS,BKSH->BTKGH", weights, value).reshape(B, T, N, H)
 
 
-@dataclass(frozen=True)
+@struct.dataclass
 class Past:
     """What a pass finds in one layer of the tokens before its own, and where its own go.
 
@@ -117,9 +114,6 @@ class Past:
     key_at: Array
     row: Array
     slot: Array
-
-
-jax.tree_util.register_dataclass(Past)
 
 
 def attend_cached(
@@ -136,16 +130,21 @@ def attend_cached(
     at = P("data") if layout.by_heads or not prompt else P("data", "model")  # [B, T]
     # cuDNN takes 16 bits, heads of up to 128 on every card that has it, no window that moves with a
     # chunk, no soft cap, and tokens in the order of the prompt.
-    by_cudnn = layout.has_cudnn_attention and prompt and query.dtype != jnp.float32
-    by_cudnn = by_cudnn and query.shape[3] <= 128 and query.shape[3] % 8 == 0
-    by_cudnn = by_cudnn and (scores.window is None or scores.window >= past.cache.shape[2])
-    by_cudnn = by_cudnn and scores.softcap is None
-    by_cudnn = by_cudnn and (layout.by_heads or layout.model == 1)
+    by_cudnn = (
+        (layout.has_cudnn_attention and prompt and query.dtype != jnp.float32)
+        and (query.shape[3] <= 128 and query.shape[3] % 8 == 0)
+        and (scores.window is None or scores.window >= past.cache.shape[2])
+        and scores.softcap is None
+        and (layout.by_heads or layout.model == 1)
+    )
     # By tokens, every device has the whole cache. Each takes its tokens of a chunk over all of it;
     # of a single token, over the device's share of it.
     shared = "model" if not (layout.by_heads or prompt or layout.model == 1) else None
 
-    def local(query: Array, new: Array, past: Past, query_at: Array) -> tuple[Array, Array]:
+    data = P("data")
+
+    @layout.on_each_device((heads, slots, Past(slots, data, data, data), at), (heads, slots))
+    def attended(query: Array, new: Array, past: Past, query_at: Array) -> tuple[Array, Array]:
         row, zero = past.row[0], jnp.int32(0)
         cache = jax.lax.dynamic_update_slice(past.cache, new, (row, zero, past.slot[0], zero))
         if layout.platform == "tpu" and prompt:
@@ -158,16 +157,7 @@ def attend_cached(
         keys = _tile_keys(len(query), cache, layout.platform)
         return _in_tiles(query, cache, row, query_at, past.key_at, scores, shared, keys), cache
 
-    data = P("data")
-    past_specs = Past(slots, data, data, data)
-    mapped = jax.shard_map(
-        local,
-        mesh=layout.mesh,
-        in_specs=(heads, slots, past_specs, at),
-        out_specs=(heads, slots),
-        check_vma=False,
-    )
-    return mapped(query, new, past, query_at)
+    return attended(query, new, past, query_at)
 
 
 def _by_cudnn(

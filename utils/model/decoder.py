@@ -10,7 +10,6 @@ the same code with less kept.
 # N query heads   K key/value heads   H head width   V vocabulary   E experts
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,25 +19,18 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from utils.model.attention import Past, attend, attend_cached, rotate, rotation, softcapped
+from utils.model.attention import Angles, Past, attend, attend_cached, rotate, rotation, softcapped
 from utils.model.capture import CaptureSpec, width_of
 from utils.model.config import ModelConfig, Scores
 from utils.model.interventions import Edit
-from utils.model.layout import INVALID_POSITION, Layout
+from utils.model.layout import INVALID_POSITION, Layout, summed
 
 Cache = dict[str, Any]
 Changes = tuple[dict[str, Any] | None, ...]
 FEW_TOKENS = 16  # of a step of decoding
+_lecun = nn.initializers.lecun_normal  # LeCun et al. 1998: axes of inputs, of outputs
 # Rows, of which those of an expert follow those of another, times the kernels: [R, D], [E, F, D].
 _BY_EXPERT = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
-
-
-def _kernel_init(inputs: int) -> Any:
-    """LeCun et al. 1998, for a kernel whose last `inputs` axes are inputs."""
-    axes = tuple(range(-inputs, 0))
-    return lambda key, shape: nn.initializers.lecun_normal(
-        in_axis=axes, out_axis=tuple(range(len(shape) - inputs))
-    )(key, shape)
 
 
 def linear(x: Array, kernel: Array, inputs: int, layout: Layout, dtype: Any = None) -> Array:
@@ -117,12 +109,7 @@ class Hooked(nn.Module):
 class Attention(Hooked):
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        cos_sin: tuple[Array, Array],
-        past: Past | None,
-        changes: Changes,
+        self, x: Array, positions: Array, cos_sin: Angles, past: Past | None, changes: Changes
     ) -> tuple[Array, Array | None]:
         """x: [B, T, D] -> [B, T, D], and the cache with the T tokens written into it.
 
@@ -133,10 +120,12 @@ class Attention(Hooked):
         prompt = x.shape[1] > 1
         heads = layout.heads(prompt)
         x = self.at("attn_in", x, changes)
-        gather = layout.gathers_attention(prompt)
+        # Devices that share the tokens of a prompt each project their own to all heads. With a
+        # generated token, kernels stay as they are stored, split by their inputs.
+        gather = prompt and not layout.by_heads
 
         def project(name: str, count: int) -> Array:
-            kernel = self.param(name, _kernel_init(1), (count, H, D))
+            kernel = self.param(name, _lecun(2, (0, 1)), (count, H, D))
             y = layout.split(linear(x, layout.kernel(kernel, gather), 1, layout), *heads)
             if c.qkv_bias:
                 y = y + self.param(f"{name}_bias", nn.initializers.zeros, (count, H))
@@ -162,7 +151,7 @@ class Attention(Hooked):
             y, cache = attend_cached(query, new, past, positions, self.scores, layout)
         y = layout.split(self.at("z", layout.split(y, *heads), changes), *heads)
 
-        kernel = self.param("out", _kernel_init(2), (D, N, H))
+        kernel = self.param("out", _lecun((1, 2), 0), (D, N, H))
         y = linear(y, layout.kernel(kernel, gather), 2, layout)
         if c.out_bias:
             y = y + self.param("out_bias", nn.initializers.zeros, (D,))
@@ -180,7 +169,7 @@ class Mlp(Hooked):
         gather = layout.gathers_mlp(B, T, F)
 
         def project(name: str, y: Array, shape: tuple[int, int]) -> Array:
-            kernel = self.param(name, _kernel_init(1), shape)
+            kernel = self.param(name, _lecun(1, 0), shape)
             y = linear(y, layout.kernel(kernel, gather), 1, layout)
             if self.config.mlp_bias:
                 y = y + self.param(f"{name}_bias", nn.initializers.zeros, shape[:1])
@@ -202,9 +191,9 @@ class Mixture(Hooked):
         c, layout = self.config, self.layout
         x = self.at("mlp_in", x, changes)
         E, F, D = c.num_experts, layout.padded(c.intermediate_size), x.shape[-1]
-        router = self.param("router", _kernel_init(1), (E, D))
+        router = self.param("router", _lecun(1, 0), (E, D))
         kernels = [
-            self.param(f"expert_{name}", nn.initializers.lecun_normal(-1, -2, (0,)), shape)
+            self.param(f"expert_{name}", _lecun(2, 1, 0), shape)
             for name, shape in (("gate", (E, F, D)), ("up", (E, F, D)), ("down", (E, D, F)))
         ]
         share = jax.nn.softmax(linear(x, router, 1, layout, jnp.float32), axis=-1)
@@ -212,8 +201,10 @@ class Mixture(Hooked):
         if c.renormalize_experts:
             share = share / jnp.sum(share, axis=-1, keepdims=True)
         prompt, data = x.shape[1] > 1, P("data")
+        in_specs = data, data, data, *(P(None, "model"),) * 2, P(None, None, "model")
 
-        def local(x: Array, share: Array, experts: Array, *kernels: Array) -> Array:
+        @layout.on_each_device(in_specs, P(*layout.stream(prompt)))
+        def mixed(x: Array, share: Array, experts: Array, *kernels: Array) -> Array:
             shape, x = x.shape, x.reshape(-1, D)
             order = jnp.argsort(experts.reshape(-1), stable=True)  # one after the other
             sizes = jnp.bincount(experts.reshape(-1), length=E)
@@ -224,30 +215,16 @@ class Mixture(Hooked):
             rows = x[order // c.experts_per_token]
             y = down(gated(c, gate(rows), up(rows)))
             y = y[jnp.argsort(order)].reshape(*share.shape, D)  # each token's, side by side
-            y = jnp.sum(y * share.astype(y.dtype)[..., None], axis=-2).reshape(shape)
-            if prompt:
-                return jax.lax.psum_scatter(y, "model", scatter_dimension=1, tiled=True)
-            return jax.lax.psum(y, "model")
+            y = jnp.sum(y * share.astype(y.dtype)[..., None], axis=-2)
+            return summed(y.reshape(shape), prompt)
 
-        mapped = jax.shard_map(
-            local,
-            mesh=layout.mesh,
-            in_specs=(data, data, data, *(P(None, "model"),) * 2, P(None, None, "model")),
-            out_specs=P(*layout.stream(prompt)),
-            check_vma=False,
-        )
-        return mapped(x, share, experts, *kernels)
+        return mixed(x, share, experts, *kernels)
 
 
 class Block(Hooked):
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        cos_sin: tuple[Array, Array],
-        past: Past | None,
-        changes: Changes,
+        self, x: Array, positions: Array, cos_sin: Angles, past: Past | None, changes: Changes
     ) -> tuple[Array, Array | None]:
         """The residual stream [B, T, D] after this layer, and the rest as `Attention` gives it."""
         c = self.config
@@ -287,9 +264,13 @@ class Decoder(nn.Module):
     num_layers_run: int | None = None
     edits: tuple[Edit, ...] = ()
 
+    @property
+    def depth(self) -> int:
+        """How many layers are run."""
+        return self.config.num_layers if self.num_layers_run is None else self.num_layers_run
+
     def setup(self) -> None:
-        c = self.config
-        n = c.num_layers if self.num_layers_run is None else self.num_layers_run
+        c, n = self.config, self.depth
         V = self.layout.padded(c.vocab_size)
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (V, c.hidden_size))
@@ -315,14 +296,13 @@ class Decoder(nn.Module):
         """Residual stream after the last layer that is run, [B, T, D], and the cache.
 
         tokens, positions: int32 [B, T]. Of each data group they are written into its rows of the
-        cache (`cache_arrays`) from `row` on, into the slots from `slot` on, both int32 [data], and
+        cache (`Engine.state`) from `row` on, into the slots from `slot` on, both int32 [data], and
         see what those rows hold: a chunk of a prompt, whose tokens are in the order of
         `Layout.deal`, or one generated token. What is written at slot 0 begins its row anew. Tokens
         at or behind their row's `lengths`, int32 [B], are padding, which nobody sees. Without a
-        cache the tokens see one another alone. changes: the arrays of every
-        edit, see `Edit.apply`, with tokens in the order of `tokens`; None where it changes nothing.
-        Call through `apply(...,
-        mutable=["intermediates"])` to receive what the spec captures.
+        cache the tokens see one another alone. changes: the arrays of every edit, see `Edit.apply`,
+        with tokens in the order of `tokens`; None where it changes nothing. Call through
+        `apply(..., mutable=["intermediates"])` to receive what the spec captures.
         """
         c = self.config
         x = self.layout.look_up(self.embedding, tokens)
@@ -370,20 +350,6 @@ class Decoder(nn.Module):
     def initialize(self, tokens: Array, positions: Array) -> Array:
         """Touches every parameter; for `init` and abstract shapes."""
         return self.logits(self(tokens, positions)[0][:, 0])
-
-
-def cache_arrays(
-    model: Decoder, rows: int, slots: int, dtype: Any
-) -> Iterator[tuple[str, tuple[int, ...], Any, tuple[Any, ...]]]:
-    """Name, shape, dtype and split of the arrays of a cache: of each layer that is run keys and
-    values side by side, [R, K, S, 2 H], and `positions`, [R, S], INVALID_POSITION in slots without
-    a token. What keys and values hold there makes no difference.
-    """
-    c = model.config
-    yield "positions", (rows, slots), jnp.int32, ("data",)
-    for i in range(c.num_layers if model.num_layers_run is None else model.num_layers_run):
-        shape = rows, c.num_kv_heads, slots, 2 * c.head_dim
-        yield f"layers_{i}", shape, dtype, model.layout.slots
 
 
 def split_cache(layout: Layout, cache: Cache) -> Cache:

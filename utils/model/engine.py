@@ -2,7 +2,7 @@
 shape."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,19 +14,14 @@ import numpy as np
 from jax import Array
 
 from utils.model.capture import width_of
-from utils.model.decoder import Cache, Changes, Decoder, cache_arrays
-from utils.model.generate import Chunk, Decoded, Outputs, Sampling, Shape, decode, prefill
+from utils.model.decoder import Cache, Changes, Decoder
+from utils.model.generate import Chunk, Decoded, Sampling, Shape, decode, prefill
 from utils.model.layout import INVALID_POSITION
 
 COMPILERS = min(4, os.cpu_count() or 1)  # programs that are compiled at once
 
 
-def specs(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays or of what a program returns."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-_PREFILL = jax.jit(prefill, static_argnames=("model", "outputs"), donate_argnames=("cache",))
+_PREFILL = jax.jit(prefill, static_argnames=("model", "forced"), donate_argnames=("cache",))
 _DECODE = jax.jit(decode, static_argnames=("model", "sampling"), donate_argnames=("cache",))
 
 
@@ -34,15 +29,17 @@ _DECODE = jax.jit(decode, static_argnames=("model", "sampling"), donate_argnames
 class Engine:
     """The compiled programs of one model, each compiled once.
 
-    params: arrays, or their specs where nothing is to be run. sampling: None where nothing is
-    generated. constants: of each of the model's edits the arrays that stay the same, on the
-    devices. A batch begins with `begin`; each pass hands its state, cache and logits, to the next,
-    and takes the cache away from whoever holds it still.
+    params: arrays, or their specs where nothing is to be run. logits, forced: whether prefill gives
+    the logits at the last prompt token, and the log-probabilities of forced answers. sampling: None
+    where nothing is generated. constants: of each of the model's edits the arrays that stay the
+    same, on the devices. A batch begins with `begin`; each pass hands its state, cache and logits,
+    to the next, and takes the cache away from whoever holds it still.
     """
 
     model: Decoder
     params: Any
-    outputs: Outputs
+    logits: bool
+    forced: bool = False
     sampling: Sampling | None = None
     constants: Sequence[dict[str, Any]] = ()
     _programs: dict[Any, Any] = field(default_factory=dict)
@@ -50,19 +47,14 @@ class Engine:
     def begin(self, shape: Shape, used: Cache | None = None) -> tuple[Cache, Array | None]:
         """The state before a batch's first pass; used: the cache of a former batch of its shape."""
         cache, logits = self.state(shape)
+
+        def full(spec: Any, value: int = 0) -> Array:
+            return jnp.full(spec.shape, value, spec.dtype, device=spec.sharding)
+
         if used is None:
-            used = {
-                name: jnp.full(
-                    spec.shape,
-                    INVALID_POSITION if name == "positions" else 0,
-                    spec.dtype,
-                    device=spec.sharding,
-                )
-                for name, spec in cache.items()
-            }
-        if logits is not None:
-            logits = jnp.zeros(logits.shape, logits.dtype, device=logits.sharding)
-        return used, logits
+            positions = full(cache["positions"], INVALID_POSITION)
+            used = {**jax.tree.map(full, cache), "positions": positions}
+        return used, None if logits is None else full(logits)
 
     def prefill(
         self,
@@ -92,7 +84,7 @@ class Engine:
         ends = np.any((start < prompts) & (prompts <= start + shape.chunk))
         inputs = tokens[:, :-1], tokens[:, 1:], local, start, prompts, lengths[rows]
         cache, logits = state
-        chunk, logits, cache = self.prefill_program(shape)(
+        chunk, logits, cache = self.program("prefill", shape)(
             self.params,
             cache,
             logits,
@@ -117,7 +109,7 @@ class Engine:
             raise ValueError(f"answers behind {first_slot} tokens do not fit in {shape}")
         put = self.model.layout.put
         cache, logits = state
-        decoded, cache = self.decode_program(shape)(
+        decoded, cache = self.program("decode", shape)(
             self.params,
             cache,
             logits,
@@ -140,22 +132,16 @@ class Engine:
     def compiling(self, shapes: Iterable[Shape]) -> dict[Shape, list[Future[Any]]]:
         """The programs of each shape that differs, prefill and, where answers are generated,
         decoding: compiled in the background, in this order."""
-        kinds = [self.prefill_program, *([self.decode_program] if self.sampling else [])]
+        names = ["prefill", "decode"] if self.sampling else ["prefill"]
         pool = ThreadPoolExecutor(COMPILERS, "compile")
-        found = {s: [pool.submit(kind, s) for kind in kinds] for s in dict.fromkeys(shapes)}
+        found = {s: [pool.submit(self.program, n, s) for n in names] for s in dict.fromkeys(shapes)}
         pool.shutdown(wait=False)
         return found
 
-    def prefill_program(self, shape: Shape) -> Any:
-        """`prefill`, compiled for a shape."""
-        return self._compiled("prefill", shape, self.lower_prefill)
-
-    def decode_program(self, shape: Shape) -> Any:
-        """`decode`, compiled for a shape."""
-        return self._compiled("decode", shape, self.lower_decode)
-
-    def _compiled(self, name: str, shape: Shape, lower: Callable[[Shape], Any]) -> Any:
+    def program(self, name: str, shape: Shape) -> Any:
+        """`prefill` or `decode`, compiled for a shape."""
         if (name, shape) not in self._programs:
+            lower = {"prefill": self.lower_prefill, "decode": self.lower_decode}[name]
             with self.precision():
                 self._programs[name, shape] = lower(shape).compile()
         return self._programs[name, shape]
@@ -163,61 +149,66 @@ class Engine:
     def precision(self) -> AbstractContextManager[Any]:
         """For what is compiled within, in this thread: a model in float32 multiplies float32, which
         accelerators by default do in fewer bits."""
-        exact = jax.tree.leaves(self.params)[0].dtype == jnp.float32
+        exact = self._dtype == jnp.float32
         return jax.default_matmul_precision("highest") if exact else nullcontext()
 
     def lower_prefill(self, shape: Shape) -> Any:
         """`prefill` before it is compiled."""
         rows = self.model.layout.data
-        tokens = self._input(rows, shape.chunk)
-        inputs = (tokens, tokens, *(self._input(rows) for _ in range(4)), self._scalar(jnp.bool_))
+        tokens, numbers = self._spec(rows, shape.chunk), [self._spec(rows)] * 4
+        inputs = tokens, tokens, *numbers, self._spec(dtype=jnp.bool_, split=())
         changes = self._abstract_changes(rows, shape.chunk)
-        before = self.model, specs(self.params), *self.state(shape)
-        return _PREFILL.lower(*before, *inputs, changes, outputs=self.outputs)
+        before = self.model, self.params, *self.state(shape)
+        return _PREFILL.lower(*before, *inputs, changes, forced=self.forced)
 
     def lower_decode(self, shape: Shape) -> Any:
         """`decode` before it is compiled."""
-        lengths, keys = self._input(shape.rows), self._input(shape.rows, dtype=jnp.uint32)
-        inputs = lengths, self._scalar(jnp.int32), keys, self._scalar(jnp.float32)
-        before = self.model, specs(self.params), *self.state(shape)
-        changes = tuple(
-            None if edit.op == "patch" else arrays
-            for edit, arrays in zip(
-                self.model.edits,
-                self._abstract_changes(shape.rows, self.sampling.max_tokens),
-                strict=True,
-            )
-        )
+        lengths, keys = self._spec(shape.rows), self._spec(shape.rows, dtype=jnp.uint32)
+        first_slot, temperature = (self._spec(dtype=d, split=()) for d in (jnp.int32, jnp.float32))
+        inputs = lengths, first_slot, keys, temperature
+        changes = self._abstract_changes(shape.rows, self.sampling.max_tokens)
+        edits = zip(self.model.edits, changes, strict=True)
+        changes = tuple(None if edit.op == "patch" else arrays for edit, arrays in edits)
+        before = self.model, self.params, *self.state(shape)
         return _DECODE.lower(*before, *inputs, changes, sampling=self.sampling)
 
     def _abstract_changes(self, rows: int, tokens: int) -> Changes:
         """What `_changes` makes for so many rows and tokens."""
         found = []
         for edit, constants in zip(self.model.edits, self.constants, strict=True):
-            arrays = {**specs(constants), "mask": self._input(rows, tokens, dtype=jnp.bool_)}
+            arrays = {**constants, "mask": self._spec(rows, tokens, dtype=jnp.bool_)}
             if edit.op == "patch":
                 width = width_of(self.model.config, edit.hook)
-                arrays["values"] = self._input(rows, tokens, width, dtype=jnp.float32)
+                arrays["values"] = self._spec(rows, tokens, width, dtype=jnp.float32)
             found.append(arrays)
         return tuple(found)
 
     def state(self, shape: Shape) -> tuple[dict[str, Any], Any]:
         """Shapes, dtypes and shardings of a batch's cache and logits, the latter None where they
-        are not asked for."""
-        layout, dtype = self.model.layout, jax.tree.leaves(self.params)[0].dtype
+        are not asked for.
+
+        The cache holds of each layer that is run keys and values side by side, [R, K, S, 2 H], and
+        `positions`, [R, S], INVALID_POSITION in slots without a token. What keys and values hold
+        there makes no difference.
+        """
+        c, layout, R = self.model.config, self.model.layout, shape.rows
+        size = R, c.num_kv_heads, shape.slots, 2 * c.head_dim
         cache = {
-            name: jax.ShapeDtypeStruct(size, kind, sharding=layout.sharding(*spec))
-            for name, size, kind, spec in cache_arrays(self.model, shape.rows, shape.slots, dtype)
+            f"layers_{i}": self._spec(*size, dtype=self._dtype, split=layout.slots)
+            for i in range(self.model.depth)
         }
-        if not self.outputs.logits:
+        cache["positions"] = self._spec(R, shape.slots)
+        if not self.logits:
             return cache, None
-        size = shape.rows, layout.padded(self.model.config.vocab_size)
-        spec = layout.sharding("data", "model")
-        return cache, jax.ShapeDtypeStruct(size, jnp.float32, sharding=spec)
+        size = R, layout.padded(c.vocab_size)
+        return cache, self._spec(*size, dtype=jnp.float32, split=("data", "model"))
 
-    def _input(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """What `Layout.put` makes of a host array."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.model.layout.sharding("data"))
+    @property
+    def _dtype(self) -> Any:
+        return jax.tree.leaves(self.params)[0].dtype
 
-    def _scalar(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), dtype, sharding=self.model.layout.sharding())
+    def _spec(
+        self, *shape: int, dtype: Any = jnp.int32, split: tuple[Any, ...] = ("data",)
+    ) -> jax.ShapeDtypeStruct:
+        """Of an array; by default of what `Layout.put` makes of a host array."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.model.layout.sharding(*split))

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 
@@ -36,15 +37,6 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What prefill gives beside captures: the logits at the last prompt token; the
-    log-probabilities of answers that are forced."""
-
-    logits: bool
-    forced: bool = False
-
-
-@dataclass(frozen=True)
 class Sampling:
     """How answers are made: of at most `max_tokens` tokens; `stop_ids` end one and belong to it."""
 
@@ -52,7 +44,7 @@ class Sampling:
     stop_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@struct.dataclass
 class Chunk:
     """Of the rows of a pass of prefill, their tokens in the order of the prompt. captures: name ->
     [P, C, D]; logits: float32 [P, V] at the last prompt token, 0 where it is in another chunk, or
@@ -64,7 +56,7 @@ class Chunk:
     logprobs: Array | None
 
 
-@dataclass(frozen=True)
+@struct.dataclass
 class Decoded:
     """tokens: int32 [B, A]; counts: int32 [B], how many of them are real; logprobs: float32
     [B, A]; captures: name -> [B, A, D]; steps: int32, forward passes that were run."""
@@ -76,7 +68,7 @@ class Decoded:
     steps: Array
 
 
-@dataclass(frozen=True)
+@struct.dataclass
 class DecodeState:
     """What one step of decoding hands to the next.
 
@@ -89,10 +81,6 @@ class DecodeState:
     active: Array
     cache: Cache
     result: Decoded
-
-
-for _tree in (Chunk, Decoded, DecodeState):
-    jax.tree_util.register_dataclass(_tree)
 
 
 def prefill(
@@ -108,17 +96,17 @@ def prefill(
     lengths: Array,
     any_ends: Array,
     changes: Changes,
-    outputs: Outputs,
+    forced: bool,
 ) -> tuple[Chunk, Array | None, Cache]:
     """A chunk of one row of every data group, against what the cache holds of that row, its prompt
     or the forced answer behind it; then the logits of the batch so far, and the cache.
 
     tokens: int32 [P, C], those of the positions from `start` on, int32 [P], of the rows `row` of
     the data groups, int32 [P]; next_tokens: int32 [P, C], each token's successor. logits: float32
-    [B, V] at the last prompt token of the rows whose prompts have ended, None unless `outputs` asks
-    for them. prompt_lengths, lengths: int32 [P], without and with the forced answer. any_ends: bool
-    scalar, whether a prompt's last token is in its row's chunk. changes: see `Decoder`,
-    tokens in the order of the prompt.
+    [B, V] at the last prompt token of the rows whose prompts have ended, or None if nobody wants
+    them. prompt_lengths, lengths: int32 [P], without and with the forced answer. any_ends: bool
+    scalar, whether a prompt's last token is in its row's chunk. changes: see `Decoder`, tokens in
+    the order of the prompt. forced: whether log-probabilities of forced answers are given.
     """
     layout = model.layout
     C = tokens.shape[1]
@@ -148,12 +136,12 @@ def prefill(
         return layout.collect(layout.whole_rows(value))
 
     captures = {}
-    if model.capture.in_prefill or outputs.forced:
+    if model.capture.in_prefill or forced:
         captures = {name: whole(value) for name, value in captured(variables).items()}
     new = logprobs = None
-    if outputs.logits or outputs.forced:
+    if logits is not None or forced:
         x = whole(x)
-    if outputs.logits:
+    if logits is not None:
         last = positions == prompt_lengths[:, None] - 1
         here = last.any(axis=1)[:, None]
 
@@ -168,7 +156,7 @@ def prefill(
 
         new, logits = jax.lax.cond(any_ends, at_last, nothing, logits)
         new, logits = layout.whole_rows(new), layout.split(logits, "data", "model")
-    if outputs.forced:
+    if forced:
         wanted = (positions >= prompt_lengths[:, None] - 1) & (positions < lengths[:, None] - 1)
         logprobs = layout.whole_rows(_forced_logprobs(model, params, x, next_tokens, wanted))
     return Chunk(captures, new, logprobs), logits, split_cache(layout, cache)
@@ -202,13 +190,9 @@ def decode(
     kept = jnp.where(slots < first_slot, cache["positions"], INVALID_POSITION)
     state = loop.first({**cache, "positions": kept}, logits, sample_keys != 0)
     state = jax.lax.while_loop(loop.unfinished, loop.step, state)
-    result = replace(
-        state.result,
-        tokens=layout.whole_rows(state.result.tokens),
-        counts=layout.whole_rows(state.result.counts),
-        logprobs=layout.whole_rows(state.result.logprobs),
-    )
-    return result, split_cache(layout, state.cache)
+    names = "tokens", "counts", "logprobs"  # captures are whole rows already
+    whole = {name: layout.whole_rows(getattr(state.result, name)) for name in names}
+    return replace(state.result, **whole), split_cache(layout, state.cache)
 
 
 @dataclass(frozen=True)
@@ -236,16 +220,14 @@ class _Loop:
         """Each row's first token, from the logits of its prompt; real: bool [B], no padding row."""
         B, A = len(real), self.sampling.max_tokens
         whole_rows = self.model.layout.whole_rows
-        widths = {name: width_of(self.model.config, name) for name in self.names}
+        sizes = {name: (B, A, width_of(self.model.config, name)) for name in self.names}
         dtype = jax.tree.leaves(self.params)[0].dtype
         token, logprob = self.choose(logits, jnp.int32(0))
         result = Decoded(
             tokens=jnp.zeros((B, A), jnp.int32).at[:, 0].set(token),
             counts=real.astype(jnp.int32),
             logprobs=jnp.zeros((B, A), jnp.float32).at[:, 0].set(logprob),
-            captures={
-                name: whole_rows(jnp.zeros((B, A, width), dtype)) for name, width in widths.items()
-            },
+            captures={name: whole_rows(jnp.zeros(size, dtype)) for name, size in sizes.items()},
             steps=jnp.int32(0),
         )
         return DecodeState(token, self.to_run(real, token), cache, result)

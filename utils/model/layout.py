@@ -90,6 +90,12 @@ class Layout:
         """x, its axes split as `spec` says; axes that it does not name are whole."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*spec))
 
+    def on_each_device(self, in_specs: Any, out_specs: Any) -> Any:
+        """Decorates a function of what each device holds of arrays that are split as `in_specs` and
+        `out_specs` say."""
+        specs = {"in_specs": in_specs, "out_specs": out_specs}
+        return jax.shard_map(mesh=self.mesh, check_vma=False, **specs)
+
     def stream(self, prompt: bool) -> tuple[Any, ...]:
         """How a residual stream [B, T, D] is split: a prompt by its tokens too, a generated token
         by its row alone."""
@@ -98,12 +104,6 @@ class Layout:
     def heads(self, prompt: bool) -> tuple[Any, ...]:
         """How queries, keys, values and what attention gives, [B, T, N, H], are split."""
         return ("data", None, "model") if self.by_heads else self.stream(prompt)
-
-    def gathers_attention(self, prompt: bool) -> bool:
-        """Whether the kernels of attention are gathered on every device: where the devices share
-        the tokens of a prompt, each projects its own tokens to all heads. The kernels of a
-        generated token stay as they are stored, split by their inputs."""
-        return prompt and not self.by_heads
 
     def gathers_mlp(self, batch: int, tokens: int, width: int) -> bool:
         """Whether the kernels of an mlp come to the tokens, or the tokens to the kernels: the one
@@ -150,20 +150,20 @@ class Layout:
         """Rows of `stored`, both split as `spec` says, exchanged for new ones: those of each data
         group from its `row` on, int32 [data]."""
 
-        def local(stored: Array, new: Array, row: Array) -> Array:
+        @self.on_each_device((P(*spec), P(*spec), P("data")), P(*spec))
+        def written(stored: Array, new: Array, row: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(stored, new, row[0], axis=0)
 
-        specs = {"in_specs": (P(*spec), P(*spec), P("data")), "out_specs": P(*spec)}
-        return jax.shard_map(local, mesh=self.mesh, **specs, check_vma=False)(stored, new, row)
+        return written(stored, new, row)
 
     def read_rows(self, stored: Array, row: Array, count: int, *spec: Any) -> Array:
         """`count` rows of `stored`: an equal share of each data group, from its `row` on."""
 
-        def local(stored: Array, row: Array) -> Array:
+        @self.on_each_device((P(*spec), P("data")), P(*spec))
+        def read(stored: Array, row: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(stored, row[0], count // self.data, axis=0)
 
-        specs = {"in_specs": (P(*spec), P("data")), "out_specs": P(*spec)}
-        return jax.shard_map(local, mesh=self.mesh, **specs, check_vma=False)(stored, row)
+        return read(stored, row)
 
     def deal(self, x: Array) -> Array:
         """[B, T, ...] in the order of the prompt -> the order in which devices hold it."""
@@ -183,19 +183,23 @@ class Layout:
         """Rows of an embedding table that is split by its rows: tokens [B, T] -> [B, T, D], split
         by tokens where there are several. Only what was looked up moves, never the table."""
 
-        def local(table: Array, tokens: Array) -> Array:
+        prompt = tokens.shape[1] > 1
+
+        @self.on_each_device((P("model"), P("data")), P(*self.stream(prompt)))
+        def found(table: Array, tokens: Array) -> Array:
             index = tokens - jax.lax.axis_index("model") * len(table)
             here = (index >= 0) & (index < len(table))
-            found = jnp.where(here[..., None], table[jnp.where(here, index, 0)], 0)
-            if tokens.shape[1] == 1:
-                return jax.lax.psum(found, "model")
-            return jax.lax.psum_scatter(found, "model", scatter_dimension=1, tiled=True)
+            rows = jnp.where(here[..., None], table[jnp.where(here, index, 0)], 0)
+            return summed(rows, prompt)
 
-        out = P("data") if tokens.shape[1] == 1 else P("data", "model")
-        mapped = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(P("model"), P("data")), out_specs=out, check_vma=False
-        )
-        return mapped(table, tokens)
+        return found(table, tokens)
+
+
+def summed(x: Array, prompt: bool) -> Array:
+    """On each device: the sum of x, [B, T, D], over the model axis, split as `Layout.stream`."""
+    if prompt:
+        return jax.lax.psum_scatter(x, "model", scatter_dimension=1, tiled=True)
+    return jax.lax.psum(x, "model")
 
 
 def find_devices(everywhere: bool) -> Sequence[jax.Device]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from utils.model.capture import width_of
 from utils.model.decoder import Changes, Decoder
 from utils.model.engine import Engine
-from utils.model.generate import Chunk, Decoded, Outputs, Sampling, Shape
+from utils.model.generate import Chunk, Decoded, Sampling, Shape
 from utils.model.layout import use_compilation_cache
 from utils.plan.batching import Batch, Length, pad_rows, prefill_passes
 from utils.plan.plan import Plan
@@ -86,7 +86,8 @@ class Computation:
         self.engine = Engine(
             Decoder(plan.config, self.layout, plan.capture, layers, edits),
             params,
-            Outputs(with_logits, request.teacher_forcing),
+            with_logits,
+            request.teacher_forcing,
             Sampling(request.max_output_tokens, plan.codec.stop_ids) if generates else None,
             [self._on_devices(one.constants, abstract) for one in plan.interventions],
         )
