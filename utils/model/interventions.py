@@ -50,35 +50,29 @@ class Edit:
         float32 scalar, what it becomes or is multiplied by.
         """
         wide = x.astype(jnp.float32)
-        new = getattr(self, f"_{self.op}")(wide, arrays)
+        match self.op:
+            case "zero":
+                new = jnp.zeros_like(wide)
+            case "set":
+                new = jnp.broadcast_to(arrays["vector"], wide.shape)
+            case "add":
+                new = wide + arrays["vector"]
+            case "scale":
+                new = wide * arrays["factor"]
+            case "ablate_direction":
+                direction = arrays["vector"]
+                new = wide - jnp.sum(wide * direction, axis=-1, keepdims=True) * direction
+            case "latent":
+                # The latent's share is exchanged; what the autoencoder does not explain stays.
+                weights, latent = arrays["weights"], arrays["latent"]
+                latents = encode(self.architecture, self.k, weights, wide)
+                before = jnp.take(latents, latent, axis=-1)
+                after = before * arrays["amount"] if self.relative else arrays["amount"]
+                direction = jnp.take(weights["w_dec"], latent, axis=0)
+                new = wide + (after - before)[..., None] * direction
+            case "reconstruct":
+                weights = arrays["weights"]
+                new = decode(weights, encode(self.architecture, self.k, weights, wide))
+            case "patch":
+                new = arrays["values"].astype(jnp.float32)
         return jnp.where(arrays["mask"][..., None], new.astype(x.dtype), x)
-
-    def _zero(self, x: Array, arrays: Arrays) -> Array:
-        return jnp.zeros_like(x)
-
-    def _set(self, x: Array, arrays: Arrays) -> Array:
-        return jnp.broadcast_to(arrays["vector"], x.shape)
-
-    def _add(self, x: Array, arrays: Arrays) -> Array:
-        return x + arrays["vector"]
-
-    def _scale(self, x: Array, arrays: Arrays) -> Array:
-        return x * arrays["factor"]
-
-    def _ablate_direction(self, x: Array, arrays: Arrays) -> Array:
-        direction = arrays["vector"]
-        return x - jnp.sum(x * direction, axis=-1, keepdims=True) * direction
-
-    def _latent(self, x: Array, arrays: Arrays) -> Array:
-        """The latent's share is exchanged; what the autoencoder does not explain stays."""
-        weights, latent = arrays["weights"], arrays["latent"]
-        before = jnp.take(encode(self.architecture, self.k, weights, x), latent, axis=-1)
-        after = before * arrays["amount"] if self.relative else arrays["amount"]
-        return x + (after - before)[..., None] * jnp.take(weights["w_dec"], latent, axis=0)
-
-    def _reconstruct(self, x: Array, arrays: Arrays) -> Array:
-        weights = arrays["weights"]
-        return decode(weights, encode(self.architecture, self.k, weights, x))
-
-    def _patch(self, x: Array, arrays: Arrays) -> Array:
-        return arrays["values"].astype(jnp.float32)
