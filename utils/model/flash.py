@@ -76,7 +76,7 @@ def flash(
         return pltpu.VMEM((G * Q, width), jnp.float32)
 
     y = pl.pallas_call(
-        functools.partial(_kernel, scores=scores),
+        functools.partial(_kernel, scores),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, K, pl.cdiv(T, Q), steps),
@@ -169,19 +169,7 @@ def _key_block(queries, b, i, j):
 
 
 def _kernel(
-    row,
-    queries,
-    keys,
-    q_ref,
-    kv_ref,
-    q_at_ref,
-    k_at_ref,
-    y_ref,
-    max_ref,
-    total_ref,
-    sum_ref,
-    *,
-    scores,
+    scores, _, queries, keys, q_ref, kv_ref, q_at_ref, k_at_ref, y_ref, max_ref, total_ref, sum_ref
 ):
     """Step j of query block i: q_ref [1, 1, G, Q, H] against kv_ref [1, 1, C, 2H].
 
