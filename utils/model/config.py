@@ -140,12 +140,11 @@ class Scores:
 class ModelConfig:
     """The shape of a decoder; everything that decides what it computes, and nothing else.
 
-    `sliding_windows[i]` is the number of keys that a query of layer i sees, itself included, or
-    None for all of them. sliding_rope: the rotary embedding of layers that have a window, where it
-    is another. intermediate_size: of the mlp, or of one expert of a mixture, whose experts are
-    num_experts, of which each token is given to experts_per_token. gated_by: `silu` or `gelu_tanh`.
-    out_norms: what attention and mlp give is normed before it is added. unit_offset: a norm
-    multiplies by one more than its stored scale. Soft caps as in `Scores`.
+    sliding_windows: of each layer, as soft caps too, as in `Scores`. sliding_rope: the rotary
+    embedding of layers that have a window, where it is another. intermediate_size: of the mlp, or
+    of one expert of a mixture, whose experts are num_experts, of which each token is given to
+    experts_per_token. gated_by: `silu` or `gelu_tanh`. out_norms: what attention and mlp give is
+    normed before it is added. unit_offset: a norm multiplies by one more than its stored scale.
     """
 
     model_type: str
