@@ -147,15 +147,15 @@ def attend_cached(
     def attended(query: Array, new: Array, past: Past, query_at: Array) -> tuple[Array, Array]:
         row, zero = past.row[0], jnp.int32(0)
         cache = jax.lax.dynamic_update_slice(past.cache, new, (row, zero, past.slot[0], zero))
+        given = query, cache, row, query_at, past.key_at, scores
         if layout.platform == "tpu" and prompt:
             # Pallas takes half a second to import, which no other start should wait for.
             from utils.model.flash import flash
 
-            return flash(query, cache, row, query_at, past.key_at, scores), cache
+            return flash(*given), cache
         if by_cudnn:
             return _by_cudnn(query, new, cache, row, past.slot, scores.scale), cache
-        keys = _tile_keys(len(query), cache, layout.platform)
-        return _in_tiles(query, cache, row, query_at, past.key_at, scores, shared, keys), cache
+        return _in_tiles(*given, shared, layout.platform), cache
 
     return attended(query, new, past, query_at)
 
@@ -195,19 +195,6 @@ def _sees(query_at: Array, key_at: Array, window: int | None) -> Array:
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _tile_keys(rows: int, cache: Array, platform: str) -> int:
-    """The keys of a tile of attention, of so many rows of a cache."""
-    _, K, S, W = cache.shape
-    # Never the whole cache: XLA would read it before the loop, and copy it to do so.
-    keys = min(S // 2, KEY_TILE)
-    if platform == "cpu":
-        while keys > LEAST_KEYS and rows * K * keys * W * cache.dtype.itemsize > TILE_BYTES:
-            keys //= 2
-    if S % keys:
-        raise ValueError(f"a cache of {S} slots cannot be read in tiles of {keys}")
-    return keys
-
-
 def _in_tiles(
     query: Array,
     cache: Array,
@@ -216,15 +203,21 @@ def _in_tiles(
     key_at: Array,
     scores: Scores,
     shared: str | None,
-    keys: int,
+    platform: str,
 ) -> Array:
     """Tile by tile of queries and keys, in loops of one body (Dao et al. 2022, FlashAttention).
 
-    The rows of the cache are those from `row` on; its slots are a multiple of `keys`, of a tile.
-    Tiles of keys that no query of a tile sees are left out. shared: the mesh axis whose devices
-    share the tiles of keys.
+    The rows of the cache are those from `row` on. Tiles of keys that no query of a tile sees are
+    left out. shared: the mesh axis whose devices share the tiles of keys.
     """
-    (B, T, N, H), (_, K, S, _) = query.shape, cache.shape
+    (B, T, N, H), (_, K, S, W) = query.shape, cache.shape
+    # Never the whole cache: XLA would read it before the loop, and copy it to do so.
+    keys = min(S // 2, KEY_TILE)
+    if platform == "cpu":
+        while keys > LEAST_KEYS and B * K * keys * W * cache.dtype.itemsize > TILE_BYTES:
+            keys //= 2
+    if S % keys:
+        raise ValueError(f"a cache of {S} slots cannot be read in tiles of {keys}")
     size = min(T, QUERY_TILE)
     tiles, blocks, R, zero = math.ceil(T / size), S // keys, size * N // K, jnp.int32(0)
     # Padding queries are at the last token's position.
