@@ -169,8 +169,6 @@ def write(
     folder: Path, sae: "Autoencoder", dataset: "ActivationDataset", config: SaeConfig, found: Any
 ) -> None:
     """The folder of an autoencoder that was trained, with how it was trained and what was found."""
-    from utils.model.autoencoder import save_autoencoder
-
     about = {
         "activation": dataset.name,
         "selection": repr(dataset.selection),
@@ -178,7 +176,7 @@ def write(
         "training": asdict(config),
         "held_out": found,
     }
-    save_autoencoder(folder, sae.architecture, sae.k, sae.hook, sae.weights, about)
+    sae.save(folder, about)
 
 
 def describe(found: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from tiny import write_model
 
 from examples import evaluate_sae as script
 from examples.evaluate_sae import cells_right
-from utils.model.autoencoder import save_autoencoder
+from utils.model.autoencoder import Autoencoder
 
 HOOK, D = "resid_post.1", 32
 
@@ -42,7 +42,7 @@ def autoencoders(tmp_path_factory):
         "elsewhere": ("resid_pre.0", both),
     }
     for name, (hook, weights) in made.items():
-        save_autoencoder(folder / name, "standard", None, hook, weights, {})
+        Autoencoder("standard", None, hook, weights).save(folder / name, {})
     return folder
 
 

@@ -224,7 +224,7 @@ def save_identity(folder, width):
     identity = np.eye(width, dtype=np.float32)
     weights = {"w_enc": identity, "w_dec": identity}
     weights |= dict.fromkeys(("b_enc", "b_dec"), np.zeros(width, np.float32))
-    autoencoder.save_autoencoder(folder, "standard", None, "resid_post.0", weights, {})
+    autoencoder.Autoencoder("standard", None, "resid_post.0", weights).save(folder, {})
 
 
 def test_what_cannot_be_named_is_said(planted, cells, tmp_path):

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from utils.errors import UserError
 from utils.model.autoencoder import (
+    Autoencoder,
     encode,
     load_autoencoder,
-    save_autoencoder,
     top,
 )
 from utils.model.capture import HOOK_POINTS, capture_name, hook_name
@@ -70,7 +70,8 @@ def test_saelens_gives_the_latents_of_what_is_written(architecture, latents, tmp
         del weights["threshold"]
     weights["w_enc"] = np.asfortranarray(weights["w_enc"])  # safetensors takes bytes as they lie
     about = {"held_out": {"l0": 4.0}}
-    save_autoencoder(tmp_path / "sae", architecture, 5, "resid_post.11", weights, about)
+    made = Autoencoder(architecture, 5, "resid_post.11", weights)
+    made.save(tmp_path / "sae", about)
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     assert config["metadata"]["hook_name"] == "blocks.11.hook_resid_post"
     assert config["metadata"]["held_out"] == about["held_out"]
@@ -87,7 +88,7 @@ def test_saelens_gives_the_latents_of_what_is_written(architecture, latents, tmp
     want = np.where(kept, np.maximum(before, 0), 0)
     np.testing.assert_allclose(sae.encode(x), want, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match=r"cannot write .*sae: .*; .*, or choose another folder"):
-        save_autoencoder(tmp_path / "sae", architecture, 5, None, weights, {})
+        made.save(tmp_path / "sae", {})
     sae_lens = pytest.importorskip("sae_lens")
     import torch
 

@@ -75,6 +75,38 @@ class Autoencoder:
         """Latents [..., L] -> activations, float32 [..., D], on the host."""
         return np.asarray(jax.jit(decode)(self.weights, latents))
 
+    def save(self, folder: str | Path, about: dict[str, Any]) -> None:
+        """Writes a folder in SAELens's form, which `SAE.load_from_disk` of SAELens opens.
+
+        A batchtopk is written as the jumprelu that it is once its threshold is known, as SAELens
+        does. about: goes to the `metadata` of cfg.json. Raises UserError where `folder` holds files
+        or cannot be written.
+        """
+        architecture, hook = self.architecture, self.hook
+        metadata = {"sae_lens_version": FORM, "training_architecture": architecture, **about}
+        if hook is not None:
+            metadata["hook_name"] = hook_name(hook)
+        config = {
+            "architecture": "jumprelu" if architecture == "batchtopk" else architecture,
+            "d_in": self.width,
+            "d_sae": self.num_latents,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "none",
+            # SAELens calls TransformerLens's z, which has an axis of heads, by this name.
+            "reshape_activations": "hook_z" if (hook or "").startswith("z.") else "none",
+            **({"k": self.k} if architecture == "topk" else {}),
+            "metadata": metadata,
+        }
+        tensors = {
+            (name if name == "threshold" else name.replace("w_", "W_")): np.ascontiguousarray(value)
+            for name, value in self.weights.items()
+        }
+        with writing(Path(folder)), new_folder(Path(folder)) as made:
+            write_json(made / CONFIG, config)
+            (made / WEIGHTS).write_bytes(save(tensors))
+
 
 def encode(architecture: str, k: int | None, weights: Any, x: Any) -> Array:
     """Activations [..., D] of any float dtype -> latents, float32 [..., L], none below zero.
@@ -301,43 +333,3 @@ def _check(made: Autoencoder) -> None:
             raise UserError(f"{name} holds values that are not finite")
     if made.architecture == "topk" and not 0 < made.k <= L:
         raise UserError(f"its k, {made.k}, is not between 1 and its {L} latents")
-
-
-def save_autoencoder(
-    folder: str | Path,
-    architecture: str,
-    k: int | None,
-    hook: str | None,
-    weights: dict[str, np.ndarray],
-    about: dict[str, Any],
-) -> None:
-    """Writes a folder in SAELens's form, which `SAE.load_from_disk` of SAELens opens.
-
-    weights: as of `Autoencoder`. A batchtopk is written as the jumprelu that it is once its
-    threshold is known, as SAELens does. about: goes to the `metadata` of cfg.json. Raises
-    UserError where `folder` holds files or cannot be written.
-    """
-    D, L = weights["w_enc"].shape
-    metadata = {"sae_lens_version": FORM, "training_architecture": architecture, **about}
-    if hook is not None:
-        metadata["hook_name"] = hook_name(hook)
-    config = {
-        "architecture": "jumprelu" if architecture == "batchtopk" else architecture,
-        "d_in": D,
-        "d_sae": L,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        # SAELens calls TransformerLens's z, which has an axis of heads, by this name.
-        "reshape_activations": "hook_z" if (hook or "").startswith("z.") else "none",
-        **({"k": k} if architecture == "topk" else {}),
-        "metadata": metadata,
-    }
-    tensors = {
-        (name if name == "threshold" else name.replace("w_", "W_")): np.ascontiguousarray(value)
-        for name, value in weights.items()
-    }
-    with writing(Path(folder)), new_folder(Path(folder)) as made:
-        write_json(made / CONFIG, config)
-        (made / WEIGHTS).write_bytes(save(tensors))

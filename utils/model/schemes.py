@@ -27,7 +27,7 @@ _BLOCK_VALUES = 1 << 22  # dequantised at once, so that no temporary array is la
 _OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale")
 _ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 
-# Suffix -> the dtypes that a tensor may have, and then the shapes, of each that makes a weight.
+# Suffix or name -> the dtypes that a tensor may have, and then the shapes: of all that are needed.
 Expected = dict[str, tuple[tuple[Any, ...], ...]]
 
 
