@@ -18,6 +18,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def config(**fields):
@@ -92,6 +93,9 @@ def test_head_dim_is_explicit_or_derived():
             ("rope_scaling", "rope_parameters", "differ"),
         ),
         ({"rope_theta": ...}, ("rope_theta", "missing")),
+        ({"rope_theta": 1.0, "rope_scaling": YARN}, ("rope_theta", "above 1", "yarn")),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, ("truncate", "true or false")),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, ("low_freq_factor", "below")),
         ({"rope_parameters": {"rope_theta": 5.0}}, ("rope_theta", "5.0", "10000.0")),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ("per layer type",)),
         ({"num_key_value_heads": 3}, ("num_key_value_heads", "3")),

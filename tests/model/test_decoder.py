@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn.fused_attention_stablehlo import MaskType
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from parity import TOLERANCE, generate, load_engine, log_softmax, prefill, worst_error
 
 from utils.model import attention
@@ -172,21 +172,21 @@ def test_attention_of_a_gpu(start, dtype, high, tolerance, monkeypatch):
         y, log_sum = jax.nn.dot_product_attention(
             *(x.astype(jnp.float32) for x in arrays),
             scale=scale,
-            is_causal=mask_type == MaskType.CAUSAL,
+            is_causal=mask_type == cudnn.MaskType.CAUSAL,
             query_seq_lengths=q_seqlen,
             key_value_seq_lengths=kv_seqlen,
             return_residual=True,
         )
         return y.astype(dtype), log_sum.swapaxes(1, 2)
 
-    monkeypatch.setattr(attention.cudnn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(cudnn, "dot_product_attention", by_xla)
     in_parts = jax.jit(functools.partial(attention._by_cudnn, scale=0.2))
     found = in_parts(query, new, cache, jnp.int32(1), jnp.array([start]))
     query, cache = query.astype(jnp.float32), cache.astype(jnp.float32)
     key, value = cache[1:, ..., :64], cache[1:, ..., 64:]
     expected = in_one_piece(query, key, value, at[:, start : start + T], at, Scores(0.2))
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=tolerance)
-    assert found.dtype == dtype and asked == [MaskType.PADDING, MaskType.CAUSAL]
+    assert found.dtype == dtype and asked == [cudnn.MaskType.PADDING, cudnn.MaskType.CAUSAL]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_which_cards_have_fused_attention(platform, capability, has):
 
 def test_cudnn_is_asked_for_in_a_program_for_a_gpu(monkeypatch):
     """As far as it can be lowered without one: JAX asks for the library's version only."""
-    monkeypatch.setattr(attention.cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     query = jax.ShapeDtypeStruct((1, 256, 14, 64), jnp.bfloat16)
     new = jax.ShapeDtypeStruct((1, 2, 256, 128), jnp.bfloat16)
     cache = jax.ShapeDtypeStruct((4, 2, 2048, 128), jnp.bfloat16)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import PartitionSpec as P
 
 from utils.model.config import Scores
@@ -168,6 +167,9 @@ def _by_cudnn(
 
     query: [1, T, N, H]; new: [1, K, T, 2 H], which the cache holds already.
     """
+    # Not public, so that only programs for a GPU depend on it.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
     T, H = query.shape[1], query.shape[3]
 
     def attended(kv: Array, mask: cudnn.MaskType, **lengths: Array) -> tuple[Array, Array]:

@@ -85,8 +85,14 @@ def _parse_rope(fields: dict[str, Any]) -> tuple[Rope, list[str]]:
     if missing := sorted(_REQUIRED[kind] - scaling.keys()):
         raise UserError(f"rope_type {kind} needs {', '.join(missing)}")
     for name, value in scaling.items():
-        if not isinstance(value, bool) if name == "truncate" else not _is_positive(value):
+        if name == "truncate" and not isinstance(value, bool):
+            raise UserError(f"rope field truncate must be true or false, not {value!r}")
+        if name != "truncate" and not _is_positive(value):
             raise UserError(f"rope field {name} must be a positive number, not {value!r}")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError("rope field low_freq_factor must be below high_freq_factor")
+    if kind == "yarn" and theta <= 1:
+        raise UserError(f"rope_theta must be above 1 for rope_type yarn, not {theta}")
     mscale, mscale_all_dim = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
     if kind == "yarn" and "attention_factor" not in scaling:
         factor = scaling["factor"]
