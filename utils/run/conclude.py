@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 def conclude(plan: Plan, folder: RunFolder, usage: Usage, peers: Peers) -> Manifest:
     """Closes the last shard; the first process writes the output and the manifest of all."""
     folder.seal()
+    if non_finite := sum(shard.non_finite for shard in folder.shards.values()):
+        log.warning(
+            "%d rows hold a NaN or an infinity that the model itself made; the manifest counts "
+            "them as non_finite", non_finite,
+        )  # fmt: skip
     usages = peers.exchange("usage", asdict(usage))
     spoken = [folder.shards[name] for name in sorted(folder.speaks_for)]
     answered = [s for s in spoken if folder.journal_of(s.owner).exists()]

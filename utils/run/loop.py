@@ -203,8 +203,3 @@ def _compute(
             "the disk was the bottleneck: the device waited %.0f of %.0f s for what was computed "
             "to be stored", waited, seconds,
         )  # fmt: skip
-    if non_finite := sum(shard.non_finite for shard in folder.shards.values()):
-        log.warning(
-            "%d rows hold a NaN or an infinity that the model itself made; the manifest counts "
-            "them as non_finite", non_finite,
-        )  # fmt: skip
