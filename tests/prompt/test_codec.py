@@ -31,6 +31,7 @@ from utils.prompt.codec import (
     check_vocabulary,
     encode_answer,
     encode_prompt,
+    hash_tokenizer,
     load_tokenizer,
     stop_ids,
 )
@@ -338,12 +339,14 @@ def test_a_fence_merged_with_the_blank_line_after_it():
     assert found.grid == [[5]] and found.text.endswith("\n```")
 
 
-def test_a_cell_that_the_vocabulary_cannot_write_is_refused():
-    tokenizer = tokenizer_named("character")
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+@pytest.mark.parametrize("name", ["character", "sentencepiece"])
+def test_a_cell_that_the_vocabulary_cannot_write_is_refused(name):
+    """Which the one tokenizer leaves out, and the other gives the token of all that is unknown."""
+    poor = BUILDERS[name]()
+    state = json.loads(poor.backend_tokenizer.to_str())
     del state["model"]["vocab"]["7"]
-    poor = small.character_tokenizer()
-    poor._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    state["model"]["byte_fallback"] = False
+    poor._tokenizer = type(poor.backend_tokenizer).from_str(json.dumps(state))
     fmt = load_format("chat", "digits", poor)
     with pytest.raises(UserError, match=r"no token for the cell '7'.*--grid_encoding"):
         encode_prompt(fmt.render(SMALL_TASK, 0), poor)
@@ -430,6 +433,21 @@ def test_load_tokenizer_reads_what_was_saved(name, tmp_path):
     assert loaded.backend_tokenizer.to_str() == saved.backend_tokenizer.to_str()
     assert loaded.chat_template == saved.chat_template
     assert (loaded.bos_token_id, loaded.eos_token_id) == (saved.bos_token_id, saved.eos_token_id)
+
+
+def test_the_hash_is_of_all_that_makes_ids_of_a_text(tmp_path):
+    """What tokenizer_config.json adds and changes too, of which tokenizer.json tells nothing."""
+    small.merging_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    hashes = {hash_tokenizer(tmp_path, load_tokenizer(tmp_path))}
+    prefix = {"add_prefix_space": not fields.get("add_prefix_space")}
+    for more in (prefix, {"unk_token": "<|eot_id|>"}, {"extra_special_tokens": ["<over>"]}):
+        path.write_text(json.dumps({**fields, **more}))
+        hashes.add(hash_tokenizer(tmp_path, load_tokenizer(tmp_path)))
+    assert len(hashes) == 4
+    path.write_text(json.dumps({**fields, "model_max_length": 7}))
+    assert hash_tokenizer(tmp_path, load_tokenizer(tmp_path)) in hashes
 
 
 @pytest.mark.parametrize(
