@@ -682,6 +682,7 @@ def test_processes_share_a_folder_and_a_reader_merges_them(tmp_path):
 def test_a_run_is_resumed_with_another_number_of_processes(tmp_path, host):
     for number, writer in enumerate(hosts(tmp_path, 3, range(9), save_every_n_samples=2)):
         if number < 2:
+            writer.update_timing(10, 1, 60)
             writer.seal()  # the third dies with what it had in memory
         writer.close()
     assert read_manifest(tmp_path)["status"] == "running"
@@ -690,8 +691,12 @@ def test_a_run_is_resumed_with_another_number_of_processes(tmp_path, host):
     writer.clear()
     writer.begin()
     writer.add(item(8, 5, 4), answer(8))
+    writer.update_timing(2, 1, 24)
     writer.finish()
     check_consistent_hosts(tmp_path, 9)
+    manifest = read_manifest(tmp_path)
+    assert (manifest["seconds"], manifest["compile_seconds"]) == (12, 2)
+    assert manifest["tokens_per_second"] * 12 == pytest.approx(144)
 
 
 def check_consistent_hosts(folder, total):
