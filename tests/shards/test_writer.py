@@ -23,7 +23,7 @@ from utils.shards.filling import planned_shards
 from utils.shards.held import Writer
 from utils.shards.manifest import differences, read_answers, read_manifest
 from utils.shards.writer import RunFolder
-from utils.store.local import Sink, write_json
+from utils.store.local import Sink, whole_name, write_json
 
 SETTINGS = {
     "model": {"path": "/models/a", "hash": "abc", "layers": 2},
@@ -763,6 +763,21 @@ def test_killed_anywhere_a_run_resumes_with_every_sample_once(way):
         run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 20  # kills
+
+
+def test_what_a_manifest_lists_is_on_the_disk_before_it(tmp_path, monkeypatch):
+    """Where power fails, all is lost that was not synced, which a kill does not show."""
+    steps, fsync = [], os.fsync
+
+    def noted(handle):
+        fsync(handle)
+        steps.append(whole_name(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+
+    with begun(tmp_path, save_every_n_samples=1) as run:
+        monkeypatch.setattr(os, "fsync", noted)
+        run.add(item(0), answer(0))
+    shard, folder = "activations_batch_000001.pkl", tmp_path.name
+    assert steps == [shard, folder, "answers.jsonl", "metadata.json", folder]
 
 
 @pytest.mark.parametrize("target", ["activations_batch", "answers", "metadata"])
