@@ -9,6 +9,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import jax
 import pytest
+from checkpoints import write_adapter
 from conftest import random_task, words
 from test_arc_inference import planned
 from tiny import write_model
@@ -142,6 +143,23 @@ def test_a_run_of_an_earlier_version_is_resumed(finished, tasks_file, in_shell, 
     path.write_text(json.dumps(manifest))
     code, _, stderr = resumed(folder, tasks_file, in_shell)
     assert code == 2 and "interventions was" in stderr
+
+
+def test_the_tokenizer_of_an_adapter_and_the_ends_of_its_base(tiny_model, tasks_file, tmp_path):
+    """Its folder may hold the tokenizer that it was trained with, and no generation_config.json."""
+    model, lora = tmp_path / "model", tmp_path / "lora"
+    shutil.copytree(tiny_model, model)
+    end_elsewhere(model)
+    shapes = {"model.layers.1.mlp.down_proj": (32, 64)}
+    write_adapter(lora, shapes, base_model_name_or_path=str(model))
+    without = planned(lora, tasks_file, tmp_path, *PROMPT_ALONE).codec
+    for path in (model / "tokenizer.json", model / "tokenizer_config.json"):
+        shutil.copy(path, lora)
+    shutil.copy(model / "chat_template.jinja", lora)
+    swap_two_colors(lora)
+    codec = planned(lora, tasks_file, tmp_path, *PROMPT_ALONE).codec
+    assert codec.tokenizer_hash != without.tokenizer_hash
+    assert codec.stop_ids == without.stop_ids and 7 in codec.stop_ids
 
 
 # ---------------------------------------------------------------------------------- paths
