@@ -352,8 +352,11 @@ def test_what_is_gone_is_computed_again(tmp_path, damage, finish):
         assert read_manifest(tmp_path)["total_samples"] == 2
         run.add(item(1), answer(1))
         run.finish()
+    with begun(tmp_path, mode="resume", save_every_n_samples=1) as run:
+        run.add(item(3), answer(3))
+        run.finish()
     listed = [f["filename"] for f in read_manifest(tmp_path)["files"]]
-    assert listed == [f"activations_batch_00000{i}.pkl" for i in (1, 3, 4)]
+    assert listed == [f"activations_batch_00000{i}.pkl" for i in (1, 3, 4, 5)]
     check_consistent(tmp_path)
 
 
@@ -586,6 +589,10 @@ def test_a_shard_never_takes_a_name_that_is_there(tmp_path):
             run.add(item(0), answer(0))
     assert (tmp_path / "activations_batch_000001.pkl").read_text() == "of somebody else"
     assert read_manifest(tmp_path)["files"] == []
+    taken = [f"activations{host}_batch_00000{i}.pkl" for host, i in (("", 4), ("_host001", 7))]
+    with begun(tmp_path, mode="overwrite", save_every_n_samples=1, taken=taken) as run:
+        run.add(item(0), answer(0))
+    assert read_manifest(tmp_path)["files"][0]["filename"] == "activations_batch_000005.pkl"
 
 
 def test_a_folder_that_was_only_looked_at_is_left_as_it_was(tmp_path):
@@ -720,6 +727,23 @@ def test_what_is_stored_is_not_skipped(tmp_path):
         run.finish()
     assert read_manifest(tmp_path)["files"][0]["samples"] == [["task1", 0]]
     assert read_manifest(tmp_path)["skipped"] == skipped[1:]
+
+
+def test_what_is_lost_is_listed_by_nobody(tmp_path):
+    """The third of three processes takes no part any more, nor is the run complete."""
+    for writer in hosts(tmp_path, 3, range(6), save_every_n_samples=1):
+        writer.finish()
+        writer.close()
+    write_json(tmp_path / "metadata.json", read_manifest(tmp_path))
+    (tmp_path / "activations_host002_batch_000001.pkl").unlink()
+    with opened(tmp_path, host=0, hosts=2, mode="resume") as run:
+        run.settle(run.held.missing, run.shards)
+        run.clear()
+        run.begin()
+    for name, status, count in (("", "running", 5), ("_host002", "complete", 1)):
+        manifest = json.loads((tmp_path / f"metadata{name}.json").read_text())
+        assert manifest["status"] == status
+        assert manifest["total_samples"] == len(manifest["files"]) == count
 
 
 def test_a_process_clears_only_its_own_leftovers(tmp_path):
