@@ -2,12 +2,14 @@
 
 import json
 import logging
+from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import extracted, sorted_rows
+from runs import extracted, made_run, sorted_rows
 
 from utils.dataset import ActivationDataset, Selection, select, stats
 from utils.dataset.shuffle import NO_CELL, ActivationRows, mixed
@@ -54,6 +56,8 @@ def test_the_seed_decides_the_order_and_each_epoch_has_its_own(run_folder):
     first, second = np.split(twice, 2)
     assert np.array_equal(first, order(3)) and not np.array_equal(first, second)
     assert np.array_equal(sorted_rows(first), sorted_rows(second))
+    batches = list(dataset.batches(32, shuffle_buffer=32, epochs=6))
+    assert len({batch.samples[0] // 2 for batch in batches[:: len(batches) // 6]}) > 1  # shards
 
 
 def test_rows_say_where_they_come_from(run_folder):
@@ -100,6 +104,17 @@ def test_a_selection_takes_these_rows_and_no_others(name, run_folder):
     dataset = ActivationDataset(run_folder, selection)
     assert len(want) and np.array_equal(dataset.rows().activations, np.array(want))
     assert dataset.left_out.total() + len(want) == len(stored(run_folder))
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_solved_samples_and_failed_ones(tmp_path, correct):
+    def states(random, item, task):
+        return {"resid_post.0": np.full((len(item["input_ids"]), 2), task)}
+
+    dataset = ActivationDataset(made_run(tmp_path, states, tasks=5), Selection(0, correct=correct))
+    assert set(dataset.rows().activations[:, 0]) == ({1, 3} if correct else {0, 2, 4})
+    (cause,) = dataset.left_out
+    assert cause == "of samples not " + ("solved" if correct else "failed")
 
 
 def test_what_is_dropped_is_counted_and_said(run_folder, caplog):
@@ -231,11 +246,15 @@ def test_views_are_selected_by_the_cells_of_the_task(tmp_path, four_layers, task
 
 def test_workers_share_the_shards_and_one_without_any_ends(run_folder):
     dataset = ActivationDataset(run_folder, Selection(0))
-    for options in ({"epochs": 2}, {"epochs": 2, "shuffle_buffer": 100, "drop_last": True}):
+    for options in ({}, {"shuffle_buffer": 100}, {"shuffle_buffer": 100, "drop_last": True}):
+        options["epochs"] = 2
         parts = [[*dataset.batches(16, worker=i, workers=6, **options)] for i in range(6)]
         assert all(parts[:4]) and not parts[4] and not parts[5]  # of four shards
-        rows = np.concatenate([batch.activations for part in parts for batch in part])
-        assert len(rows) <= 2 * len(stored(run_folder))
+        rows = [np.stack([b.samples, b.tokens], 1).tolist() for part in parts for b in part]
+        taken = Counter(map(tuple, chain.from_iterable(rows)))
+        assert max(taken.values()) == 2
+        if "drop_last" not in options:
+            assert taken.total() == 2 * len(stored(run_folder))
     assert list(dataset.batches(16, worker=5, workers=6, epochs=None)) == []
     nothing = ActivationDataset(run_folder, Selection(0, pair=99))
     assert list(nothing.batches(16, worker=0, workers=2, epochs=None)) == []
