@@ -319,6 +319,8 @@ def test_bytes_of_one_character_in_several_tokens_beside_the_answer():
     found = read(ids, tokenizer, fmt)
     assert (found.grid, found.text) == ([[1, 2]], "☃\n\n12")
     assert found.cells[:, 5:].tolist() == [[5, 6], [6, 7]]
+    stop = tokenizer.eos_token_id
+    assert read([*ids, stop, ids[-1]], tokenizer, fmt, 0, [stop]).text == found.text
     broken = read(ids[1:], tokenizer, fmt)
     assert broken.grid == [[1, 2]] and broken.cells[:, 5:].tolist() == [[4, 5], [5, 6]]
     assert read(ids[1:3] + ids[5:], tokenizer, fmt).reason == "cell is not a digit"
@@ -337,6 +339,9 @@ def test_a_fence_merged_with_the_blank_line_after_it():
     assert ids[-1] in stop_ids(tokenizer, fmt=fmt)
     found = read(ids.tolist(), tokenizer, fmt, 0, stop_ids(tokenizer, fmt=fmt))
     assert found.grid == [[5]] and found.text.endswith("\n```")
+    before = tokenizer.encode("☃\n", add_special_tokens=False)  # whose bytes are several tokens
+    after = read([*before, *ids.tolist()], tokenizer, fmt, 0, stop_ids(tokenizer, fmt=fmt))
+    assert (after.grid, after.text) == ([[5]], f"☃\n{found.text}")
 
 
 @pytest.mark.parametrize("name", ["character", "sentencepiece"])
