@@ -867,7 +867,7 @@ def test_a_file_size_limit(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="File too large"):
+        with pytest.raises(UserError, match="File too large; the shard takes"):
             writer.add(item(5), answer(5))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
