@@ -3,6 +3,7 @@
 import json
 import time
 
+import numpy as np
 import pytest
 from conftest import NoSignals, words
 from pretend import FakeComputation
@@ -13,6 +14,7 @@ from utils.errors import UserError
 from utils.plan.plan import plan_run
 from utils.plan.request import Request
 from utils.run import loop, pipeline
+from utils.run.dry_run import plan_storage
 from utils.shards import uploads
 from utils.shards.manifest import read_manifest
 
@@ -72,6 +74,30 @@ def test_the_disk_is_not_blamed_for_the_network(
     plan = planned(tiny_model, tasks_file, tmp_path, "--max_output_tokens", 4, *TO_BUCKET)
     loop.run(plan, NoSignals())
     assert ("the disk was the bottleneck" in caplog.text) is (slow == "disk")
+
+
+def test_a_shard_is_closed_at_its_size(tiny_model, tasks_file, tmp_path, fake_model):
+    """In the run as in the dry run, where none of the other limits is met."""
+    plan = planned(tiny_model, tasks_file, tmp_path, "--max_output_tokens", 0)
+    object.__setattr__(plan.request, "max_shard_mb", 0.1)  # megabytes; a flag of at least 1
+    manifest = loop.run(plan, NoSignals())
+    written = [(entry["num_samples"], entry["size_bytes"]) for entry in manifest["files"]]
+    assert written == plan_storage(plan)[1] and len(written) > 1
+
+
+def test_rows_that_are_not_finite_are_said(
+    tiny_model, tasks_file, tmp_path, fake_model, monkeypatch, caplog
+):
+    def spoilt(computation, *args):
+        made = result(computation, *args)
+        made.captures["resid_post.0"][0] = np.nan
+        return made
+
+    result = FakeComputation._result
+    monkeypatch.setattr(FakeComputation, "_result", spoilt)
+    flags = ["--max_output_tokens", 0, "--save_every_n_samples", 2]
+    loop.run(planned(tiny_model, tasks_file, tmp_path, *flags), NoSignals())
+    assert "8 rows hold a NaN or an infinity that the model itself made" in caplog.text
 
 
 def test_one_goes_on_with_the_part_of_two(tiny_model, tasks_file, tmp_path, fake_model):
