@@ -1,6 +1,8 @@
 """`--interventions`: which tokens an entry means, what is refused, and whole runs with them."""
 
 import json
+from dataclasses import replace
+from hashlib import sha256
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ from parity import worst_error
 
 import simple_extraction_inference as script
 from utils.errors import UserError
+from utils.model.autoencoder import save_autoencoder
 from utils.model.config import ModelConfig
 from utils.model.interventions import Edit
 from utils.plan.donors import Donor
@@ -113,6 +116,10 @@ def written(tmp_path):
         np.save(tmp_path / "nan.npy", np.full(32, np.nan))
         (tmp_path / "empty.npy").touch()
         (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04 and no more")
+        weights = {"w_enc": np.ones((32, 8)), "b_enc": np.zeros(8), "b_dec": np.zeros(32)}
+        weights["w_dec"] = weights["w_enc"].T
+        for name, hook in (("sae", "resid_post.1"), ("hookless", None)):
+            save_autoencoder(tmp_path / name, "standard", None, hook, weights, {})
         path = tmp_path / "changes.json"
         text = entries if isinstance(entries, str) else json.dumps(entries)
         path.write_text(text.replace("DIR", str(tmp_path)))
@@ -123,6 +130,7 @@ def written(tmp_path):
 
 ZERO = {"hook": "resid_post.1", "op": "zero"}
 PROMPTS = {**ZERO, "where": {"part": "prompt"}}
+LATENT = {"hook": "resid_post.1", "op": "latent", "sae": "DIR/sae", "latent": 7}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +172,18 @@ PROMPTS = {**ZERO, "where": {"part": "prompt"}}
             "sample must be [task_id, sample_idx], not [['a', 0], ['b', 0]]",
         ),
         ([{**ZERO, "op": "reconstruct", "sae": "DIR/none"}], "DIR/none"),
+        (
+            [{"hook": "resid_post.0", "op": "reconstruct", "sae": "DIR/sae"}],
+            "is an autoencoder of resid_post.1, not of resid_post.0",
+        ),
+        (
+            [{"hook": "mlp_act.1", "op": "reconstruct", "sae": "DIR/hookless"}],
+            "is 32 wide, and mlp_act.1 is 64",
+        ),
+        ([{**LATENT, "latent": 8, "value": 1}], "latent 8 does not exist: there are 0 to 7"),
+        ([{**LATENT, "value": 1, "factor": 1}], "latent takes either `value` or `factor`"),
+        ([LATENT], "latent takes either `value` or `factor`"),
+        ([{**LATENT, "value": None}], "value must be a finite number, not None"),
     ],
 )
 def test_what_is_refused(entries, said, written, config, tmp_path):
@@ -172,6 +192,25 @@ def test_what_is_refused(entries, said, written, config, tmp_path):
         read_interventions(path, config, generates=True)
     assert said.replace("DIR", str(tmp_path)) in str(error.value)
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_computed_with_and_noted(written, config, tmp_path):
+    vector = {"hook": "resid_mid.0", "vector": "DIR/vector.npy"}
+    adds = [{**vector, "op": "add", **more} for more in ({}, {"alpha": 2})]
+    ablated, latent = {**vector, "op": "ablate_direction"}, {**LATENT, "factor": 3}
+    found = read_interventions(written([*adds, ablated, latent]), config, generates=True)
+    assert [set(one.constants["vector"]) for one in found[:2]] == [{1}, {2}]
+    assert np.linalg.norm(found[2].constants["vector"]) == pytest.approx(1)
+    assert (found[3].constants["latent"], found[3].constants["amount"]) == (7, 3)
+    for one, name in zip(found, [*["vector.npy"] * 3, "sae/sae_weights.safetensors"], strict=True):
+        assert one.entry["sha256"] == sha256((tmp_path / name).read_bytes()).hexdigest()
+
+
+def test_a_mixture_has_no_mlp_act(written, config):
+    path = written([{**ZERO, "hook": "mlp_act.1"}])
+    assert len(read_interventions(path, config, generates=True)) == 1
+    with pytest.raises(UserError, match=r"hook 'mlp_act\.1' does not exist"):
+        read_interventions(path, replace(config, num_experts=4), generates=True)
 
 
 def test_no_file_is_refused_by_name(config):
