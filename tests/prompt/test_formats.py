@@ -203,6 +203,8 @@ def test_dropped_pairs_are_the_first_ones(chatml):
         ("digits", "Each of the 3 rows moves.\n\n12\n34\nDone", [[1, 2], [3, 4]]),
         ("digits", "12\n34\n\nInput 3:\n55\n55", [[1, 2], [3, 4]]),
         ("digits", "<think>\n99\n</think>\n\n12\n34", [[1, 2], [3, 4]]),
+        ("digits", "<think>\n9\n</think>\n88\n</think>\n\n12\n34", [[1, 2], [3, 4]]),
+        ("digits", "1" * 30, [[1] * 30]),
         ("spaced", "1 2\n3  4 ", [[1, 2], [3, 4]]),
         ("spaced", "1 2\n34", "cell is not a digit"),
         ("spaced", "1 2\n3", "row lengths differ"),
@@ -331,7 +333,7 @@ def test_jinja_file_through_the_chat_template(jinja, chatml):
     path = jinja(
         "{% set ns = namespace(text='') %}\n"
         "{% for pair in train %}\n"
-        "{% set ns.text = ns.text ~ pair.input ~ ' -> ' ~ pair.output ~ '; ' %}\n"
+        "  {% set ns.text = ns.text ~ pair.input ~ ' -> ' ~ pair.output ~ '; ' %}\n"
         "{% endfor %}\n"
         "{{ chat([{'role': 'user', 'content': ns.text ~ test_input}]) }}```grid\n"
     )
