@@ -1,5 +1,7 @@
 """Which layers and hook points a run captures."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,9 @@ def test_names_go_by_layer_then_along_the_block():
 def test_unknown_hook_point():
     with pytest.raises(UserError, match="resid_mid"):
         CaptureSpec.from_flags(CONFIG, None, ["resid"], "all")
+    mixture = replace(CONFIG, num_experts=4)
+    with pytest.raises(UserError, match="mlp_act does not exist in a mixture of experts"):
+        CaptureSpec.from_flags(mixture, None, ["resid_post", "mlp_act"], "all")
 
 
 @pytest.mark.parametrize(
