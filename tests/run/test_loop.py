@@ -57,6 +57,7 @@ def test_predictions_that_are_made_are_only_sent(predicted, tmp_path, gcs, monke
     (kept,) = folder.iterdir()
     objects = {"predictions.json": made, "metadata.json": kept.read_bytes()}
     assert gcs.objects("run/") == objects and output.read_bytes() == made
+    assert read_manifest(folder)["total_samples"] == 8  # though it lists no files any more
     assert predicted(*TO_BUCKET, "--resume") is None  # there is nothing to do
 
 

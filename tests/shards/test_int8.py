@@ -23,9 +23,9 @@ from utils.run import conclude
 from utils.shards import __main__ as merge
 from utils.shards import iter_items, load_shard
 from utils.shards.held import Writer
-from utils.shards.int8 import quantized
+from utils.shards.int8 import RelativeError, quantized
 from utils.shards.items import load, sample_key, stored_item
-from utils.shards.manifest import read_manifest, union_of
+from utils.shards.manifest import Shard, read_manifest, totals, union_of
 from utils.shards.pickles import dump
 from utils.shards.writer import RunFolder
 from utils.store.local import Sink
@@ -178,6 +178,14 @@ def test_errors_are_right_of_several_processes_and_after_a_merge(tmp_path):
     check_errors(merged, tmp_path / "merged", range(7))
     assert merged == json.loads((tmp_path / "merged" / "metadata.json").read_text())
     check_errors(union_of({"metadata.json": merged}), tmp_path / "merged", range(7))
+
+
+def test_of_no_rows_no_error_is_told():
+    """Where none is finite, or all shards are lost that an earlier manifest summed up."""
+    shard = Shard("activations_batch_000001.pkl", 1, 1, 1, "", (), 0, 3, {NAME: RelativeError()})
+    earlier = {NAME: {"layer": 0, "relative_error": {"mean": 1.0, "max": 1.0}}}
+    for shards in ([], [shard]):
+        assert totals(shards, earlier)["activations"] == {NAME: {"layer": 0}}
 
 
 def test_rows_that_are_not_finite_lose_nothing_and_are_counted(tmp_path):

@@ -205,6 +205,9 @@ def test_overflows_are_counted_and_kept(tmp_path):
     assert first["activations"]["resid_post.0"][1, 1] == 1e6
     assert first["output_logits"].dtype == np.float32
     assert second["activations"]["resid_post.0"].dtype == np.float16
+    with begun(tmp_path / "wide", activation_dtype="float32") as run:  # where all is meant to be
+        run.add(item(1), answer(1))
+        assert run.finish()["float16_overflows"] == 0
 
 
 def test_equal_runs_are_equal_to_the_byte(tmp_path):
@@ -702,6 +705,7 @@ def test_a_run_is_resumed_with_another_number_of_processes(tmp_path, host):
     writer.finish()
     check_consistent_hosts(tmp_path, 9)
     manifest = read_manifest(tmp_path)
+    assert manifest["status"] == ("running" if writer.writer.owner else "complete")
     assert (manifest["seconds"], manifest["compile_seconds"]) == (12, 2)
     assert manifest["tokens_per_second"] * 12 == pytest.approx(144)
 
