@@ -89,6 +89,13 @@ def test_which_generated_tokens_are_meant(where, tokens):
     assert np.flatnonzero(mask[9:]).tolist() == tokens
 
 
+def test_a_view_is_a_sample_of_its_own():
+    view = SimpleNamespace(key=("task", 0, 1))
+    for samples, meant in (([["task", 0, 1]], True), ([["task", 0], ["task", 0, 2]], False)):
+        one = Intervention({"where": {"samples": samples}}, None)
+        assert one.mask(view, ENCODED, room=3).tolist() == [meant] * (len(ENCODED.ids) + 3)
+
+
 @pytest.mark.parametrize(("asked", "said"), [("task", "holds no sample"), ("other", "matches no")])
 def test_a_donor_is_not_asked_for_a_sample_that_is_not_touched(asked, said):
     donor = Donor("a run of another sample", "resid_post.1", {}, None, False)
