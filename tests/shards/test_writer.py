@@ -771,6 +771,17 @@ def test_whichever_manifest_knows_of_an_upload_is_believed(tmp_path, name):
     assert [f["uploaded"] for f in read_manifest(tmp_path)["files"]] == [True, False]
 
 
+def test_two_files_of_one_name_are_an_error(tmp_path):
+    """Also where they are of equal size, as shards of other numbers are."""
+    for writer in hosts(tmp_path, 2, range(2)):
+        writer.finish()
+    manifest = read_manifest(tmp_path)
+    manifest["files"][1]["crc32c"] = "AAAAAA=="
+    write_json(tmp_path / "metadata.json", manifest)
+    with pytest.raises(UserError, match="different files activations_host001_batch_000001"):
+        read_manifest(tmp_path)
+
+
 def test_one_sample_in_two_shards_is_an_error(tmp_path):
     for host in (0, 1):
         write(tmp_path / str(host), [0], host=host)
