@@ -174,6 +174,7 @@ LATENT = {"hook": "resid_post.1", "op": "latent", "sae": "DIR/sae", "latent": 7}
             "DIR/none",
         ),
         ([{**ZERO, "op": "patch", "from": "DIR", "where": {"part": "answer"}}], "known tokens"),
+        ([{**ZERO, "op": "patch", "from": "DIR"}], "known tokens"),
         (
             [{**PROMPTS, "op": "patch", "from": "DIR", "sample": [["a", 0], ["b", 0]]}],
             "sample must be [task_id, sample_idx], not [['a', 0], ['b', 0]]",
@@ -272,7 +273,9 @@ def test_whole_runs(computed, tmp_path):
         for name, states in item["activations"].items():
             assert states.tobytes() == same[key]["activations"][name].tobytes()
     itself = {"hook": "resid_post.0", "op": "patch", "from": str(tmp_path / "plain" / "acts")}
-    patched, _ = computed("itself", [itself])
+    patched, manifest = computed("itself", [itself])
+    of_donor = sha256((tmp_path / "plain" / "acts" / "metadata.json").read_bytes())
+    assert manifest["interventions"][0]["sha256"] == of_donor.hexdigest()
     shifted, _ = computed("shifted", [{**nothing, "hook": "resid_post.0", "alpha": 1}])
     donor = {**itself, "from": str(tmp_path / "shifted" / "acts")}
     taken, _ = computed("donor", [donor])
@@ -316,3 +319,6 @@ def test_entries_that_meet_nothing_or_contradict(computed):
     grids = [{**ZERO, "where": {"role": role}} for role in ("input", "output", "input")]
     with pytest.raises(UserError, match="entries 0 and 2 both overwrite"):
         computed("grids", grids)
+    answers = [{**ZERO, "where": {"part": "answer"}}] * 2
+    with pytest.raises(UserError, match="entries 0 and 1 both overwrite"):
+        computed("answers", answers, generates=True, max_output_tokens=3)
