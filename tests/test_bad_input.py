@@ -777,6 +777,8 @@ def test_resume_names_what_differs(refused, run, tiny_model, tasks_file, tmp_pat
         ({"max_output_tokens": 9}, "generation.max_output_tokens was 100, is 9"),
         ({"temperature": 1}, "generation.temperatures was [0.0], is [1.0]"),
         ({"seed": 1}, "generation.seed was 0, is 1"),
+        ({"teacher_forcing": True}, "generation.teacher_forcing was False, is True"),
+        ({"max_model_len": 900}, "prompt.max_model_len was 1024, is 900"),
     ):
         text = refused(resume=True, **changed)
         assert f"cannot resume {run / 'activations'} with other settings: " in text

@@ -688,6 +688,8 @@ def test_shards_of_a_bucket_are_those_of_the_folder(gcs, flags, stored):
     assert [item["task_id"] for item in one] == [item["task_id"] for item in other]
     assert len(load_shard(f"{stored}/{SHARD.format(2)}", verify=False)) == 2
     assert len(load_shard(Path(stored) / SHARD.format(2))) == 2
+    gcs.storage.objects["bucket"].clear()  # what is on the disk is read there
+    assert len(list(iter_items(folder))) == 8
 
 
 def test_what_a_bucket_holds_is_verified(gcs, stored):

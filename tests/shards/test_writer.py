@@ -363,7 +363,10 @@ def test_what_is_gone_is_computed_again(tmp_path, damage, finish):
     check_consistent(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no JSON\n"])
+FIRST_LINE = (json.dumps(answer(0)) + "\n").encode()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no JSON\n", FIRST_LINE])
 def test_a_lost_journal_is_noticed_at_once(tmp_path, content):
     write(tmp_path, range(3), save_every_n_samples=2)
     journal = tmp_path / "answers.jsonl"
@@ -733,13 +736,14 @@ def test_what_is_stored_is_not_skipped(tmp_path):
     assert read_manifest(tmp_path)["skipped"] == skipped[1:]
 
 
-def test_what_is_lost_is_listed_by_nobody(tmp_path):
+@pytest.mark.parametrize("damage", [Path.unlink, flip_a_bit])
+def test_what_is_lost_is_listed_by_nobody(tmp_path, damage):
     """The third of three processes takes no part any more, nor is the run complete."""
     for writer in hosts(tmp_path, 3, range(6), save_every_n_samples=1):
         writer.finish()
         writer.close()
     write_json(tmp_path / "metadata.json", read_manifest(tmp_path))
-    (tmp_path / "activations_host002_batch_000001.pkl").unlink()
+    damage(tmp_path / "activations_host002_batch_000001.pkl")
     with opened(tmp_path, host=0, hosts=2, mode="resume") as run:
         run.settle(run.held.missing, run.shards)
         run.clear()
