@@ -186,7 +186,7 @@ def test_prompt_alone(tiny_model, tasks_file, tmp_path):
         *("--layers_to_extract", 1),
     )
     for key, item in items.items():
-        assert "output_logits" not in item
+        assert "output_logits" not in item and item["teacher_forced"] is False
         assert len(item["input_ids"]) == item["prompt_length"]
         assert item["output_logprobs"].shape == (0,)
         states = generated[key]["activations"]["resid_post.1"][: item["prompt_length"]]

@@ -86,6 +86,18 @@ def test_a_shard_is_closed_at_its_size(tiny_model, tasks_file, tmp_path, fake_mo
     assert written == plan_storage(plan)[1] and len(written) > 1
 
 
+def test_what_nobody_was_asked_is_not_wrong(tiny_model, tasks_file, tmp_path, fake_model):
+    """A sample that is left out counts as failed only where the others are answered."""
+    flags = ["--max_output_tokens", 0]
+    every = planned(tiny_model, tasks_file, tmp_path, *flags).samples
+    flags += ["--max_model_len", min(sample.length.prompt for sample in every)]
+    plan = planned(tiny_model, tasks_file, tmp_path, *flags)
+    assert plan.skipped and plan.samples
+    loop.run(plan, NoSignals())
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    assert {sample["correct"] for samples in found.values() for sample in samples} == {None}
+
+
 def test_rows_that_are_not_finite_are_said(
     tiny_model, tasks_file, tmp_path, fake_model, monkeypatch, caplog
 ):
