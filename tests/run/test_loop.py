@@ -93,7 +93,7 @@ def test_what_nobody_was_asked_is_not_wrong(tiny_model, tasks_file, tmp_path, fa
     flags += ["--max_model_len", min(sample.length.prompt for sample in every)]
     plan = planned(tiny_model, tasks_file, tmp_path, *flags)
     assert plan.skipped and plan.samples
-    loop.run(plan, NoSignals())
+    assert "scores" not in loop.run(plan, NoSignals())
     found = json.loads((tmp_path / "predictions.json").read_text())
     assert {sample["correct"] for samples in found.values() for sample in samples} == {None}
 
