@@ -144,6 +144,30 @@ def test_a_run_that_kept_some_positions_is_read_too(tmp_path, four_layers, tasks
     assert len(rows) == sum(len(item["input_ids"]) - item["prompt_length"] for item in items)
 
 
+def test_rows_that_were_drawn_are_selected_by_their_own_tokens(tmp_path, four_layers, tasks_file):
+    flags = {"teacher_forcing": True, "max_rows_per_sample": 40, "prompt_format": "compact"}
+    folder = extracted(tmp_path, four_layers, tasks_file, **flags)
+    special, total = read_manifest(folder)["special_ids"], len(stored(folder))
+    selections = {name: SELECTIONS[name] for name in ("prompt", "answer", "outputs", "pair 1")}
+    selections["special tokens"] = (
+        Selection(0, drop_special=True),
+        lambda item, t, c: item["input_ids"][t] not in special,
+    )
+    for selection, belongs in selections.values():
+        want = []
+        for item in iter_items(folder):
+            for row, token in enumerate(item["positions"]):
+                cell = next((c for c in item["cells"] if c[5] <= token < c[6]), None)
+                if belongs(item, token, cell):
+                    want.append((item["activations"]["resid_post.0"][row], token, item, cell))
+        rows = ActivationDataset(folder, selection).rows()
+        assert 0 < len(want) < total and rows.tokens.tolist() == [t for _, t, *_ in want]
+        assert np.array_equal(rows.activations, np.array([row for row, *_ in want]))
+        assert rows.token_ids.tolist() == [item["input_ids"][t] for _, t, item, _ in want]
+        colors = [NO_CELL if cell is None else cell[4] for *_, cell in want]
+        assert rows.cells[:, 4].tolist() == colors
+
+
 def test_statistics_are_those_of_numpy_and_are_kept(run_folder):
     found = activation_stats(run_folder)["resid_post.2"]
     rows = stored(run_folder).astype(np.float64)
