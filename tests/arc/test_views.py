@@ -323,6 +323,21 @@ def test_an_answer_that_is_right_in_its_view_is_right(tiny_model, tasks_file, tm
         assert said == {(r, c, x) for r, row in enumerate(target) for c, x in enumerate(row)}
 
 
+def test_cells_of_a_shortened_prompt(tiny_model, tasks_file, tmp_path):
+    """Its pairs are those that stay, by their numbers in the task."""
+    flags = ["--augmentations", 3, *SHORT]
+    every = planned(tiny_model, tasks_file, tmp_path, *flags).samples
+    flags += ["--max_model_len", max(sample.length.prompt for sample in every) + 39]
+    plan = planned(tiny_model, tasks_file, tmp_path, *flags)
+    short = [s for s in plan.samples if s.num_train_pairs < len(s.original.train)]
+    assert short
+    for sample in short:
+        item, _ = to_item(Result(sample, plan.encode(sample), [], [], {}, None), plan)
+        task, kept = sample.original, sample.view.pair_order[-sample.num_train_pairs :]
+        original = item["cells_original"]
+        check_cells(item["cells"], original, task, sample.sample_idx, sample.view, kept)
+
+
 def test_forced_answers(tiny_model, tasks_file, tmp_path):
     """The dry run's count is the run's; cells of the answer are those of the ground truth."""
     flags = ["--augmentations", 3, "--teacher_forcing", "--save_every_n_samples", 10]
