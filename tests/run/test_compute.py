@@ -5,13 +5,21 @@ import random
 import threading
 import time
 from concurrent.futures import Future, wait
+from types import SimpleNamespace
 
 import pytest
 from runs import planned
 from tiny import random_task
 
 from utils.model.engine import Engine
-from utils.run.compute import Computation
+from utils.run.compute import Computation, _sample_key
+
+
+def test_every_answer_draws_its_own():
+    """For ever: a run may be resumed years later."""
+    samples = [SimpleNamespace(key=key) for key in (("a", 0), ("a", 1), ("a", 0, 1), ("b", 0))]
+    keys = [_sample_key(seed, s, k) for seed in (0, 1) for s in samples for k in (0, 1)]
+    assert len(set(keys)) == 16 and keys[:2] == [2352026522, 4214629132]
 
 
 @pytest.fixture
