@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -399,6 +400,25 @@ def test_rows_that_are_not_finite_are_left_out_and_said(run_folder, monkeypatch,
     assert not np.isin(rows.tokens, spoilt).any()
     assert dataset.left_out == {select.NON_FINITE: 16}
     assert "left out 16 with a NaN or an infinity, which the model made" in caplog.text
+
+
+def test_of_several_runs_each_is_asked(tmp_path):
+    """The second has rows that are not finite; norms are those of both."""
+
+    def states(random, item, task, size):
+        rows = np.full((len(item["input_ids"]), 2), size)
+        rows[0] = np.nan if size > 1 else size
+        return {"resid_post.0": rows}
+
+    sizes = {"small": 1.0, "large": 10.0}
+    folders = [
+        made_run(tmp_path / name, partial(states, size=size), tasks=3)
+        for name, size in sizes.items()
+    ]
+    dataset = ActivationDataset(folders, Selection(0, drop_sinks=2))  # of 5.5, that is 11
+    rows = dataset.rows()
+    assert set(rows.activations[:, 0]) == {1, 10}
+    assert +dataset.left_out == {select.NON_FINITE: 3}
 
 
 def test_runs_that_do_not_belong_together_are_refused(
