@@ -118,6 +118,14 @@ def test_solved_samples_and_failed_ones(tmp_path, correct):
     assert cause == "of samples not " + ("solved" if correct else "failed")
 
 
+def test_a_token_of_several_cells_has_the_first_that_is_selected():
+    cells = [[0, 0, 0, 0, 3, 1, 2], [0, 0, 0, 1, 5, 1, 2], [0, 1, 0, 0, 7, 2, 4]]
+    item = {"input_ids": np.zeros(5, np.int32), "cells": np.array(cells, np.int32)}
+    for colors, held in ((None, [NO_CELL, 3, 7, 7, NO_CELL]), (5, [NO_CELL, 5, *[NO_CELL] * 3])):
+        found = select.cells_of_tokens(item, Selection(0, colors=colors))
+        assert found[:, 4].tolist() == held
+
+
 def test_what_is_dropped_is_counted_and_said(run_folder, caplog):
     caplog.set_level(logging.INFO)
     everything = ActivationDataset(run_folder, Selection(0)).rows()
