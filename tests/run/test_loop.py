@@ -86,6 +86,14 @@ def test_a_shard_is_closed_at_its_size(tiny_model, tasks_file, tmp_path, fake_mo
     assert written == plan_storage(plan)[1] and len(written) > 1
 
 
+def test_a_shard_is_closed_after_so_many_batches(tiny_model, tasks_file, tmp_path, fake_model):
+    flags = ["--max_output_tokens", 0, "--save_every_n_batches", 3]
+    plan = planned(tiny_model, tasks_file, tmp_path, *flags)
+    manifest = loop.run(plan, NoSignals())
+    written = [(entry["num_samples"], entry["size_bytes"]) for entry in manifest["files"]]
+    assert written == plan_storage(plan)[1] and [count for count, _ in written] == [3, 3, 2]
+
+
 def test_what_nobody_was_asked_is_not_wrong(tiny_model, tasks_file, tmp_path, fake_model):
     """A sample that is left out counts as failed only where the others are answered."""
     flags = ["--max_output_tokens", 0]
