@@ -1,7 +1,10 @@
 import gzip
+import io
 import json
+import ssl
 from itertools import islice
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pyarrow as pa
@@ -379,6 +382,27 @@ def test_real_rows():
     assert len(tasks) == 10 and all(errors == [] for _, errors in tasks)
     assert all((len(task.train), len(task.test)) == (9, 1) for task, _ in tasks)
     assert len({task.task_id for task, _ in tasks}) == 10
+
+
+@pytest.mark.parametrize(
+    ("error", "answers"),
+    [
+        (None, True),
+        (HTTPError("https://hub", 405, "no HEAD here", None, None), True),
+        (URLError(ssl.SSLError()), True),  # of which `datasets` says more
+        (URLError(ConnectionRefusedError()), False),
+        (TimeoutError(), False),
+    ],
+)
+def test_whether_the_hub_can_be_reached(monkeypatch, error, answers):
+    def urlopen(request, timeout):
+        if error:
+            raise error
+        return io.BytesIO()
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert rows._hub_answers() is answers
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):

@@ -237,6 +237,7 @@ def test_mistakes_are_one_line(run_folder, tmp_path, four_layers, tasks_file):
     refused("part 'middle'", "prompt, answer", part="middle")
     refused("role 'outputs' is none of input, output", role="outputs")
     refused("pair 'tests' is none of train, test", pair="tests")
+    refused("pair True is none of train, test", pair=True)
     refused("0..9", colors=[10])
     refused("0..9", colors=10)
     refused("layer '1' is not a whole number", layer="1")
