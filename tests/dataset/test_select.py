@@ -356,6 +356,12 @@ def test_the_buffer_gives_every_row_once_with_what_belongs_to_it(sizes, size, ba
         assert np.array_equal(column, found.samples)
 
 
+def test_a_batch_is_drawn_from_the_whole_buffer():
+    rows = rows_of(np.zeros((1000, 1), np.float32), 0)
+    for batch in mixed(iter([rows]), 400, 20, False, np.random.default_rng(0)):
+        assert np.ptp(batch.samples) > 200
+
+
 def test_half_precision_is_widened_exactly(monkeypatch):
     monkeypatch.setattr("utils.shards.items._BLOCK", 1000)
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
