@@ -61,6 +61,15 @@ def test_predictions_that_are_made_are_only_sent(predicted, tmp_path, gcs, monke
     assert predicted(*TO_BUCKET, "--resume") is None  # there is nothing to do
 
 
+def test_what_is_overwritten_leaves_no_predictions(predicted, tmp_path, monkeypatch):
+    """Which would be taken for those of the run that replaces it, and was stopped."""
+    predicted()
+    monkeypatch.setattr(FakeComputation, "launch", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predicted("--overwrite")
+    assert not (tmp_path / "predictions.json").exists()
+
+
 @pytest.mark.parametrize("slow", ["network", "disk"])
 def test_the_disk_is_not_blamed_for_the_network(
     slow, tiny_model, tasks_file, tmp_path, fake_model, gcs, monkeypatch, caplog
