@@ -199,6 +199,14 @@ def test_statistics_are_those_of_numpy_and_are_kept(run_folder):
     assert activation_stats(run_folder)["resid_post.2"].count == 1  # read, not computed
     path.write_text(json.dumps({**marked, "files_hash": "of other shards"}))
     assert activation_stats(run_folder)["resid_post.2"].count == len(rows)
+    assert path.read_bytes() == kept
+    for damaged in ("{", json.dumps({"files_hash": json.loads(kept)["files_hash"]})):
+        path.write_text(damaged)
+        assert activation_stats(run_folder)["resid_post.2"].count == len(rows)
+    # Shards of a run that was overwritten have the names of the former ones.
+    manifest = read_manifest(run_folder)
+    other = [{**entry, "crc32c": "AAAAAA=="} for entry in manifest["files"]]
+    assert stats._digest({"files": other}) != stats._digest(manifest)
 
 
 def test_statistics_name_a_model_that_made_no_finite_row(monkeypatch):
