@@ -226,6 +226,16 @@ def test_a_bucket_is_read_like_a_folder(run_folder, gcs, tmp_path):
     assert gcs.objects()[f"run/{STATS_FILE}"] == (run_folder / STATS_FILE).read_bytes()
 
 
+def test_statistics_that_cannot_be_kept_are_given(run_folder, gcs, caplog):
+    for path in run_folder.iterdir():
+        if path.name != STATS_FILE:
+            gcs.store(f"run/{path.name}", path.read_bytes())
+    gcs.fault(403, lambda request: request.kind == "multipart", times=99)
+    found = activation_stats("gs://bucket/run")["resid_post.2"]
+    assert found.count == len(stored(run_folder))
+    assert "are not kept in gs://bucket/run: no permission to write" in caplog.text
+
+
 def bad(**given):
     return Selection(**{"layer": 0, **given})
 
