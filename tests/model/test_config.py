@@ -177,6 +177,16 @@ def small(family):
     return {**SMALL, **experts, "model_type": family}
 
 
+def test_fields_that_families_read_in_ways_of_their_own():
+    def of(family, **fields):
+        return ModelConfig.from_dict({**small(family), **fields})
+
+    caps = {family: of(family, attn_logit_softcapping=9.0) for family in ("gemma2", "gemma3_text")}
+    assert [found.score_softcap for found in caps.values()] == [9, None]
+    assert of("qwen3_moe", num_experts=128, num_local_experts=4).num_experts == 4
+    assert of("qwen3_moe", num_experts_per_tok=4).experts_per_token == 4  # all of them
+
+
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_an_absent_field_takes_the_default_of_transformers_or_is_refused(family):
     transformers = pytest.importorskip("transformers")
