@@ -21,16 +21,15 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def autoencoders(tmp_path_factory):
-    """Folders: `identity` gives its input, `constant` the same whatever its input is, `narrow` is
-    of another width, `elsewhere` of another hook."""
+    """Folders: `identity` gives its input, `constant` zeros whatever its input is, `narrow` is of
+    another width, `elsewhere` of another hook."""
     folder = tmp_path_factory.mktemp("saes")
-    eye, rng = np.eye(D, dtype=np.float32), np.random.default_rng(0)
-    zeros = np.zeros(D, np.float32)
+    eye, zeros = np.eye(D, dtype=np.float32), np.zeros(D, np.float32)
     both = {
         "w_enc": np.concatenate([eye, -eye], axis=1), "b_enc": np.zeros(2 * D, np.float32),
         "w_dec": np.concatenate([eye, -eye]), "b_dec": zeros,
     }  # fmt: skip
-    constant = {**both, "w_dec": 0 * both["w_dec"], "b_dec": rng.standard_normal(D, np.float32)}
+    constant = {**both, "w_dec": 0 * both["w_dec"]}
     narrow = {
         "w_enc": np.ones((8, 16), np.float32), "b_enc": np.ones(16, np.float32),
         "w_dec": np.ones((16, 8), np.float32), "b_dec": np.ones(8, np.float32),
@@ -86,6 +85,7 @@ def test_identity_keeps_all_and_a_constant_nothing(
     assert other["kl"] > 1e-5 and other["l0"] == D
     assert other["explained_variance"] < 0
     ce = other["ce"]
+    assert ce["spliced"] == pytest.approx(ce["zero"], abs=1e-6) and ce["zero"] != ce["mean"]
     assert other["ce_recovered"] == (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"])
 
 
