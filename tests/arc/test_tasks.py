@@ -197,7 +197,7 @@ def test_of_a_folder_of_whole_sets_one_has_to_be_named(tmp_path, name):
 
 
 def test_an_id_may_be_a_number(tmp_path):
-    path = write(tmp_path / "t.jsonl", json.dumps({"task_id": 17, **TASK}))
+    path = write(tmp_path / "t.jsonl", json.dumps({"id": "other", "task_id": 17, **TASK}))
     assert next(read_tasks(path)).task_id == "17"
 
 

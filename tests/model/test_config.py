@@ -185,6 +185,13 @@ def test_fields_that_families_read_in_ways_of_their_own():
     assert [found.score_softcap for found in caps.values()] == [9, None]
     assert of("qwen3_moe", num_experts=128, num_local_experts=4).num_experts == 4
     assert of("qwen3_moe", num_experts_per_tok=4).experts_per_token == 4  # all of them
+    assert of("gemma2", hidden_activation="gelu_new") == of("gemma2")
+    with pytest.raises(UserError, match="hidden_activation 'gelu' is not supported"):
+        of("gemma2", hidden_activation="gelu")  # by erf, and not by tanh
+    whole = {"model_type": "gemma3", "text_config": small("gemma3_text")}
+    for tied in (True, False):
+        found = ModelConfig.from_dict({**whole, "tie_word_embeddings": tied})
+        assert found.tie_word_embeddings is tied
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
