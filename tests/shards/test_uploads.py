@@ -506,6 +506,19 @@ def test_a_lost_journal_comes_back_from_the_bucket(gcs, flags, shell):
         assert_bucket_is_whole(gcs, flags)
 
 
+def test_fewer_answers_replace_no_journal(gcs, tmp_path):
+    gcs.store(f"{PREFIX}/answers.jsonl", b"{}\n" * 9)
+    bucket = cloud.BucketFolder(f"gs://bucket/{PREFIX}")
+    with RunFolder(tmp_path, {}, {}) as folder:
+        folder.clear()
+        folder.begin()
+        limits = {"max_pending_bytes": 1, "timeout": 1}
+        sending = uploads.BucketUploads(bucket, folder, {}, bucket.listing(), **limits)
+        with pytest.raises(UserError, match="holds fewer answers than gs://bucket/"):
+            sending._put(folder.journal_path)
+    assert there(gcs) == {"answers.jsonl": b"{}\n" * 9}
+
+
 def test_a_run_that_was_kept_here_is_sent_later(gcs, flags, shell):
     alone = {k: v for k, v in flags.items() if k not in ("upload_to_cloud", "cloud_bucket")}
     assert shell(alone)[0] == 0
@@ -638,7 +651,7 @@ def test_room_is_made_before_the_next_manifest_is_due(gcs, tmp_path, monkeypatch
             folder.add(item(index, tokens=5, width=4), key)
             sending.wait_for_room(lambda: None)
             assert not list((tmp_path / "run").glob("*.pkl"))
-        assert not sending._hurry.is_set()
+        assert sending.waited > 0 and not sending._hurry.is_set()
         sending.stop(0)
     manifests = [r for r in gcs.requests if r.kind == "multipart" and "metadata" in r.name]
     assert len(manifests) == 4
