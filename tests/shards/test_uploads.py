@@ -652,6 +652,10 @@ def test_room_is_made_before_the_next_manifest_is_due(gcs, tmp_path, monkeypatch
             sending.wait_for_room(lambda: None)
             assert not list((tmp_path / "run").glob("*.pkl"))
         assert sending.waited > 0 and not sending._hurry.is_set()
+        last = tmp_path / "predictions.json"
+        last.write_text("{}")
+        sending.send(lambda: None, last)  # for which there are seconds, though the deadline is over
+        assert there(gcs)[last.name] == b"{}"
         sending.stop(0)
     manifests = [r for r in gcs.requests if r.kind == "multipart" and "metadata" in r.name]
     assert len(manifests) == 4
