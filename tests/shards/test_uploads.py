@@ -459,11 +459,15 @@ def test_a_foreign_output_is_not_replaced(gcs, flags, shell):
     assert there(gcs) == {"predictions.json": b"of somebody else"}
 
 
-def test_a_manifest_deleted_by_hand_is_put_back(gcs, flags, shell):
+def test_what_was_deleted_by_hand_is_put_back(gcs, flags, shell):
+    """A manifest, and a shard that is on the disk still."""
     assert shell(flags)[0] == 0
-    gcs.storage.objects["bucket"].pop(f"{PREFIX}/metadata.json")
-    assert shell({**flags, "resume": True})[0] == 0
-    assert_bucket_is_whole(gcs, flags)
+    for name in ("metadata.json", SHARD.format(2)):
+        del gcs.storage.objects["bucket"][f"{PREFIX}/{name}"]
+        gcs.storage.history.pop(f"{PREFIX}/{name}")
+        assert shell({**flags, "resume": True})[0] == 0
+        assert "computed again" not in shell.err
+        assert_bucket_is_whole(gcs, flags)
 
 
 def test_progress_within_a_shard_counts(gcs, flags, four_layers, monkeypatch):
