@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 from checkpoints import write_adapter
-from conftest import SHARED, TINY, NoSignals, run_script
+from conftest import ROOT, SHARED, TINY, NoSignals, run_script
 from parity import TOLERANCE, log_softmax, worst_error
 from runs import planned
 
@@ -235,13 +235,14 @@ def test_long_prompts_lose_whole_train_pairs(tiny_model, tasks_file, tmp_path):
     full = planned(tiny_model, tasks_file, tmp_path, "--max_output_tokens", 10)
     longest = max(full.samples, key=lambda sample: sample.length.prompt)
     assert longest.num_train_pairs == len(longest.task.train) > 1
-    limit = longest.length.prompt + 10 - 1
-    cut = planned(
-        *(tiny_model, tasks_file, tmp_path),
-        *("--max_output_tokens", 10, "--max_model_len", limit),
-    )
-    sample = next(sample for sample in cut.samples if sample.key == longest.key)
-    assert sample.num_train_pairs == longest.num_train_pairs - 1
+    limit = longest.length.prompt + 10
+    for room, lost in ((limit, 0), (limit - 1, 1)):
+        cut = planned(
+            *(tiny_model, tasks_file, tmp_path),
+            *("--max_output_tokens", 10, "--max_model_len", room),
+        )
+        sample = next(sample for sample in cut.samples if sample.key == longest.key)
+        assert sample.num_train_pairs == longest.num_train_pairs - lost
     smallest = min(sample.length.prompt for sample in full.samples)
     least = planned(
         *(tiny_model, tasks_file, tmp_path / "least"),
@@ -353,6 +354,9 @@ def test_the_manifest_says_what_was_run(tiny_model, tasks_file, tmp_path):
     ]
     assert set(keys) < set(manifest)
     assert set(manifest["versions"]) == {"python", "jax", "flax", "transformers", "numpy", "commit"}
+    if (ROOT / ".git").exists():
+        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
+        assert manifest["versions"]["commit"] == head.strip()
     rate = manifest["total_tokens"] / manifest["seconds"]
     assert manifest["tokens_per_second"] == pytest.approx(rate)
 
