@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import NoSignals, words
 from parity import worst_error
+from runs import planned
 
 import simple_extraction_inference as script
 from utils.errors import UserError
@@ -308,6 +309,12 @@ def test_a_run_that_answers_and_is_resumed_with_others(computed, tmp_path):
         assert item["activations"]["mlp_out.0"].any(axis=1).all()
     with pytest.raises(UserError, match="interventions"):
         computed("answers", [{**zeroed, "hook": "mlp_out.0"}], resume=True, **flags)
+
+
+def test_entries_that_do_not_overwrite_may_meet(tiny_model, tasks_file, tmp_path, written):
+    path = written([{**ZERO, "op": "scale", "factor": 2}] * 2 + [ZERO])
+    flags = ["--interventions", path, "--max_output_tokens", 0, "--max_tasks", 1]
+    assert len(planned(tiny_model, tasks_file, tmp_path, *flags).interventions) == 3
 
 
 def test_entries_that_meet_nothing_or_contradict(computed):
