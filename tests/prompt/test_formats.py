@@ -240,6 +240,11 @@ def test_parse(formats, encoding, text, expected):
         assert glyphs == (words if encoding == "words" else [str(c) for c in colors])
 
 
+def test_a_blank_line_before_the_grid_ends_no_answer(formats):
+    """Though `plain` ends one with it."""
+    assert formats["plain", "digits"].parse("The output:\n\n12\n34").grid == [[1, 2], [3, 4]]
+
+
 @given(st.text(alphabet="0123 \n`gridshape:x-<>BlackRed"), st.sampled_from(GRID_ENCODINGS))
 def test_any_text_is_a_grid_or_a_reason(formats, text, encoding):
     answer = formats["compact", encoding].parse(text)
