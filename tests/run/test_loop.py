@@ -125,7 +125,7 @@ def test_rows_that_are_not_finite_are_said(
 
     result = FakeComputation._result
     monkeypatch.setattr(FakeComputation, "_result", spoilt)
-    flags = ["--max_output_tokens", 0, "--save_every_n_samples", 2]
+    flags = ["--max_output_tokens", 0]
     loop.run(planned(tiny_model, tasks_file, tmp_path, *flags), NoSignals())
     assert "8 rows hold a NaN or an infinity that the model itself made" in caplog.text
 
