@@ -58,11 +58,10 @@ def load_lens(checkpoint: "Checkpoint", manifest: dict[str, Any]) -> Lens:
 
     from utils.model.decoder import Decoder
     from utils.model.layout import Layout, default_dtype, single_device_mesh
-    from utils.model.weights import fingerprint
 
     config, folder = checkpoint.config, checkpoint.folder
     layout = Layout.of(config, single_device_mesh())
-    if fingerprint([checkpoint.digests()[1]]) != manifest["model"]["hash"]:
+    if checkpoint.fingerprint() != manifest["model"]["hash"]:
         raise UserError(f"{folder} is not the model of the run: its weights are others")
     of_run = manifest["model"].get("adapter") or {"path": "none", "hash": None}
     if (checkpoint.adapter and checkpoint.adapter.hash) != of_run["hash"]:

@@ -10,7 +10,7 @@ one row; what is missing, unexpected or mis-shaped is reported together.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -94,7 +94,7 @@ TABLE = (
 _NOT_READ = re.compile(
     r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*"
 )
-_BLOCK_BYTES, _SAMPLE_BYTES = 1 << 26, 1 << 12  # of a fingerprint
+_BLOCK_BYTES, _READERS = 1 << 26, 4  # of a fingerprint
 
 
 @dataclass(frozen=True)
@@ -264,28 +264,23 @@ class Checkpoint:
             values = values.astype(np.float32) + self.adapter.added[name].part(*index)
         return values
 
-    def digests(self, index: int = 0, count: int = 1) -> tuple[str, dict[int, str]]:
-        """Of config and weights, block by block: sha256 over the first bytes of every block, and
-        number -> sha256 of the blocks that are this process's share, every `count`-th.
+    def fingerprint(self) -> str:
+        """sha256 in hex over the sha256 of every block of config and weights, each read once."""
 
-        `fingerprint` makes one hash of the shares of all processes.
-        """
-        own, seen = {}, sha256()
+        def digest(block: tuple[Path, int]) -> str:
+            file, start = block
+            with file.open("rb") as stream:
+                stream.seek(start)
+                return sha256(file.name.encode() + stream.read(_BLOCK_BYTES)).hexdigest()
+
         files = [self._config_file, *sorted({tensor.file for tensor in self._stored.values()})]
         blocks = [
             (file, start)
             for file in files
             for start in range(0, max(1, file.stat().st_size), _BLOCK_BYTES)
         ]
-        for number, (file, start) in enumerate(blocks):
-            mine = number % count == index
-            with file.open("rb") as stream:
-                stream.seek(start)
-                block = stream.read(_BLOCK_BYTES if mine else _SAMPLE_BYTES)
-            seen.update(f"{file.name} {file.stat().st_size}".encode() + block[:_SAMPLE_BYTES])
-            if mine:
-                own[number] = sha256(file.name.encode() + block).hexdigest()
-        return seen.hexdigest(), own
+        with ThreadPoolExecutor(_READERS) as pool:
+            return sha256("".join(pool.map(digest, blocks)).encode()).hexdigest()
 
     def load(
         self, layout: Layout, dtype: Any, paths: Collection[str] | None = None
@@ -345,9 +340,3 @@ def open_checkpoint(model_path: str | Path, adapter_path: str | None = None) -> 
         adapter = read_adapter(adapter_folder)
         config = adapter.untied(config)
     return Checkpoint(folder, config, adapter)
-
-
-def fingerprint(shares: Iterable[dict[Any, str]]) -> str:
-    """sha256 over the sha256 of every block, from the shares that `Checkpoint.digests` gives."""
-    digests = {int(number): digest for share in shares for number, digest in share.items()}
-    return sha256("".join(digests[number] for number in sorted(digests)).encode()).hexdigest()

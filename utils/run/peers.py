@@ -21,7 +21,7 @@ import jax
 
 from utils.cli import Interrupted, Signals, leave_later
 from utils.errors import UserError, some
-from utils.model.weights import Checkpoint, fingerprint
+from utils.model.weights import Checkpoint
 from utils.plan.plan import Plan
 from utils.shards.manifest import differences
 
@@ -292,15 +292,15 @@ def agree(plan: Plan, peers: Peers) -> None:
 
 
 def weights_hash(checkpoint: Checkpoint, peers: Peers) -> str:
-    """The fingerprint of a checkpoint, of which each process reads its share.
+    """The fingerprint of a checkpoint, of which each process reads all.
 
     Raises UserError naming a process whose files differ.
     """
-    said = peers.exchange("weights", checkpoint.digests(peers.index, peers.count))
-    for index, (seen, _) in enumerate(said):
-        if seen != said[0][0]:
+    hashes = peers.exchange("weights", checkpoint.fingerprint())
+    for index, other in enumerate(hashes):
+        if other != hashes[0]:
             raise UserError(
                 f"process {index} has other weights in {checkpoint.folder} than process 0: copy "
                 "the model there again"
             )
-    return fingerprint(share for _, share in said)
+    return hashes[0]
