@@ -130,6 +130,22 @@ def test_rows_that_are_not_finite_are_said(
     assert "8 rows hold a NaN or an infinity that the model itself made" in caplog.text
 
 
+def test_shards_that_lie_on_another_disk_are_named(
+    tiny_model, tasks_file, tmp_path, fake_model, caplog
+):
+    """Once the first process lists what all have written, and is started without them."""
+    flags = ["--max_output_tokens", 0]
+    loop.run(planned(tiny_model, tasks_file, tmp_path, *flags), NoSignals())
+    path = tmp_path / "acts" / "metadata.json"
+    manifest = json.loads(path.read_text())
+    other = {**manifest["files"][0], "filename": "activations_host001_batch_000001.pkl"}
+    manifest["files"].append({**other, "num_samples": 1, "samples": [["elsewhere", 0]]})
+    path.write_text(json.dumps(manifest))
+    again = planned(tiny_model, tasks_file, tmp_path, *flags, "--resume")
+    assert loop.run(again, NoSignals()) is None
+    assert "1 shards that the run lists are in none of these folders" in caplog.text
+
+
 def test_one_goes_on_with_the_part_of_two(tiny_model, tasks_file, tmp_path, fake_model):
     """What it says in the end, and returns, is of all shards, those of the other process too."""
     paths = {"output_filepath": tmp_path / "submission.json", "activations_dir": tmp_path / "acts"}

@@ -67,8 +67,8 @@ def write_output(plan: Plan, answers: scores.Answers) -> dict[str, Any]:
     if missing := [sample.key for sample in plan.samples if sample.key not in answers]:
         raise UserError(
             f"the answers to {len(missing)} samples are in none of the folders, the first "
-            f"to {sample_name(missing[0])}: bring the folder of the process that made "
-            "them, or --overwrite"
+            f"to {sample_name(missing[0])}: bring the folder of the process that made them, "
+            "--resume with as many processes as wrote the run, or --overwrite"
         )
     if request.augmentations > 1:
         answers = scores.vote(answers)

@@ -133,6 +133,13 @@ def settle(plan: Plan, folder: RunFolder, peers: Peers) -> set[SampleKey]:
             "again: %s",
             *(len(lost), some(sorted(lost))),
         )
+    if (elsewhere := listed.keys() - lost - there) and peers.index == 0:
+        log.warning(
+            "%d shards that the run lists are in none of these folders: %s; if the disk that had "
+            "them is lost, --resume with as many processes as wrote the run computes their samples "
+            "again",
+            *(len(elsewhere), some(sorted(elsewhere))),
+        )
     speaker: dict[str, int] = {}  # who wrote it; else the first who has the file, or lists it
     for kind in ("files", "listed"):
         for index, holdings in enumerate(said):
