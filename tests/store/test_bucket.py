@@ -439,8 +439,9 @@ def test_no_credentials(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
-    with pytest.raises(UserError, match="gcloud auth application-default login"):
-        BucketFolder("gs://bucket/prefix").check_access()
+    for asked in (BucketFolder.check_access, lambda folder: folder.read("name")):
+        with pytest.raises(UserError, match="gcloud auth application-default login"):
+            asked(BucketFolder("gs://bucket/prefix"))
 
 
 def test_what_passes_and_what_does_not():

@@ -54,8 +54,8 @@ def parse_uri(uri: str | Path, flag: str = "") -> tuple[str, str]:
     bucket, _, prefix = text.removeprefix(SCHEME).partition("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
         raise UserError(
-            f"{where}: {bucket!r} is no name of a bucket, which is lower-case letters, digits, "
-            "dashes, underscores and dots: write gs://BUCKET/PREFIX"
+            f"{where}: {bucket!r} is no name of a bucket, which is at least three lower-case "
+            "letters, digits, dashes, underscores and dots: write gs://BUCKET/PREFIX"
         )
     parts = (prefix := prefix.removesuffix("/")).split("/")
     if prefix and not {"", ".", ".."}.isdisjoint(parts):
@@ -193,9 +193,9 @@ class BucketFolder:
 
     def save(self, name: str, file: BinaryIO, generation: int | None = None) -> None:
         """Writes the content of an object, now or of that generation, to `file`."""
-        blob = self._blob(name)
-        blob.chunk_size = None  # in one stream, taken up again where it breaks
         with self._asking("read", name):
+            blob = self._blob(name)
+            blob.chunk_size = None  # in one stream, taken up again where it breaks
             blob.download_to_file(
                 file,
                 raw_download=True,
