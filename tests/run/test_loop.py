@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import distributed_inference_with_activations as distributed
 from utils.errors import UserError
 from utils.plan.plan import plan_run
 from utils.plan.request import Request
-from utils.run import loop, pipeline
+from utils.run import conclude, loop, pipeline
 from utils.run.dry_run import plan_storage
 from utils.shards import uploads
 from utils.shards.manifest import read_manifest
@@ -128,6 +129,19 @@ def test_rows_that_are_not_finite_are_said(
     flags = ["--max_output_tokens", 0]
     loop.run(planned(tiny_model, tasks_file, tmp_path, *flags), NoSignals())
     assert "8 rows hold a NaN or an infinity that the model itself made" in caplog.text
+
+
+def test_a_process_that_computed_nothing_has_nothing_to_send(tmp_path):
+    """Such as one more than wrote a run that is complete."""
+    request = SimpleNamespace(output_path=tmp_path / "s.json", activations_dir=tmp_path)
+    paths = {name: tmp_path / f"{name}_host001" for name in ("journal_path", "manifest_path")}
+    writer = SimpleNamespace(owner="_host001", index=1)
+    folder = SimpleNamespace(path=tmp_path, writer=writer, absent_journals=[], **paths)
+    plan = SimpleNamespace(request=request)
+    assert conclude.last_files(plan, folder) == ([], [])
+    for path in paths.values():
+        path.touch()
+    assert conclude.last_files(plan, folder) == (list(paths.values()), [])
 
 
 def test_shards_that_lie_on_another_disk_are_named(

@@ -107,8 +107,9 @@ def last_files(plan: Plan, folder: RunFolder) -> tuple[list[Path], list[Path]]:
     manifest by which a reader knows that the run is complete comes last."""
     own = []
     if plan.request.activations_dir is not None:
-        own = [*folder.absent_journals, *filter(Path.exists, [folder.journal_path])]
-        own += [folder.manifest_path] if folder.writer.owner else []
+        # A process that has computed nothing has neither of its own.
+        files = [folder.journal_path] + ([folder.manifest_path] if folder.writer.owner else [])
+        own = [*folder.absent_journals, *filter(Path.exists, files)]
     joint = [Path(plan.request.output_path), folder.path / "metadata.json"]
     return own, [] if folder.writer.index else joint
 
