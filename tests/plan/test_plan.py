@@ -208,6 +208,9 @@ def test_the_disk_is_asked_for_what_is_missing(tiny_model, tasks_file, tmp_path,
     monkeypatch.setattr("utils.run.dry_run.free_bytes", lambda folder: need / 2 - 1)
     with pytest.raises(UserError, match="needs at least"):
         check_disk(plan, set(), share=0.5)
+    deletes = replace(plan, request=replace(plan.request, delete_after_upload=True))
+    with pytest.raises(UserError, match="lower --max_pending_gb and --max_shard_mb"):
+        check_disk(deletes, set(), share=0.5)
 
 
 def test_what_is_replaced_makes_room(tiny_model, tasks_file, tmp_path, monkeypatch):

@@ -54,8 +54,9 @@ def test_a_disk_that_holds_its_share_is_not_refused(
     monkeypatch.setattr("utils.run.dry_run.free_bytes", lambda folder: need * 0.6)
     print_plan(plan, set())
     assert "would be refused: " in capsys.readouterr().out
-    print_plan(plan, set(), share=0.5)
-    assert "would be refused: " not in capsys.readouterr().out
+    print_plan(plan, {plan.samples[0].key}, share=0.5)
+    said = capsys.readouterr().out
+    assert "would be refused: " not in said and "stored        1 of these already" in said
 
 
 def test_generated_answers_are_planned_at_their_longest(tiny_model, tasks_file, tmp_path):

@@ -148,9 +148,12 @@ def check_disk(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
         replaced = [path for path in plan.run_folder.iterdir() if stem(path.name)]
         free += sum(path.lstat().st_size for path in replaced)
     if need > free:
+        less = "take fewer layers, --token_positions, --max_rows_per_sample or tasks"
+        if request.delete_after_upload:
+            less = "lower --max_pending_gb and --max_shard_mb, which may wait on it"
         raise UserError(
             f"{plan.run_folder} needs at least {in_words(need)} and has {in_words(free)} free: "
-            "free space, or take fewer layers, --token_positions, --max_rows_per_sample or tasks"
+            f"free space, or {less}"
         )
 
 
@@ -165,6 +168,8 @@ def print_plan(plan: Plan, done: Collection[SampleKey], share: float = 1) -> Non
         print(f"adapter       {adapter.folder}")
     print(f"tasks         {len(plan.tasks)}")
     print(f"samples       {len(plan.samples)}{views_of(plan)}")
+    if done:
+        print(f"stored        {len(done)} of these already; what follows is of all")
     print_shortfalls(plan)
     print(f"prompt tokens {sum(length.prompt for length in lengths)}")
     if request.distributed:

@@ -366,7 +366,8 @@ def in_words(size: float) -> str:
 
 
 def unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write to {folder}: {error.strerror}; choose another folder")
+    room = "free space, or " if error.errno in NO_SPACE else ""
+    return UserError(f"cannot write to {folder}: {error.strerror}; {room}choose another folder")
 
 
 def free_bytes(folder: Path) -> int:
