@@ -186,8 +186,8 @@ class Peers:
                 raise UserError(f"{self._name(other)} failed: {end['error']}", end["exit_code"])
         for other in self._dead():
             raise UserError(
-                f"{self._name(other)} has not been heard of for {self._silence:g} s: it died, or "
-                f"its network did; {AGAIN}",
+                f"{self._name(other)} has not been heard of for {self._silence:g} s: it or its "
+                f"network died, or it stands still; make sure that it has ended, and {AGAIN}",
                 exit_code=1,
             )
 
