@@ -79,6 +79,8 @@ def test_parts_without_activations_are_refused_with_the_way_on(parts, tmp_path):
         merged(submissions[0], "--output_filepath", joint)
     with pytest.raises(UserError, match="cannot be merged together"):
         merged(submissions[0], f"{submissions[1]}.run", "--into", tmp_path / "all")
+    with pytest.raises(UserError, match="fetch them with `gcloud storage cp -r`"):
+        merged("gs://bucket/part0", "gs://bucket/part1", "--into", tmp_path / "all")
     assert merged(*submissions, "--output_filepath", joint) == 0
     assert list(json.loads(joint.read_text())) == ["part0", "part1"]
 

@@ -28,6 +28,7 @@ from utils.shards.items import sample_key
 from utils.shards.manifest import Manifest
 from utils.shards.reader import read_entry
 from utils.store import local
+from utils.store.bucket import is_uri
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def main(args: argparse.Namespace, signals: Signals) -> int:
             raise UserError(f"{output} exists: choose another --output_filepath")
         local.check_writable(output.parent)
     for part in parts:
+        if is_uri(part):
+            raise UserError("parts are merged on a disk: fetch them with `gcloud storage cp -r`")
         if not part.exists():
             raise UserError(f"{part} does not exist: check the path")
     are_files = set(map(Path.is_file, parts))
