@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SCRIPTS = Path(__file__).parent
+MARKER = ".example_usage"  # in a folder that the example has made
 RUNS = ("results/activations", "mesh/activations")
 # Folder -> what the example makes there, besides the files of a run; the inner folders first.
 NAMES = {
@@ -109,7 +110,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the files of an earlier run of this example; other files in the folder stay",
+        help="replace the files of an earlier run of this example, in the folder that it made; "
+        "other files there stay",
     )
     parser.add_argument(
         "--model_path",
@@ -127,12 +129,21 @@ def build_parser() -> Parser:
     return parser
 
 
-def clear(folder: Path, overwrite: bool) -> None:
-    """Deletes the files that the example names, also what is left of them after a kill, and the
-    folders that are empty then. Raises UserError for a folder that holds something, unless it is to
-    be overwritten."""
-    if not folder.exists() or not any(folder.iterdir()):
+def make_room(folder: Path, overwrite: bool) -> None:
+    """Makes and marks the folder, or, where it is to be overwritten, deletes the files that the
+    example names, also what is left of them after a kill, and the folders that are empty then.
+    Raises UserError for a folder of somebody else's, or that is not to be overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        text = "Made by example_usage.py, whose --overwrite replaces its own files here.\n"
+        (folder / MARKER).write_text(text)
         return
+    if not (folder / MARKER).exists():
+        raise UserError(
+            f"{folder} holds files and no {MARKER}, as a folder of this example does: choose "
+            "another --output_dir, or, if an earlier version of the example made it, delete it "
+            "yourself"
+        )
     if not overwrite:
         raise UserError(
             f"{folder} exists: add --overwrite to replace the example in it, or choose another "
@@ -472,8 +483,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     model = model_at(args.model_path)
     signals.hold()  # what was made is noted for --overwrite
     try:
-        clear(folder, args.overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_room(folder, args.overwrite)
         heading("1. Inspect the rows of a dataset")
         script(signals, "test_transformation.py", ("--dataset", shown(ROWS)))
         heading("2. Rows -> ARC tasks")

@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.shards import iter_items
 
 FILES = [
+    ".example_usage",
     "arc_data/arc_format_train.json",
     "arc_data/test_outputs_train.json",
     "arc_data/transformation_errors.json",
@@ -244,20 +245,23 @@ def test_overwrite_deletes_what_the_example_made_and_nothing_else(copy):
     (copy / "results" / "activations" / "notes.txt").write_text("mine")
     for left in ("sae/cfg.json", "results/activations/activations_batch_000009.pkl"):
         (copy / f"{left}.{'0' * 16}.partial").write_text("of a kill")
-    example_usage.clear(copy, overwrite=True)
-    mine = {"notes.txt": b"mine", "results/mine.json": b"{}"}
+    example_usage.make_room(copy, overwrite=True)
+    marker = contents(copy).pop(".example_usage")
+    mine = {"notes.txt": b"mine", "results/mine.json": b"{}", ".example_usage": marker}
     assert contents(copy) == {**mine, "results/activations/notes.txt": b"mine"}
     assert not (copy / "sae").exists() and not (copy / "mesh").exists()
 
 
-def test_overwrite_leaves_a_folder_of_others_as_it_is(tmp_path):
-    (tmp_path / "arc_data").mkdir()
-    (tmp_path / "arc_data" / "arc_format_evaluation.json").write_text("{}")
-    (tmp_path / "thesis.tex").write_text("x")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_others_stays_as_it_is(tmp_path, overwrite):
+    """Such as the one in which the quick start of README.md was followed."""
+    for name in ("arc_data/arc_format_train.json", "results/predictions.json", "sae/cfg.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"exists: add --overwrite"):
-        example_usage.clear(tmp_path, overwrite=False)
-    example_usage.clear(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match=r"choose another --output_dir, or, .*earlier") as caught:
+        example_usage.make_room(tmp_path, overwrite)
+    assert "--overwrite" not in str(caught.value)
     assert contents(tmp_path) == before
 
 
@@ -287,8 +291,8 @@ def test_stopped_by_sigterm_what_it_made_can_be_overwritten(tmp_path):
         child.send_signal(signal.SIGTERM)
         _, errors = child.communicate(timeout=60)
     assert child.returncode == 143 and b"Traceback" not in errors
-    example_usage.clear(folder, overwrite=True)
-    assert contents(folder) == {}
+    example_usage.make_room(folder, overwrite=True)
+    assert contents(folder).keys() == {".example_usage"}
 
 
 def test_a_model_of_one_s_own_is_looked_into_in_the_middle(tiny_model, tmp_path):
