@@ -19,6 +19,7 @@ A predicate of your own is one more line of that file.
 # R rows   C columns of a grid
 
 import argparse
+import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -34,11 +35,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.predicates import PREDICATES, Array, labels, masks_of
 from examples.probe import stored_rows
 from utils import cli
-from utils.dataset.select import Selection, cells_of_tokens
+from utils.dataset.select import NON_FINITE, Selection, cells_of_tokens
 from utils.dataset.shuffle import NO_CELL, ActivationRows
 from utils.errors import UserError, some
 from utils.shards.items import to_float32
 from utils.store.local import check_output, json_lines, write_result
+
+log = logging.getLogger(__name__)
 
 SHUFFLES = 19
 LEAST = 20  # cells of a predicate, and cells where a latent is active
@@ -87,7 +90,8 @@ class Feature:
 
 def read_cells(folder: str | Path, name: str, max_rows: int | None = None, seed: int = 0) -> Cells:
     """The tokens of a run that hold cells; max_rows: of more about so many, of whole samples that
-    are drawn by `seed`. Raises UserError where the run holds no such activation or no cells."""
+    are drawn by `seed`. Rows that are not finite are left out. Raises UserError where the run holds
+    no such activation or no cells."""
     from tqdm import tqdm
 
     from utils.shards import iter_items
@@ -99,6 +103,7 @@ def read_cells(folder: str | Path, name: str, max_rows: int | None = None, seed:
         there = some(list(manifest["activations"]), 12) or "none"
         raise UserError(f"{folder} has no {name}; captured were {there}")
     total, parts, masks, keys = manifest["total_samples"], [], [], []
+    left_out = 0
     share = min(1.0, (max_rows or np.inf) / max(1, stored_rows(manifest)))
     drawn = set(np.random.default_rng(seed).permutation(total)[: math.ceil(share * total)])
     items = tqdm(iter_items(folder), total=total, desc="reading", unit=" samples")
@@ -107,7 +112,9 @@ def read_cells(folder: str | Path, name: str, max_rows: int | None = None, seed:
             continue
         tokens = item.get("positions", np.arange(len(item["input_ids"]), dtype=np.int32))
         held = cells_of_tokens(item, Selection(0))[tokens]
-        places = np.flatnonzero(held[:, 0] != NO_CELL)
+        finite, holds = np.isfinite(item["activations"][name]).all(axis=1), held[:, 0] != NO_CELL
+        left_out += int((holds & ~finite).sum())
+        places = np.flatnonzero(holds & finite)
         tokens, held = tokens[places], held[places]
         samples = np.full(len(places), len(keys), np.int32)
         states = item["activations"][name][places]
@@ -116,9 +123,11 @@ def read_cells(folder: str | Path, name: str, max_rows: int | None = None, seed:
         which = [order[tuple(cell)] for cell in held[:, :4].tolist()]
         masks.append(masks_of(item["cells"])[which])
         keys.append(sample_key(item))
+    if left_out:
+        log.info("left out %d rows %s", left_out, NON_FINITE)
     if not sum(map(len, parts)):
         raise UserError(
-            f"no token of {folder} that was stored holds a cell: run it with "
+            f"no finite row of {name} in {folder} is of a token that holds a cell: run it with "
             "--token_positions all or cells"
         )
     return Cells(ActivationRows.joined(parts), keys, np.concatenate(masks))

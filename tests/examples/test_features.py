@@ -227,6 +227,22 @@ def save_identity(folder, width):
     autoencoder.Autoencoder("standard", None, "resid_post.0", weights).save(folder, {})
 
 
+def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, caplog):
+    def broken(random, item, task):
+        rows = states(random, item, task)["resid_post.0"]
+        rows[item["cells"][3, 5], 7], rows[item["cells"][5, 5], 0] = np.nan, np.inf
+        rows[np.flatnonzero(item["input_ids"] == 10)[0]] = np.nan  # holds no cell
+        return {"resid_post.0": rows}
+
+    whole = read_cells(made_run(tmp_path / "whole", states, tasks=3), "resid_post.0")
+    run = made_run(tmp_path / "run", broken, tasks=3)
+    with caplog.at_level("INFO"):
+        cells = read_cells(run, "resid_post.0")
+    assert len(cells.rows) == len(cells.masks) == len(whole.rows) - 6
+    assert np.isfinite(cells.rows.activations).all()
+    assert "left out 6 rows with a NaN or an infinity" in caplog.text
+
+
 def test_what_cannot_be_named_is_said(planted, cells, tmp_path):
     with pytest.raises(UserError, match=r"has no resid_post.3; captured were resid_post.0"):
         read_cells(planted, "resid_post.3")
