@@ -33,7 +33,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.predicates import PREDICATES, Array, labels, masks_of
-from examples.probe import stored_rows
+from examples.probe import share_of_rows
 from utils import cli
 from utils.dataset.select import NON_FINITE, Selection, cells_of_tokens
 from utils.dataset.shuffle import NO_CELL, ActivationRows
@@ -104,7 +104,7 @@ def read_cells(folder: str | Path, name: str, max_rows: int | None = None, seed:
         raise UserError(f"{folder} has no {name}; captured were {there}")
     total, parts, masks, keys = manifest["total_samples"], [], [], []
     left_out = 0
-    share = min(1.0, (max_rows or np.inf) / max(1, stored_rows(manifest)))
+    share = share_of_rows(folder, manifest, max_rows) if max_rows else 1.0
     drawn = set(np.random.default_rng(seed).permutation(total)[: math.ceil(share * total)])
     items = tqdm(iter_items(folder), total=total, desc="reading", unit=" samples")
     for number, item in enumerate(items):

@@ -193,11 +193,16 @@ def names_of(manifest: dict[str, Any], layers: Sequence[int] | None) -> list[str
     return names
 
 
-def stored_rows(manifest: dict[str, Any]) -> int:
-    """The rows of an activation in a run, at most: of a sample not every token may be stored."""
-    capture, samples = manifest["capture"], manifest["total_samples"]
-    of_sample = 1 if capture["token_positions"] == "last" else capture.get("max_rows_per_sample")
-    return min(manifest["total_tokens"], samples * of_sample if of_sample else sys.maxsize)
+def share_of_rows(folder: str | Path, manifest: dict[str, Any], max_rows: int) -> float:
+    """The share that `max_rows` are of the rows of an activation in a run, at most 1. Where not
+    every token has a row, the run's statistics say how many there are."""
+    from utils.dataset.stats import activation_stats
+
+    capture, rows = manifest["capture"], manifest["total_tokens"]
+    of_all = (capture["token_positions"], capture.get("max_rows_per_sample")) == ("all", None)
+    if rows > max_rows and not of_all:
+        rows = max(stats.count for stats in activation_stats(folder).values())
+    return min(1.0, max_rows / max(1, rows))
 
 
 def probe(
@@ -223,7 +228,7 @@ def probe(
     names = names_of(manifest, layers)
     held_out = held_out_tasks(key[0] for entry in manifest["files"] for key in entry["samples"])
     random, classes = np.random.default_rng(seed), TARGETS[target].classes
-    share = min(1.0, max_rows / max(1, stored_rows(manifest))) if target != "correct" else 1.0
+    share = share_of_rows(folder, manifest, max_rows) if target != "correct" else 1.0
     widths = {name: manifest["activations"][name]["width"] for name in names}
     sums = {name: Sums(width, classes * (SHUFFLES + 1)) for name, width in widths.items()}
     kept: dict[str, list[np.ndarray]] = {name: [] for name in names}

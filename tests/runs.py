@@ -49,11 +49,12 @@ def sorted_rows(rows):
     return rows[np.lexsort(rows.T)]
 
 
-def made_run(folder, states, tasks=40, activation_dtype="float32"):
+def made_run(folder, states, tasks=40, activation_dtype="float32", token_positions="all"):
     """The shards of a run of random grids that no model has seen: of each task two train pairs, a
     test input and an answer, a token a cell and one behind each row, which is 10.
 
-    states: (random, item, task's number) -> name -> what is stored of its tokens, [T, D].
+    states: (random, item, task's number) -> name -> what is stored of its tokens, [T, D]; where
+    `token_positions` are not all, of those that it puts into the item's `positions`.
     """
     random, pairs = np.random.default_rng(0), [(0, 0), (0, 1), (1, 0), (1, 1), (-1, 0), (-1, 1)]
     run_folder = None
@@ -88,7 +89,7 @@ def made_run(folder, states, tasks=40, activation_dtype="float32"):
                 width = rows.shape[1]
                 about[name] = {"hook_point": hook_point, "layer": int(layer), "width": width}
             settings = {key: {} for key in ("model", "dataset", "prompt", "arguments")}
-            settings |= {"capture": {"token_positions": "all"}, "activations": about}
+            settings |= {"capture": {"token_positions": token_positions}, "activations": about}
             run_folder = RunFolder(folder, settings, {}, activation_dtype=activation_dtype)
             run_folder.clear()
             run_folder.begin()

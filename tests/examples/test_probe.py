@@ -9,6 +9,8 @@ from runs import made_run
 from examples import probe as script
 from examples.probe import SHUFFLES, Sums, labelled_rows, one_hot, probe
 from utils.errors import UserError
+from utils.shards import iter_items
+from utils.shards.manifest import read_manifest
 
 D = 24
 
@@ -136,13 +138,24 @@ def test_a_mistake_is_one_line(planted, tmp_path, in_shell, flags, words):
     assert not (tmp_path / "p.json").exists()
 
 
-def test_rows_that_are_drawn_are_of_those_that_are_stored(planted):
-    manifest = {"total_tokens": 9000, "total_samples": 3, "capture": {"token_positions": "last"}}
-    assert script.stored_rows(manifest) == 3
-    manifest["capture"] = {"token_positions": "all", "max_rows_per_sample": 32}
-    assert script.stored_rows(manifest) == 96
-    manifest["capture"]["max_rows_per_sample"] = None
-    assert script.stored_rows(manifest) == 9000
+def test_rows_that_are_drawn_are_of_those_that_are_stored(planted, tmp_path):
+    """Of a run that keeps the states of answers alone, as many rows as are asked for are used."""
+
+    def of_answers(random, item, task):
+        tokens = len(item["input_ids"])
+        item["positions"] = np.arange(item["prompt_length"], tokens, dtype=np.int32)
+        return {name: rows[item["positions"]] for name, rows in states(random, item, task).items()}
+
+    run = made_run(tmp_path / "run", of_answers, token_positions="answer")
+    whole = probe(run, "color")["resid_post.0"]
+    most = whole["rows"] + whole["held_out_rows"]
+    part = probe(run, "color", max_rows=most // 2)["resid_post.0"]
+    ends = sum(len(item["prediction"]) for item in iter_items(run))  # rows that hold no cell
+    share = (most // 2) / (most + ends)
+    assert abs((part["rows"] + part["held_out_rows"]) / most - share) < 0.05
+    assert script.share_of_rows(run, read_manifest(run), 10**6) == 1
+    all_stored = read_manifest(planted)
+    assert script.share_of_rows(planted, all_stored, all_stored["total_tokens"] // 4) <= 0.25
 
 
 def test_what_cannot_be_told_is_said(tmp_path):
