@@ -36,7 +36,7 @@ from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.items import CELL_COLUMNS
 from utils.shards.manifest import read_manifest, stem
-from utils.store.local import whole_name
+from utils.store.local import whole_name, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,6 +50,8 @@ NAMES = {
         "arc_format_train.json",
         "test_outputs_train.json",
         "transformation_errors.json",
+        "arc_format_held_out.json",
+        "test_outputs_held_out.json",
     },
     "results/activations": {"activation_stats.json"},
     "results": {"predictions.json"},
@@ -382,23 +384,34 @@ def show_run(place: str) -> None:
     show_item(first)
 
 
-def reads(folder: Path, model: Model) -> list[tuple[str, Any]]:
-    """The flags of a script that runs the model on the tasks again."""
+def reads(tasks: Path, model: Model) -> list[tuple[str, Any]]:
+    """The flags of a script that runs the model on tasks again."""
     return [
         ("--model_path", shown(model.path)),
-        ("--dataset_path", folder / "arc_data" / "arc_format_train.json"),
+        ("--dataset_path", tasks),
         *((name, value) for name, value in model.flags.items() if name == "--prompt_format"),
     ]
 
 
 def survives(signals: Signals, folder: Path, model: Model) -> dict[str, Any]:
-    """What the model still gets right with reconstructions in the place of its states."""
+    """What the model still gets right with reconstructions in the place of its states, of tasks
+    that the autoencoder was not trained on."""
+    from examples.probe import held_out_tasks
+    from examples.sae import HELD_OUT
+
+    files, data = read_manifest(folder / "results" / "activations")["files"], folder / "arc_data"
+    ran = {key[0] for entry in files for key in entry["samples"]}
+    trained_on = ran - held_out_tasks(ran, HELD_OUT)
+    for kind in ("arc_format", "test_outputs"):
+        tasks = json.loads((data / f"{kind}_train.json").read_text())
+        held_out = {task: tasks[task] for task in tasks if task not in trained_on}
+        write_json(data / f"{kind}_held_out.json", held_out)
     script(
         signals,
         "examples/evaluate_sae.py",
         ("--sae", folder / "sae"),
         ("--hook_point", f"resid_post.{model.layer}"),
-        *reads(folder, model),
+        *reads(data / "arc_format_held_out.json", model),
         ("--max_tasks", model.mesh_tasks),
         ("--batch_size", 4),
         ("--max_output_tokens", model.flags["--max_output_tokens"]),
@@ -415,7 +428,7 @@ def causes(signals: Signals, folder: Path, model: Model) -> None:
     script(
         signals,
         "examples/causal_map.py",
-        *reads(folder, model),
+        *reads(folder / "arc_data" / "arc_format_train.json", model),
         ("--task", task or next(iter_items(activations))["task_id"]),
         ("--layers", model.flags["--layers_to_extract"]),
         ("--sources", "test"),

@@ -79,7 +79,7 @@ class Findings:
     was measured of the autoencoder, `name` of its input; cells: what `features` speak of, and
     latents: sparse [N, L], what the autoencoder makes of each. probes: target -> what
     `examples.probe.probe` found of each activation. survival: what `examples/evaluate_sae.py` wrote
-    of the autoencoder with --generate, or None."""
+    of the autoencoder with --generate, on tasks that it was not trained on, or None."""
 
     manifest: dict[str, Any]
     items: Sequence[dict[str, Any]]
@@ -455,10 +455,11 @@ def survival(found: Findings) -> str:
         cards += f'<div><figcaption>{what}</figcaption><div class="bars">{bars}</div></div>'
     return (
         "<h2>What survives the autoencoder</h2>"
-        f"<p>The model answered again with the states of <b>{html.escape(found.name)}</b> changed "
-        "at every token of prompt and answer. A reconstruction that keeps the tasks solved has "
-        "kept what the model needs. Of the cross-entropy that lies between states set to zero and "
-        f"states as they are, it recovers {said['ce_recovered']:.1%}.</p>"
+        "<p>On tasks that the autoencoder was not trained on, the model answered again with the "
+        f"states of <b>{html.escape(found.name)}</b> changed at every token of prompt and answer. "
+        "A reconstruction that keeps the tasks solved has kept what the model needs. Of the "
+        "cross-entropy that lies between states set to zero and states as they are, it recovers "
+        f"{said['ce_recovered']:.1%}.</p>"
         f'<div class="two">{cards}</div>'
     )
 

@@ -13,15 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, NoSignals, run_script
+from runs import made_run
 from tiny import write_model
 
 import example_usage
+from examples.probe import held_out_tasks
+from examples.sae import HELD_OUT
 from utils.errors import UserError
 from utils.shards import iter_items
 
 FILES = [
     ".example_usage",
+    "arc_data/arc_format_held_out.json",
     "arc_data/arc_format_train.json",
+    "arc_data/test_outputs_held_out.json",
     "arc_data/test_outputs_train.json",
     "arc_data/transformation_errors.json",
     "causes/causal_map.html",
@@ -316,6 +321,26 @@ def test_a_mesh_whose_answers_are_all_others_is_said_to_be_one(monkeypatch, tmp_
     monkeypatch.setattr(example_usage, "iter_items", items.__getitem__)
     example_usage.infer_on_mesh(NoSignals(), tmp_path, example_usage.ARC_TINY)
     assert capsys.readouterr().out == "\n0 of 1 answers are those of one device\n"
+
+
+def test_what_survives_is_asked_of_tasks_that_were_not_trained_on(monkeypatch, tmp_path):
+    def states(random, item, task):
+        return {"resid_post.3": np.ones((len(item["input_ids"]), 2), np.float32)}
+
+    made_run(tmp_path / "results" / "activations", states, tasks=20)
+    (tmp_path / "arc_data").mkdir()
+    for kind in ("arc_format", "test_outputs"):
+        tasks = {f"task{number:02}": [kind] for number in range(22)}  # two that were not run
+        (tmp_path / "arc_data" / f"{kind}_train.json").write_text(json.dumps(tasks))
+    (tmp_path / "sae_evaluation.json").write_text("{}")
+    asked = []
+    monkeypatch.setattr(example_usage, "script", lambda *words: asked.extend(words))
+    example_usage.survives(NoSignals(), tmp_path, example_usage.ARC_TINY)
+    held_out = {*held_out_tasks([f"task{number:02}" for number in range(20)], HELD_OUT)}
+    path = dict(asked[2:-2])["--dataset_path"]
+    for file in (path, path.with_name("test_outputs_held_out.json")):
+        assert json.loads(file.read_text()).keys() == {*held_out, "task20", "task21"}
+    assert len(held_out) == 2
 
 
 @pytest.mark.slow
