@@ -329,6 +329,17 @@ def test_some_rows_are_drawn_from_all_alike(run_folder):
     assert np.array_equal(dataset.rows(50, 1).tokens, dataset.rows(50, 1).tokens)
 
 
+def test_room_is_made_for_no_more_rows_than_there_are(run_folder):
+    dataset = ActivationDataset(run_folder, Selection(0))
+    every = dataset.rows()
+    assert np.array_equal(dataset.rows(2**63 - 1).activations, every.activations)
+    orders = [
+        np.concatenate([rows.tokens for rows in dataset.batches(64, shuffle_buffer=size)])
+        for size in (len(every) + 1, 10**6, 2**63 - 1)
+    ]
+    assert np.array_equal(orders[0], orders[1]) and np.array_equal(orders[0], orders[2])
+
+
 def test_two_passes_at_once_do_not_mix_their_counts(run_folder):
     dataset = ActivationDataset(run_folder, Selection(0, part="answer"))
     one, two = dataset.parts(), dataset.parts()

@@ -124,6 +124,8 @@ class ActivationDataset:
                 log.info("the run in %s is not complete: %d samples so far", folder, so_far)
         if not self.samples:
             raise UserError(f"{self.folders[0]} holds no samples: is its run at its beginning?")
+        # There are no more rows, of however many there is to be room for.
+        self._tokens = sum(manifest["total_tokens"] for manifest in manifests)
         self._all_finite = not any(manifest.get("non_finite", 1) for manifest in manifests)
         self._special = np.zeros(0, int)
         if selection.drop_special:
@@ -226,7 +228,8 @@ class ActivationDataset:
             blocks = self.parts(order, worker, workers)
             if shuffle_buffer:
                 random = np.random.default_rng([seed, epoch, 1])
-                batches = mixed(blocks, shuffle_buffer, batch_size, drop_last, random)
+                size = min(shuffle_buffer, self._tokens + 1)
+                batches = mixed(blocks, size, batch_size, drop_last, random)
             else:
                 batches = in_order(blocks, batch_size, drop_last)
             empty = True
@@ -277,7 +280,7 @@ def rows_of(
     if most is None:
         parts = zip(*together(datasets), strict=True)
         return [ActivationRows.joined([rows for rows in each if len(rows)]) for each in parts]
-    kept = [Reservoir(most, seed) for _ in datasets]
+    kept = [Reservoir(min(most, dataset._tokens), seed) for dataset in datasets]
     for parts in together(datasets):
         for reservoir, rows in zip(kept, parts, strict=True):
             if len(rows):
