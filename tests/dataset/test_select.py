@@ -209,6 +209,24 @@ def test_statistics_are_those_of_numpy_and_are_kept(run_folder):
     assert stats._digest({"files": other}) != stats._digest(manifest)
 
 
+def test_norms_that_float32_cannot_square_are_finite():
+    running = _Running()
+    running.add(np.array([[1e20] * 3, [2e20] * 3], np.float32))
+    found = running.result()
+    norms = np.array([1e20, 2e20]) * np.sqrt(3)
+    np.testing.assert_allclose(
+        [found["norm_mean"], found["norm_std"], found["norm_max"]],
+        [norms.mean(), norms.std(), norms.max()],
+        rtol=1e-6,
+    )
+
+
+def test_numpys_whole_numbers_are_whole_numbers():
+    three = np.int64(3)
+    assert Selection(three, pair=three, colors=three) == Selection(3, pair=3, colors=3)
+    assert repr(Selection(three)) == repr(Selection(3))  # as an autoencoder's folder keeps it
+
+
 def test_statistics_name_a_model_that_made_no_finite_row(monkeypatch):
     item = {"activations": {"resid_post.0": np.full((3, 4), np.nan, np.float32)}}
     monkeypatch.setattr(stats, "iter_items", lambda folder: iter([item]))

@@ -70,6 +70,9 @@ class Selection:
             if (value := getattr(self, name)) is not None and value not in allowed:
                 raise UserError(f"{name} {value!r} is none of {', '.join(map(str, allowed))}")
 
+        for name in ("layer", "pair", "colors"):  # numpy's whole numbers are welcome
+            if isinstance(value := getattr(self, name), np.integer):
+                object.__setattr__(self, name, int(value))
         if type(self.layer) is not int:
             raise UserError(f"layer {self.layer!r} is not a whole number")
         check("hook_point", HOOK_POINTS)

@@ -80,7 +80,7 @@ class _Running:
         self.squares = self.squares + squares + shift**2 * (self.count * count / total)
         self.mean = self.mean + shift * (count / total)
         self.count = total
-        norms = np.linalg.norm(rows, axis=1).astype(np.float64)
+        norms = np.sqrt(np.einsum("ND,ND->N", rows, rows, dtype=np.float64))
         self.norms[0] += norms.sum()
         self.norms[1] += (norms**2).sum()
         self.norms[2] = max(self.norms[2], norms.max())
