@@ -18,6 +18,7 @@ import argparse
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -76,7 +77,7 @@ def alternate(ours, theirs, repeats: int) -> tuple[float, float]:
 
 
 def requests(args: argparse.Namespace, model_path: Path, tasks: Path, **changes):
-    """The plan of our run over these tasks."""
+    """The plan of our run over these tasks, in which no token ends an answer."""
     import simple_extraction_inference as script
     from utils.plan.plan import plan_run
     from utils.plan.request import Request
@@ -91,7 +92,8 @@ def requests(args: argparse.Namespace, model_path: Path, tasks: Path, **changes)
     argv = []
     for name, value in flags.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return plan_run(Request.from_flags(script.build_parser().parse_args(argv)))
+    plan = plan_run(Request.from_flags(script.build_parser().parse_args(argv)))
+    return replace(plan, codec=replace(plan.codec, stop_ids=()))
 
 
 def ours(plan):
@@ -165,7 +167,7 @@ def torch_generate(model, plan, batch_size: int, new_tokens: int):
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=0,
-                eos_token_id=list(plan.codec.stop_ids),
+                eos_token_id=-1,  # no token ends an answer
                 output_hidden_states=True,
                 output_logits=True,
                 return_dict_in_generate=True,
@@ -266,6 +268,9 @@ def memory_rate(repeats: int) -> float:
 
 
 def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
+    to_continue = bench.write_tasks(scratch / "generate", 4 * [args.prompt])
+    requests(args, folder, to_continue)  # refuses a wrong --model_path in a line
+
     import torch
     import transformers
 
@@ -297,11 +302,10 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
             f"{flops / mine / rate:.0%} of the matrix-product rate",
         )
 
-    tasks = bench.write_tasks(scratch / "generate", 4 * [args.prompt])
     for batch_size in (1, 4):
-        run = requests(args, folder, tasks, batch_size=batch_size)
-        plain = requests(args, folder, tasks, batch_size=batch_size, no_extraction=True)
-        prompts = requests(args, folder, tasks, batch_size=batch_size, max_output_tokens=0)
+        run = requests(args, folder, to_continue, batch_size=batch_size)
+        plain = requests(args, folder, to_continue, batch_size=batch_size, no_extraction=True)
+        prompts = requests(args, folder, to_continue, batch_size=batch_size, max_output_tokens=0)
         new = len(run.samples) * args.new_tokens
         theirs = torch_generate(model, run, batch_size, args.new_tokens)
         count = 1 if args.smoke else threads(theirs, 1)

@@ -5,6 +5,9 @@ import importlib.util
 import pytest
 from conftest import ROOT, run_script
 from forks import run_forked
+from tiny import write_model
+
+from benchmarks import bench, compare_transformers
 
 SAID = {  # by each benchmark, so that a run which measures nothing does not pass
     "arc_tiny_accuracy": (
@@ -58,3 +61,15 @@ def test_it_runs_on_inputs_of_its_own(name, tmp_path):
     for words in SAID[name]:
         assert words in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_answers_that_are_timed_beside_transformers_have_all_their_tokens(tmp_path):
+    args = compare_transformers.build_parser().parse_args(["--new_tokens", "4"])
+    tasks = bench.write_tasks(tmp_path / "tasks", [100])
+    plan = compare_transformers.requests(args, write_model(tmp_path / "model"), tasks)
+    assert plan.codec.stop_ids == () and plan.request.max_output_tokens == 4
+
+
+def test_a_wrong_model_beside_transformers_is_one_line(tmp_path, in_shell):
+    code, _, err = in_shell(compare_transformers, ["--model_path", tmp_path / "none"])
+    assert code == 2 and "none is not a folder" in err and err.count("\n") == 1
