@@ -8,7 +8,7 @@ float32, the same token ids, and keep the same arrays: for every token the resid
 first, the middle and the last layer, as float16; the log-probability of every answer token; the
 logits at the last prompt position. Neither writes them to a disk. Our side is the run as its users
 get it: passes are launched in one thread and fetched in another, while those before them are made
-into items. torch is given the number of threads that is faster for it. Both run in turns, and every
+into items. torch is given the number of threads that is faster for it. All run in turns, and every
 figure is the best of --repeats, compilation left out. Beside it stands the share of the machine's
 matrix-product rate that a prefill's arithmetic amounts to, or the share of its memory rate at which
 a decoding step reads the parameters.
@@ -52,28 +52,20 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def alternate(repeats: int, *functions) -> list[float]:
+    """Seconds of the fastest call of each, after one that is not counted. They are called in turns,
+    so that a busy spell of the machine meets all."""
+    times = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, seconds in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+    return [min(seconds[1:]) for seconds in times]
+
+
 def best(function, repeats: int) -> float:
-    """Seconds of the fastest call, after one that is not counted."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def alternate(ours, theirs, repeats: int) -> tuple[float, float]:
-    """Seconds of each, taken in turns, so that a busy spell of the machine meets both."""
-    ours(), theirs()
-    pairs = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        ours()
-        middle = time.perf_counter()
-        theirs()
-        pairs.append((middle - start, time.perf_counter() - middle))
-    return min(pair[0] for pair in pairs), min(pair[1] for pair in pairs)
+    return alternate(repeats, function)[0]
 
 
 def requests(args: argparse.Namespace, model_path: Path, tasks: Path, **changes):
@@ -292,8 +284,8 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
         flops = prefill_flops(forced, forced.config.num_layers, True)
         theirs = torch_loop(model, forced, False)
         count = count or (1 if args.smoke else threads(theirs, 1))
-        mine, stock = alternate(ours(forced), theirs, args.repeats)
-        tuned = best(torch_loop(model, forced, True), args.repeats)
+        sides = ours(forced), theirs, torch_loop(model, forced, True)
+        mine, stock, tuned = alternate(args.repeats, *sides)
         report(
             f"teacher-forced extraction of {tokens // len(forced.samples)} tokens",
             tokens,
@@ -309,9 +301,7 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
         new = len(run.samples) * args.new_tokens
         theirs = torch_generate(model, run, batch_size, args.new_tokens)
         count = 1 if args.smoke else threads(theirs, 1)
-        capturing = ours(run)
-        mine, other = alternate(capturing, theirs, args.repeats)
-        captured, without = alternate(capturing, ours(plain), args.repeats)
+        mine, other, without = alternate(args.repeats, ours(run), theirs, ours(plain))
         step = (mine - best(ours(prompts), args.repeats)) * batch_size / new
         read = 4 * sum(parameter.numel() for parameter in model.parameters())
         report(
@@ -322,7 +312,7 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> None:
             f"a step of {step * 1e3:.0f} ms reads the parameters at {read / step / memory:.0%} of "
             "the memory rate",
         )
-        print(f"    cost of extraction: {captured / without - 1:+.1%}", flush=True)
+        print(f"    cost of extraction: {mine / without - 1:+.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,3 +73,10 @@ def test_answers_that_are_timed_beside_transformers_have_all_their_tokens(tmp_pa
 def test_a_wrong_model_beside_transformers_is_one_line(tmp_path, in_shell):
     code, _, err = in_shell(compare_transformers, ["--model_path", tmp_path / "none"])
     assert code == 2 and "none is not a folder" in err and err.count("\n") == 1
+
+
+def test_what_is_compared_takes_turns():
+    called = []
+    functions = [lambda name=name: called.append(name) for name in "abc"]
+    assert len(compare_transformers.alternate(2, *functions)) == 3
+    assert called == [*"abcabcabc"]  # the first turn is not counted
