@@ -6,7 +6,7 @@
 
 Turn about, each run in a process of its own, to a storage server in one more process on loopback
 (tests/gcs_server.py), which takes its share of the same cores. Extraction is teacher-forced. The
-time is that of the run loop, and for the run that uploads, of what was left to send after it.
+time is that of the run loop and of what comes after it, such as what was left to send.
 Memory is that of a process which writes shards and does nothing else, since loading a model would
 hide it: large shards, and small ones, which are sent in one request each.
 """
@@ -92,7 +92,7 @@ def memory(args: argparse.Namespace, megabytes: int, url: str) -> float:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise UserError("writing failed, see above", exit_code=1)
-    return usage.ru_maxrss / 1000
+    return usage.ru_maxrss * 1024 / 1e6  # it is in KiB
 
 
 def write(gigabytes: float, megabytes: int, url: str) -> None:
@@ -169,9 +169,9 @@ def run(
         metadata = Path(folder) / "activations" / "metadata.json"
         manifest = json.loads(metadata.read_text())
         seconds = manifest["seconds"]
-        if flags:  # from the last shard, when the loop ended, to the end of the process
-            shards = [Path(folder) / "activations" / e["filename"] for e in manifest["files"]]
-            seconds += ended - max(path.stat().st_mtime for path in shards)
+        # From the last shard, when the loop ended, to the end of the process.
+        shards = [Path(folder) / "activations" / e["filename"] for e in manifest["files"]]
+        seconds += ended - max(path.stat().st_mtime for path in shards)
         size = sum(entry["size_bytes"] for entry in manifest["files"])
         return seconds, size, len(manifest["files"])
 
