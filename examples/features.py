@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.predicates import PREDICATES, Array, labels, masks_of
 from examples.probe import share_of_rows
 from utils import cli
-from utils.dataset.select import NON_FINITE, Selection, cells_of_tokens
-from utils.dataset.shuffle import NO_CELL, ActivationRows
+from utils.dataset.select import NON_FINITE, first_cells
+from utils.dataset.shuffle import ActivationRows
 from utils.errors import UserError, some
 from utils.shards.items import to_float32
 from utils.store.local import check_output, json_lines, write_result
@@ -111,17 +111,15 @@ def read_cells(folder: str | Path, name: str, max_rows: int | None = None, seed:
         if number not in drawn:
             continue
         tokens = item.get("positions", np.arange(len(item["input_ids"]), dtype=np.int32))
-        held = cells_of_tokens(item, Selection(0))[tokens]
-        finite, holds = np.isfinite(item["activations"][name]).all(axis=1), held[:, 0] != NO_CELL
+        first = first_cells(item["cells"], len(item["input_ids"]))[tokens]
+        finite, holds = np.isfinite(item["activations"][name]).all(axis=1), first >= 0
         left_out += int((holds & ~finite).sum())
         places = np.flatnonzero(holds & finite)
-        tokens, held = tokens[places], held[places]
+        tokens, cells = tokens[places], item["cells"][first[places], :5]
         samples = np.full(len(places), len(keys), np.int32)
         states = item["activations"][name][places]
-        parts.append(ActivationRows(states, samples, tokens, item["input_ids"][tokens], held))
-        order = {tuple(cell): number for number, cell in enumerate(item["cells"][:, :4].tolist())}
-        which = [order[tuple(cell)] for cell in held[:, :4].tolist()]
-        masks.append(masks_of(item["cells"])[which])
+        parts.append(ActivationRows(states, samples, tokens, item["input_ids"][tokens], cells))
+        masks.append(masks_of(item["cells"])[first[places]])
         keys.append(sample_key(item))
     if left_out:
         log.info("left out %d rows %s", left_out, NON_FINITE)

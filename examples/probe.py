@@ -89,6 +89,8 @@ def labelled_rows(item: dict[str, Any], target: str) -> tuple[np.ndarray, np.nda
     most one row, and none of a sample whose answer is not known to be right or wrong, nor of the
     views of an augmented run beside the task itself.
     """
+    from utils.dataset.select import first_cells
+
     tokens = item.get("positions", np.arange(len(item["input_ids"])))
     label = TARGETS[target].label
     if label is None:
@@ -96,12 +98,9 @@ def labelled_rows(item: dict[str, Any], target: str) -> tuple[np.ndarray, np.nda
         rows = np.flatnonzero(tokens == item["prompt_length"] - 1) if known else np.zeros(0, int)
         return rows, np.full(len(rows), int(bool(item["correct"])))
     cells = item["cells"]
-    labels = label(cells, ends_of_grids(cells)).astype(int)
-    held = np.full(len(item["input_ids"]), -1)
-    for number, (start, stop) in zip(labels[::-1], cells[::-1, 5:7], strict=True):
-        held[start:stop] = number  # the first of several is written last
-    rows = np.flatnonzero(held[tokens] >= 0)
-    return rows, held[tokens[rows]]
+    first = first_cells(cells, len(item["input_ids"]))[tokens]
+    rows = np.flatnonzero(first >= 0)
+    return rows, label(cells, ends_of_grids(cells)).astype(int)[first[rows]]
 
 
 def held_out_tasks(task_ids: Iterable[str], one_in: int = HELD_OUT) -> set[str]:

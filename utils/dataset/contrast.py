@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from utils.arc.tasks import SampleKey
+from utils.dataset.select import first_cells
 from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.items import sample_key
@@ -54,9 +55,8 @@ def roles_of_tokens(item: dict[str, Any]) -> np.ndarray:
     """int [T]: place in ROLES of each token; a token of several roles has the first."""
     roles = np.full(len(item["input_ids"]), ROLES.index("rest of prompt"))
     roles[item["prompt_length"] :] = ROLES.index("rest of answer")
-    cells = item["cells"][::-1]
-    for role, start, stop in zip(roles_of_cells(cells), cells[:, 5], cells[:, 6], strict=True):
-        roles[start:stop] = role
+    first = first_cells(item["cells"], len(roles))
+    roles[first >= 0] = roles_of_cells(item["cells"])[first[first >= 0]]
     return roles
 
 

@@ -305,13 +305,19 @@ def cells_of_tokens(item: dict[str, Any], selection: Selection) -> np.ndarray:
         keep &= cells[:, 0] == selection.pair
     if selection.colors is not None:
         keep &= np.isin(cells[:, 4], list(selection.colors))
+    none = np.full((1, 5), NO_CELL, np.int32)  # at place -1
     cells = cells[keep]
-    held = np.full((len(item["input_ids"]), 5), NO_CELL, np.int32)
-    counts = cells[:, 6] - cells[:, 5]
+    return np.concatenate([cells[:, :5], none])[first_cells(cells, len(item["input_ids"]))]
+
+
+def first_cells(cells: np.ndarray, tokens: int) -> np.ndarray:
+    """int [T], of each of so many tokens: place among cells, int [C, 7], of the first that it
+    holds, or -1."""
+    first, counts = np.full(tokens, -1), cells[:, 6] - cells[:, 5]
     which = np.repeat(np.arange(len(cells)), counts)
-    tokens = np.arange(len(which)) - np.repeat(counts.cumsum() - counts, counts) + cells[which, 5]
-    held[tokens[::-1]] = cells[which[::-1], :5]  # the first of several is written last
-    return held
+    held = np.arange(len(which)) - np.repeat(counts.cumsum() - counts, counts) + cells[which, 5]
+    first[held[::-1]] = which[::-1]  # the first of several is written last
+    return first
 
 
 def _captured(folder: Any, manifest: Manifest, selection: Selection) -> tuple[str, int]:
