@@ -9,6 +9,8 @@ at or touches.
 import html
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,10 @@ from examples.report import (
     scale,
     shade,
 )
-from utils.prompt.encodings import COLORS
+from utils.prompt.encodings import COLORS, NoGridError, read_grid
+
+Text = Callable[[list[int]], str]  # of some tokens
+Read = Callable[[tuple[int, ...]], list[int]]  # the colors that some tokens write
 
 UNSAID = "#ffffff"  # of a cell of which a layer says no color
 NOTE_STYLE = """
@@ -73,6 +78,11 @@ def answer_cells(item: dict[str, Any]) -> np.ndarray:
     return cells
 
 
+def stored(cells: np.ndarray, reading: Reading) -> np.ndarray:
+    """bool [C]: of which cells the states of all tokens were stored."""
+    return np.array([np.isfinite(reading.logprob[i:j]).all() for i, j in cells[:, 5:]], bool)
+
+
 def truth_of(item: dict[str, Any], cells: np.ndarray) -> np.ndarray | None:
     """int [C]: the true colors of an answer's cells; None where they are not known, or the answer
     has another shape."""
@@ -84,12 +94,38 @@ def truth_of(item: dict[str, Any], cells: np.ndarray) -> np.ndarray | None:
     return np.array(target)[cells[:, 2], cells[:, 3]]
 
 
-def film_page(
-    film: Film, written: dict[int, tuple[int, ...]], words: Callable[[int], str]
-) -> bytes:
-    """The page of one answer. written: as of `spellings`; words: the text of a token."""
+def reader(text: Text, encoding: str) -> Read:
+    """Reads the cells of a row, written in one of GRID_ENCODINGS, however a token spells them."""
+    encoding = "digits" if encoding == "numbered" else encoding  # of which a row alone is that
+
+    @cache
+    def read(tokens: tuple[int, ...]) -> list[int]:
+        try:
+            return read_grid(text(list(tokens)), encoding)[:, 2].tolist()
+        except NoGridError:
+            return []
+
+    return read
+
+
+def said_of(item: dict[str, Any], reading: Reading, read: Read) -> tuple[np.ndarray, np.ndarray]:
+    """bool [C] and int [C], of the answer's cells in order: whether the layer says the tokens of
+    the answer, and the color that it says, -1 where that is none. Cells that share their tokens are
+    read together."""
+    answer, same, colors = item["input_ids"][item["prompt_length"] :], [], []
+    for (start, stop), group in groupby(answer_cells(item).tolist(), lambda cell: cell[5:]):
+        own, tokens = [cell[4] for cell in group], reading.top[start:stop]
+        found = own
+        if not np.array_equal(tokens, answer[start:stop]):
+            found = read(tuple(tokens.tolist())) if tokens.min() >= 0 else []
+        same += [found is own] * len(own)
+        colors += found if len(found) == len(own) else [-1] * len(own)
+    return np.array(same, bool), np.array(colors, int)
+
+
+def film_page(film: Film, read: Read, text: Text) -> bytes:
+    """The page of one answer."""
     item, cells = film.item, answer_cells(film.item)
-    colors = {tokens: color for color, tokens in written.items()}
     target = truth_of(item, cells)
     head = [
         figure("test input", colored(_given(item))),
@@ -98,7 +134,7 @@ def film_page(
     if target is not None:
         head.append(figure("truth", colored(_grid(cells, target))))
     lines = "".join(
-        _layer(name, reading, cells, colors, words) for name, reading in film.readings.items()
+        _layer(name, reading, item, read, text) for name, reading in film.readings.items()
     )
     state = {True: "solved", False: "failed", None: "the true answer, given to the model"}
     return page(
@@ -126,38 +162,32 @@ def _grid(cells: np.ndarray, values: Any) -> list[list[Any]]:
     return as_grid(cells[:, 2:], np.asarray(values)).tolist()
 
 
-def _layer(
-    name: str,
-    reading: Reading,
-    cells: np.ndarray,
-    colors: dict[tuple[int, ...], int],
-    words: Callable[[int], str],
-) -> str:
+def _layer(name: str, reading: Reading, item: dict[str, Any], read: Read, text: Text) -> str:
     """A line: the grid that a layer would say, and how likely it finds the answer's cells."""
+    cells, (same, colors) = answer_cells(item), said_of(item, reading, read)
     fills, notes, sure, likely = [], [], [], []
-    for _, _, row, col, color, start, stop in cells.tolist():
-        tokens = tuple(reading.top[start:stop].tolist())
+    for said, (_, _, row, col, color, start, stop) in zip(colors, cells.tolist(), strict=True):
+        tokens = reading.top[start:stop].tolist()
         top, final = reading.top_logprob[start:stop].sum(), reading.logprob[start:stop].sum()
-        said = colors.get(tokens)
-        fills.append(COLOR_CODES[said] if said is not None else UNSAID)
+        fills.append(COLOR_CODES[said] if said >= 0 else UNSAID)
         place = f"{name}, row {row + 1}, column {col + 1}: "
         if np.isfinite(final):
-            text = COLORS[said].lower() if said is not None else repr("".join(map(words, tokens)))
+            words = COLORS[said].lower() if said >= 0 else repr(text(tokens))
             place += (
-                f"would say {text}, log p {top:.2f}; log p of {COLORS[color].lower()} {final:.2f}"
+                f"would say {words}, log p {top:.2f}; log p of {COLORS[color].lower()} {final:.2f}"
             )
         else:
             place += "no state was stored"
         notes.append(place)
         sure.append(np.nan_to_num(np.exp(top)))
         likely.append(np.nan_to_num(np.exp(final)))
-    read = [c for c in cells[:, 4:].tolist() if np.isfinite(reading.logprob[c[1] : c[2]]).all()]
-    same = np.mean([colors.get(tuple(reading.top[i:j].tolist())) == c for c, i, j in read] or [0])
+    same = same[stored(cells, reading)]
+    share = same.mean() if len(same) else 0
     notes, sure, likely = (_grid(cells, values) for values in (notes, sure, likely))
     said = picture(_grid(cells, fills), 18, strength=np.array(sure), notes=notes, words=name)
     shades = [[shade(p) for p in row] for row in likely]
     grids = figure("would say", said) + figure("p of the answer", picture(shades, 18, notes=notes))
     return (
-        f'<div class="layer"><div><h3>{html.escape(name)}</h3><p class="soft">{same:.0%} of '
+        f'<div class="layer"><div><h3>{html.escape(name)}</h3><p class="soft">{share:.0%} of '
         f'the cells as in the answer</p></div><div class="grids">{grids}</div></div>'
     )

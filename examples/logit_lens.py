@@ -11,9 +11,10 @@ was not stored does not count.
 
 The file says for each layer, over all answers, the mean log-probability in nats of what was said;
 `as_said`, the share of the answers' cells of which the layer says the same, by the highest of its
-logits at each of the cell's tokens; and `right`, the share of which it says what is true, of the
-answers whose truth is known and has the same shape (null where there are none). Under `samples`
-stand the log-probabilities of every token of every answer by layer, null where no state was stored.
+logits at each of the cell's tokens; and `right`, the share of which it says the true color, however
+its tokens spell that, of the answers whose truth is known and has the same shape (null where there
+are none). Under `samples` stand the log-probabilities of every token of every answer by layer, null
+where no state was stored.
 
 Beside it is written a page of the same name that ends in .html, a film of one answer: the grid that
 each layer would say, and how sure it is of what was said in the end.
@@ -33,7 +34,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from examples.lens_page import Film, Reading, answer_cells, film_page, truth_of
+from examples.lens_page import (
+    Film,
+    Read,
+    Reading,
+    answer_cells,
+    film_page,
+    reader,
+    said_of,
+    stored,
+    truth_of,
+)
 from utils import cli
 from utils.errors import UserError, some
 from utils.store.local import check_output, json_lines, write_result
@@ -123,38 +134,14 @@ def read_answer(item: dict[str, Any], names: Sequence[str], lens: Lens) -> dict[
     return found
 
 
-def spellings(item: dict[str, Any]) -> dict[int, tuple[int, ...]]:
-    """Color -> the tokens that write it, by the cells of an item that share no token."""
-    cells = item["cells"]
-    holders = np.zeros(len(item["input_ids"]), int)
-    for start, stop in cells[:, 5:]:
-        holders[start:stop] += 1
-    return {
-        int(color): tuple(item["input_ids"][start:stop].tolist())
-        for color, start, stop in cells[:, 4:]
-        if (holders[start:stop] == 1).all()
-    }
-
-
 def cells_said(
-    item: dict[str, Any], reading: Reading, written: dict[int, tuple[int, ...]]
+    item: dict[str, Any], reading: Reading, read: Read
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """bool [C] each, of the answer's cells in order, but those that lack a state: whether the layer
-    says what was said, and whether it says what is true; None where the truth is not known.
-    written: as of `spellings`."""
-    cells = answer_cells(item)
-    known = [bool(np.isfinite(reading.logprob[i:j]).all()) for i, j in cells[:, 5:]]
-    truth, cells = truth_of(item, cells), cells[known]
-    said = item["input_ids"][item["prompt_length"] :]
-    same = np.array([(reading.top[i:j] == said[i:j]).all() for i, j in cells[:, 5:]], bool)
-    if truth is None:
-        return same, None
-    truth = truth[known]
-    right = same & (truth == cells[:, 4])
-    for number in np.flatnonzero(truth != cells[:, 4]):
-        tokens = tuple(reading.top[slice(*cells[number, 5:])].tolist())
-        right[number] = tokens == written.get(int(truth[number]))
-    return same, right
+    says what was said, and whether it says what is true; None where the truth is not known."""
+    cells, (same, colors) = answer_cells(item), said_of(item, reading, read)
+    known, truth = stored(cells, reading), truth_of(item, cells)
+    return same[known], None if truth is None else (colors == truth)[known]
 
 
 @dataclass
@@ -194,23 +181,27 @@ class Tally:
 
 
 def look(
-    folder: str | Path, names: Sequence[str], lens: Lens, max_samples: int, task: str | None
-) -> tuple[dict[str, Tally], list[dict[str, Any]], Film | None, dict[int, tuple[int, ...]]]:
-    """Layer -> tally; what the file says of each sample; the answer to be shown, that of `task`, or
-    the first solved one, or the first with a grid; and how colors are written."""
+    folder: str | Path,
+    names: Sequence[str],
+    lens: Lens,
+    read: Read,
+    max_samples: int,
+    task: str | None,
+) -> tuple[dict[str, Tally], list[dict[str, Any]], Film | None]:
+    """Layer -> tally; what the file says of each sample; and the answer to be shown, that of
+    `task`, or the first solved one, or the first with a grid."""
     from tqdm import tqdm
 
     from utils.shards import iter_items
     from utils.shards.manifest import read_manifest
 
     tallies = {name: Tally() for name in names}
-    samples, film, best, written = [], None, 0, {}
+    samples, film, best = [], None, 0
     items, total = iter_items(folder), min(max_samples, read_manifest(folder)["total_samples"])
     for item in tqdm(islice(items, total), total=total, desc="reading", unit=" samples"):
-        written |= spellings(item)
         readings = read_answer(item, names, lens)
         for name, reading in readings.items():
-            tallies[name].add(reading.logprob, *cells_said(item, reading, written))
+            tallies[name].add(reading.logprob, *cells_said(item, reading, read))
         about = {key: item[key] for key in ("task_id", "sample_idx", "view") if key in item}
         said = item["input_ids"][item["prompt_length"] :].tolist()
         logprobs = {n: np.round(r.logprob.astype(float), 4).tolist() for n, r in readings.items()}
@@ -220,7 +211,7 @@ def look(
         if len(answer_cells(item)) and rank > best:
             kept = {key: value for key, value in item.items() if key != "activations"}
             film, best = Film(kept, readings), rank
-    return tallies, samples, film, written
+    return tallies, samples, film
 
 
 def build_parser() -> cli.Parser:
@@ -261,8 +252,9 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     checkpoint = open_checkpoint(args.model_path, args.adapter)
     tokenizer = load_tokenizer(tokenizer_folder(args.model_path, checkpoint.folder))
     lens = load_lens(checkpoint, manifest)
-    tallies, samples, film, written = look(
-        args.activations_dir, names, lens, args.max_samples, args.task
+    read = reader(tokenizer.decode, manifest["prompt"]["encoding"])
+    tallies, samples, film = look(
+        args.activations_dir, names, lens, read, args.max_samples, args.task
     )
     if not any(tally.tokens for tally in tallies.values()):
         raise UserError(
@@ -281,9 +273,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     if film is None:
         print("no answer there holds a grid, so there is no page")
         return
-    write_result(
-        args.output.with_suffix(".html"), film_page(film, written, lambda i: tokenizer.decode([i]))
-    )
+    write_result(args.output.with_suffix(".html"), film_page(film, read, tokenizer.decode))
     print(f"{args.output.with_suffix('.html')}: open it in a browser")
 
 

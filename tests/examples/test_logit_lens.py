@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from runs import extracted, made_run
 from safetensors.numpy import load_file
+from tokenizers_for_tests import merging_tokenizer, word_tokenizer
 
 from examples import logit_lens as script
-from examples.lens_page import Film, Reading, film_page
-from examples.logit_lens import cells_said, read_answer, spellings
+from examples.lens_page import Film, Reading, film_page, reader
+from examples.logit_lens import cells_said, read_answer
+from utils.arc.tasks import Pair, Task
 from utils.errors import UserError
 from utils.model.weights import open_checkpoint
+from utils.prompt.codec import Codec
+from utils.prompt.formats import load_format
 from utils.shards import iter_items
 from utils.shards.manifest import read_manifest
 
@@ -89,6 +93,16 @@ ITEM = {
 }
 
 
+def text_of(tokens):
+    assert min(tokens) >= 0  # a tokenizer knows no other
+    return {(17, 18): "7"}.get(
+        tuple(tokens), "".join(f"<{t}>" if t > 9 else str(t) for t in tokens)
+    )
+
+
+READ = reader(text_of, "numbered")
+
+
 @pytest.mark.parametrize(
     ("top", "same", "right"),
     [
@@ -99,23 +113,23 @@ ITEM = {
 )
 def test_a_cell_counts_where_all_its_tokens_are_said(top, same, right):
     reading = Reading(np.zeros(5), np.array(top), np.zeros(5))
-    found = cells_said(ITEM, reading, spellings(ITEM))
+    found = cells_said(ITEM, reading, READ)
     assert [part.tolist() for part in found] == [same, right]
     for target in (None, [[1, 7]]):
-        assert cells_said({**ITEM, "target": target}, reading, spellings(ITEM))[1] is None
+        assert cells_said({**ITEM, "target": target}, reading, READ)[1] is None
 
 
 def test_a_cell_without_a_state_does_not_count():
     logprob = np.array([0, np.nan, 0, np.nan, 0])  # that of the second cell, and half of the third
     reading = Reading(logprob, np.array([1, -1, 17, -1, 0]), logprob)
-    found = cells_said(ITEM, reading, spellings(ITEM))
+    found = cells_said(ITEM, reading, READ)
     assert [part.tolist() for part in found] == [[True], [True]]
 
 
 def test_a_layer_can_be_right_where_the_answer_is_not():
     item = {**ITEM, "target": [[2, 2, 7]]}
     reading = Reading(np.zeros(5), np.array([2, 2, 17, 18, 0]), np.zeros(5))
-    same, right = cells_said(item, reading, spellings(item))
+    same, right = cells_said(item, reading, READ)
     assert same.tolist() == [False, True, True] and right.all()
 
 
@@ -124,12 +138,7 @@ def test_the_page_says_what_each_layer_would_say():
     reading = Reading(logprob, np.array([1, 99, 17, 18, 0]), np.log(np.full(5, 0.5)))
     silent = Reading(np.full(5, np.nan), np.full(5, -1), np.full(5, np.nan))
     film = Film(ITEM, {"resid_post.0": reading, "resid_post.1": silent})
-
-    def words(token):
-        assert token >= 0  # a tokenizer knows no other
-        return f"<{token}>"
-
-    text = film_page(film, spellings(ITEM), words).decode()
+    text = film_page(film, READ, text_of).decode()
     assert not re.findall(r"(?:src|href)=|https?://|url\(", text) and text.endswith("</html>\n")
     assert "task a&lt;b&gt; (failed)" in text
     assert "resid_post.0, row 1, column 1: would say blue, log p -0.69; log p of blue -0.69" in text
@@ -137,6 +146,37 @@ def test_the_page_says_what_each_layer_would_say():
     assert "column 3: would say orange, log p -1.39; log p of orange -1.39" in text
     assert "resid_post.1, row 1, column 1: no state was stored" in text
     assert "67% of the cells as in the answer" in text and "nan" not in text
+
+
+def forced_item(tokenizer, encoding, answer, target):
+    """An answer to a puzzle, as a run stores it, and a layer that says all of its tokens."""
+    codec = Codec(tokenizer, load_format("chat", encoding, tokenizer), (), "")
+    encoded = codec.encode(Task("t", (Pair([[1]], [[2]]),), (Pair([[3]], answer),)), 0, 1, True)
+    about = {"task_id": "t", "prompt_length": encoded.prompt_length, "cells": encoded.cells}
+    item = {**about, "input_ids": encoded.ids, "target": target, "correct": None}
+    said = encoded.ids[encoded.prompt_length :]
+    zeros = np.zeros(len(said), np.float32)
+    return {**item, "teacher_forced": True}, Reading(zeros, said, zeros)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "encoding"), [(merging_tokenizer(), "digits"), (word_tokenizer(), "words")]
+)
+def test_a_color_counts_however_it_is_written(tokenizer, encoding):
+    """Three cells a token, or with a blank before it and without; and the layer that says what the
+    answer should have been is right, also in colors that the puzzle does not hold."""
+    said, true = [[4, 5, 6, 7], [6, 6, 8, 9]], [[4, 5, 0, 7], [0, 6, 8, 9]]
+    read = reader(tokenizer.decode, encoding)
+    item, reading = forced_item(tokenizer, encoding, said, true)
+    _, knowing = forced_item(tokenizer, encoding, true, true)
+    same, right = cells_said(item, reading, read)
+    assert same.all() and right.tolist() == [True, True, False, True, False, True, True, True]
+    same, right = cells_said(item, knowing, read)
+    assert not same.all() and right.all()
+    film = Film(item, {"resid_post.0": reading, "resid_post.1": knowing})
+    text = film_page(film, read, tokenizer.decode).decode()
+    assert "100% of the cells as in the answer" in text and 'fill="#ffffff"' not in text
+    assert "resid_post.1, row 1, column 3: would say black" in text
 
 
 def test_the_script_writes_numbers_and_a_page(forced, four_layers, tmp_path, in_shell):
