@@ -136,11 +136,14 @@ def film_page(film: Film, read: Read, text: Text) -> bytes:
     lines = "".join(
         _layer(name, reading, item, read, text) for name, reading in film.readings.items()
     )
-    state = {True: "solved", False: "failed", None: "the true answer, given to the model"}
+    state = {True: "solved", False: "failed", None: "not known to be right or wrong"}
+    words = state[item["correct"]]
+    if item["teacher_forced"]:
+        words = "the true answer, given to the model"
     return page(
         "What each layer would say",
         f"<h1>What each layer would say</h1><p>The answer to task {html.escape(item['task_id'])} "
-        f"({state[item['correct']]}), read off after every layer as if it were the last one: its "
+        f"({words}), read off after every layer as if it were the last one: its "
         "state of the token before each cell goes through the final norm and the unembedding. On "
         "the left, what the layer would say of each cell, drawn the larger the surer it is, and "
         "white where that is no color; on the right, the probability that it gives to what was "

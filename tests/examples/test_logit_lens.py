@@ -77,6 +77,7 @@ def test_tokens_whose_state_was_not_stored_are_left_out():
 ITEM = {
     "task_id": "a<b>",
     "correct": False,
+    "teacher_forced": False,
     "prompt_length": 3,
     "input_ids": np.array([1, 17, 18, 1, 2, 17, 18, 0]),
     "cells": np.array(
@@ -177,6 +178,15 @@ def test_a_color_counts_however_it_is_written(tokenizer, encoding):
     text = film_page(film, read, tokenizer.decode).decode()
     assert "100% of the cells as in the answer" in text and 'fill="#ffffff"' not in text
     assert "resid_post.1, row 1, column 3: would say black" in text
+
+
+@pytest.mark.parametrize(
+    ("forced", "words"),
+    [(True, "the true answer, given to the model"), (False, "not known to be right or wrong")],
+)
+def test_an_answer_without_ground_truth_is_not_called_the_true_one(forced, words):
+    item = {**ITEM, "correct": None, "teacher_forced": forced}
+    assert f"task a&lt;b&gt; ({words})" in film_page(Film(item, {}), READ, text_of).decode()
 
 
 def test_the_script_writes_numbers_and_a_page(forced, four_layers, tmp_path, in_shell):
