@@ -73,6 +73,7 @@ def check_new(folder: Path, resume: bool) -> bool:
 
     stopped = progress_file(folder)
     if resume and (folder / CONFIG).exists():
+        stopped.unlink(missing_ok=True)  # the process may have ended between making one and this
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists: choose another folder, or move it away")

@@ -314,6 +314,9 @@ def test_a_stopped_training_is_not_begun_anew_by_mistake(run_folder, tmp_path):
         script(NoSignals())
     script(NoSignals(), "--resume")
     assert load_autoencoder(tmp_path / "sae").k == 8 and not left.exists()
+    left.write_bytes(b"")  # as after a kill between the last two steps
+    script(NoSignals(), "--resume", "--layer", -2)  # the same, counted from the end
+    assert not left.exists()
 
 
 def test_the_smaller_group_is_paired_with_the_nearest_of_the_other():
