@@ -27,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.probe import held_out_tasks
 from utils import cli
-from utils.errors import UserError
+from utils.errors import UserError, some
 from utils.model.capture import HOOK_POINTS
 from utils.shards.items import to_float32
+from utils.shards.manifest import differences
 from utils.store.local import check_writable
+from utils.store.text import read_json
 
 if TYPE_CHECKING:
     from utils.dataset import ActivationDataset
@@ -66,13 +68,47 @@ def progress_file(folder: Path) -> Path:
     return Path(f"{os.path.abspath(folder)}.training.safetensors")  # of `.` too
 
 
-def check_new(folder: Path, resume: bool) -> bool:
-    """Whether an autoencoder is still to be made there. Raises UserError where something is in the
-    way, or a training was stopped that is not to be resumed."""
+def settings(dataset: "ActivationDataset", config: SaeConfig) -> dict[str, Any]:
+    """What an autoencoder's cfg.json says of how it was trained."""
+    return {
+        "activation": dataset.name,
+        "selection": repr(dataset.selection),
+        "left_out": dict(dataset.left_out),
+        "training": asdict(config),
+    }
+
+
+def check_same(folder: Path, now: dict[str, Any]) -> None:
+    """Raises UserError where the autoencoder there was trained otherwise than `now` says."""
+    from utils.model.autoencoder import CONFIG
+
+    def compared(about: Any) -> dict[str, Any]:  # a layer may be counted from the end
+        sinks = about["selection"].partition("drop_sinks=")[2].rstrip(")")
+        return {"activation": about["activation"], "drop_sinks": sinks, **about["training"]}
+
+    try:
+        was = compared(read_json(folder / CONFIG)["metadata"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / CONFIG} does not say how it was trained: choose another folder, or move "
+            f"{folder} away"
+        ) from error
+    if changes := differences(was, compared(now)):
+        raise UserError(
+            f"{folder} was made with other settings: {some(changes)}; go back to the former, or "
+            "choose another folder"
+        )
+
+
+def check_new(folder: Path, resume: bool, now: dict[str, Any]) -> bool:
+    """Whether an autoencoder is still to be made there; now: its `settings`. Raises UserError where
+    something is in the way, an autoencoder of other settings among them, or a training was stopped
+    that is not to be resumed."""
     from utils.model.autoencoder import CONFIG
 
     stopped = progress_file(folder)
     if resume and (folder / CONFIG).exists():
+        check_same(folder, now)
         stopped.unlink(missing_ok=True)  # the process may have ended between making one and this
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -170,14 +206,7 @@ def write(
     folder: Path, sae: "Autoencoder", dataset: "ActivationDataset", config: SaeConfig, found: Any
 ) -> None:
     """The folder of an autoencoder that was trained, with how it was trained and what was found."""
-    about = {
-        "activation": dataset.name,
-        "selection": repr(dataset.selection),
-        "left_out": dict(dataset.left_out),
-        "training": asdict(config),
-        "held_out": found,
-    }
-    sae.save(folder, about)
+    sae.save(folder, {**settings(dataset, config), "held_out": found})
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -237,7 +266,8 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a training that was stopped; what is made already stays as it is",
+        help="go on with a training that was stopped; what is made already, with "
+        "the same settings, stays as it is",
     )
     return parser
 
@@ -253,7 +283,7 @@ def main(args: argparse.Namespace, signals: cli.Signals) -> None:
         dataset = ActivationDataset(args.activations_dir, selection)
         folder = args.output_dir / dataset.name if args.layers else args.output_dir
         check_config(config, dataset, args.mesh)
-        if check_new(folder, args.resume):
+        if check_new(folder, args.resume, settings(dataset, config)):
             todo[folder] = dataset
         else:
             print(f"{folder}: made already")

@@ -317,6 +317,16 @@ def test_a_stopped_training_is_not_begun_anew_by_mistake(run_folder, tmp_path):
     left.write_bytes(b"")  # as after a kill between the last two steps
     script(NoSignals(), "--resume", "--layer", -2)  # the same, counted from the end
     assert not left.exists()
+    for more, said in (
+        (["--k", 9], "k was 8, is 9"),
+        (["--drop_sinks", 0], "drop_sinks was '10.0', is 'None'"),
+        (["--layer", 0], "activation was 'resid_post.2', is 'resid_post.0'"),
+    ):
+        with pytest.raises(UserError, match=f"sae was made with other settings: {said}; go back"):
+            script(NoSignals(), "--resume", *more)
+    (tmp_path / "sae" / "cfg.json").write_text('{"metadata": {"sae_lens_version": "6.0.0"}}')
+    with pytest.raises(UserError, match="does not say how it was trained: choose another folder"):
+        script(NoSignals(), "--resume")
 
 
 def test_the_smaller_group_is_paired_with_the_nearest_of_the_other():
