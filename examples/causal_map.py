@@ -67,6 +67,7 @@ class CausalMap:
         return {
             "task_id": task_id,
             "sample_idx": sample_idx,
+            "num_train_pairs": self.sample.num_train_pairs,
             "hook_points": [self.hook_point],
             "layers": self.layers,
             "source_cells": self.sources.tolist(),
@@ -391,6 +392,7 @@ def build_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace, _: cli.Signals) -> None:
     from examples.causal_page import page
+    from utils.run.summary import shortfalls
 
     if (args.op == "patch") != (args.donor is not None):
         raise UserError("--op patch needs --donor TASK, and no other op takes one")
@@ -421,6 +423,8 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
     with writing(folder), new_folder(folder) as made:
         write_json(made / "causal_map.json", found.to_dict())
         (made / "causal_map.html").write_bytes(page(found, args.op))
+    for line in shortfalls(replace(plan, samples=samples, skipped=())):
+        print(line)
     passes = len(found.layers) * len(cells)
     print(
         f"{folder / 'causal_map.html'}: {len(cells)} cells of the puzzle at {len(found.layers)} "

@@ -302,7 +302,7 @@ def main(args: argparse.Namespace, _: cli.Signals) -> None:
 
 def describe(found: dict[str, Any], plan: "Plan", free: "Plan | None") -> str:
     """plan: of the forced answers; free: of those that are generated."""
-    from utils.plan.samples import skip_reasons
+    from utils.run.summary import shortfalls
 
     ce = found["ce"]
     shares = [
@@ -323,7 +323,9 @@ def describe(found: dict[str, Any], plan: "Plan", free: "Plan | None") -> str:
         ):
             counts = ", ".join(f"{condition} {n}" for condition, n in found[key].items())
             lines.append(f"{name}, of {total}: {counts}")
-    lines += [f"left out, {reason}: {n}" for reason, n in skip_reasons(plan.skipped)]
+    for name, part in (("true answers", plan), ("generated answers", free)):
+        if part is not None:
+            lines += [f"{name}: {' '.join(line.split())}" for line in shortfalls(part)]
     return "\n".join(lines)
 
 

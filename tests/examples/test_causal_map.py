@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -168,8 +169,8 @@ def test_the_model_that_ships_takes_a_cell_from_where_it_came(tmp_path, in_shell
     assert f"{size} cells of the puzzle at 1 layers, in {size} passes" in out
 
     found = json.loads((tmp_path / "map" / "causal_map.json").read_text())
-    keys = ["task_id", "sample_idx", "hook_points", "layers", "source_cells", "target_cells"]
-    assert list(found) == [*keys, "effect"]
+    keys = ["task_id", "sample_idx", "num_train_pairs", "hook_points", "layers"]
+    assert list(found) == [*keys, "source_cells", "target_cells", "effect"]
     assert (found["task_id"], found["sample_idx"]) == (NAME, 0)
     assert (found["hook_points"], found["layers"]) == (["resid_pre"], [0])
     assert found["target_cells"] == [[r, c] for r in range(rows) for c in range(cols)]
@@ -196,7 +197,26 @@ def test_a_donor_can_be_longer(tmp_path, in_shell):
     (tmp_path / "tasks.json").write_text(json.dumps(made))
     argv = flags(model, tmp_path / "tasks.json", tmp_path, task="a", sources="test", op="patch")
     code, out, err = in_shell(script, [*argv, "--donor", "long"])
-    assert code == 0 and "4 cells of the puzzle" in out, err
+    assert code == 0 and "4 cells of the puzzle" in out and "train pairs" not in out, err
+
+
+def test_train_pairs_that_are_left_out_are_named(tmp_path, in_shell, monkeypatch):
+    def pretended(sample, cells, donor):
+        effect = np.zeros((1, len(cells), len(cells)), np.float32)
+        places = cells[:, :4], cells[:, 2:4]
+        return CausalMap(sample, "resid_pre", [0], *places, effect[0, 0], effect)
+
+    monkeypatch.setattr(script, "Lab", lambda *_: SimpleNamespace(causal_map=pretended))
+    model, pair = write_model(tmp_path / "model"), {"input": [[1, 2]], "output": [[3, 4]]}
+    task = {"train": [pair] * 5, "test": [pair]}
+    (tmp_path / "tasks.json").write_text(json.dumps({"a": task}))
+    argv = flags(
+        model, tmp_path / "tasks.json", tmp_path, task="a", max_model_len=60, sources="test"
+    )
+    code, out, err = in_shell(script, [*argv, "--prompt_format", "compact"])
+    assert code == 0 and "1 of 1 samples lose some to fit in 60 tokens: 3 of 5 kept" in out, err
+    found = json.loads((tmp_path / "map" / "causal_map.json").read_text())
+    assert found["num_train_pairs"] == 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Autoencoders whose score is known: identity, and one that knows nothing; and what is refused."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ from tiny import write_model
 from examples import evaluate_sae as script
 from examples.evaluate_sae import cells_right
 from utils.model.autoencoder import Autoencoder
+from utils.plan.plan import plan_run
+from utils.plan.request import Request
 
 HOOK, D = "resid_post.1", 32
 
@@ -87,6 +90,27 @@ def test_identity_keeps_all_and_a_constant_nothing(
     ce = other["ce"]
     assert ce["spliced"] == pytest.approx(ce["zero"], abs=1e-6) and ce["zero"] != ce["mean"]
     assert other["ce_recovered"] == (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"])
+
+
+def test_what_is_left_out_is_named(model, tasks_file):
+    """Room for the answer is kept where it is generated: there more is left out."""
+    lengths = {"max_model_len": 105, "max_output_tokens": 60}
+    request = Request(str(model), str(tasks_file), prompt_format="compact", **lengths)
+    forced, free = (
+        plan_run(replace(request, teacher_forcing=forced), jax.devices()[:1], writes=False)
+        for forced in (True, False)
+    )
+    ce = dict.fromkeys(script.CONDITIONS, 1.0)
+    counts = {"solved": {"clean": 0}, "cells_correct": {"clean": 0}}
+    shares = {"explained_variance": 1, "ce_recovered": 1, "l0": 1, "kl": 0, "tokens": 1, "ce": ce}
+    text = script.describe({**shares, **counts}, forced, free)
+    for line in (
+        "true answers: skipped 1: 1 does not fit in 105 tokens",
+        "true answers: train pairs 2 of 7 samples lose some to fit in 105 tokens: 11 of 13 kept",
+        "generated answers: skipped 4: 4 does not fit in 105 tokens",
+        "generated answers: train pairs 3 of 4 samples lose some",
+    ):
+        assert f"\n{line}" in text
 
 
 def test_what_is_counted_and_measured():

@@ -12,18 +12,25 @@ def views_of(plan: Plan) -> str:
     return f", each test input in {number} views" if number > 1 else ""
 
 
-def print_shortfalls(plan: Plan) -> None:
-    """What the run does not hold: samples skipped, train pairs left out, outputs without truth."""
+def shortfalls(plan: Plan) -> list[str]:
+    """Lines that name the samples skipped and the train pairs left out; none where none are."""
+    lines, pairs = [], plan.train_pairs
     if plan.skipped:
         listed = ", ".join(f"{count} {reason}" for reason, count in skip_reasons(plan.skipped))
-        print(f"skipped       {len(plan.skipped)}: {listed}")
-    pairs = plan.train_pairs
+        lines.append(f"skipped       {len(plan.skipped)}: {listed}")
     if pairs["samples_shortened"]:
-        print(
+        lines.append(
             f"train pairs   {pairs['samples_shortened']} of {len(plan.samples)} samples lose "
             f"some to fit in {plan.max_model_len} tokens: {pairs['kept']} of "
             f"{pairs['available']} kept"
         )
+    return lines
+
+
+def print_shortfalls(plan: Plan) -> None:
+    """What the run does not hold: samples skipped, train pairs left out, outputs without truth."""
+    for line in shortfalls(plan):
+        print(line)
     known = [pair.output is not None for task in plan.tasks for pair in task.test]
     print(f"ground truth  {sum(known)} of {len(known)} test outputs")
 
