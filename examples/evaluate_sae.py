@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from utils.run.compute import Computation
     from utils.run.result import Result
 
+PROMPT = ("dtype", "prompt_format", "grid_encoding", "max_train_pairs", "max_model_len")
 CONDITIONS = ("clean", "zero", "mean", "spliced")
 GENERATED = ("clean", "mean", "spliced")
 BLOCK = 1024  # rows that the autoencoder reconstructs at once
@@ -263,14 +264,16 @@ def build_parser() -> cli.Parser:
         help="where it is put in the place of the hidden states, such as resid_post.11",
     )
     cli.add_flags(parser, Request, "input")
-    cli.add_flags(parser, Request, "batches")
-    cli.add_flags(parser, Request, "model and prompt")
+    cli.add_flags(parser, Request, "batches", unit=" and device")
+    for name in PROMPT:
+        cli.add_flags(parser, Request, name)
     parser.add_argument(
         "--generate",
         action="store_true",
         help="also let the model answer by itself, and count the cells and tasks it gets right",
     )
-    cli.add_flags(parser, Request, "max_output_tokens")
+    answers = {"max_output_tokens": {"help": "tokens an answer of --generate, above 0"}}
+    cli.add_flags(parser, Request, "max_output_tokens", answers)
     cli.add_output(parser)
     return parser
 

@@ -142,6 +142,12 @@ def test_a_mistake_is_one_line_before_the_model_loads(
     assert not output.exists()
 
 
+def test_the_help_speaks_of_this_script():
+    text = " ".join(script.build_parser().format_help().split())
+    assert "samples a batch and device" in text and "--generate, above 0 (default" in text
+    assert "augmentations" not in text and "the prompt alone" not in text and "--seed" not in text
+
+
 def test_tasks_without_ground_truth_are_refused(tmp_path, model, autoencoders, in_shell):
     task = {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[3]]}]}
     (tmp_path / "tasks.json").write_text(json.dumps({"t": task}))
