@@ -175,7 +175,9 @@ def heat(values: np.ndarray, low: float, high: float, **more: Any) -> str:
 
 
 def shade(x: float) -> str:
-    """A color of HEAT for 0..1."""
+    """A color of HEAT for 0..1, and white for NaN."""
+    if np.isnan(x):
+        return "#ffffff"
     x = min(max(float(x), 0.0), 1.0) * (len(HEAT) - 1)
     i = min(int(x), len(HEAT) - 2)
     ends = [np.frombuffer(bytes.fromhex(code[1:]), np.uint8) for code in HEAT[i : i + 2]]
@@ -354,7 +356,9 @@ def norms(found: Findings) -> str:
     for name, states in item["activations"].items():
         norm = np.linalg.norm(states.astype(np.float32), axis=1)
         held = {k: np.array([norm[s:e].mean() for s, e in grids[k][:, 3:]]) for k in wanted}
-        low, high = (f(np.concatenate([*held.values()])) for f in (np.min, np.max))
+        known = np.concatenate([*held.values()])
+        known = known[np.isfinite(known)] if np.isfinite(known).any() else np.zeros(1)
+        low, high = known.min(), known.max()
         left = f"<h3>{html.escape(name)}</h3>{scale(f'{low:.1f}', f'{high:.1f}', HEAT)}"
         shades = {k: heat(as_grid(grids[k], held[k]), low, high) for k in wanted}
         lines.append(line(left, shades))
@@ -362,7 +366,8 @@ def norms(found: Findings) -> str:
     return (
         "<h2>How large the activations are, layer by layer</h2>"
         "<p>One task, first as the model reads it, then with every cell shaded by the norm of its "
-        f"token's state after each captured layer.</p>{body}"
+        "token's state after each captured layer, or white where that is not a number.</p>"
+        f"{body}"
     )
 
 

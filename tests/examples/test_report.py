@@ -7,7 +7,7 @@ import pytest
 from runs import extracted
 
 from examples.features import Feature, encoded, read_cells
-from examples.report import Findings, as_grid, shade, write_report
+from examples.report import Findings, as_grid, norms, shade, write_report
 from utils.errors import UserError
 from utils.shards import iter_items
 from utils.shards.manifest import read_manifest
@@ -55,6 +55,19 @@ def test_it_is_written_for_any_run_and_never_over_another(tmp_path, four_layers,
     with pytest.raises(UserError, match=r"report.html exists: choose another folder"):
         write_report(tmp_path / "page" / "report.html", found)
     assert (tmp_path / "page" / "report.html").read_text() == page
+
+
+def test_states_that_are_not_finite_are_white(tmp_path, four_layers, tasks_file):
+    assert shade(np.nan) == "#ffffff"
+    found = findings(extracted(tmp_path, four_layers, tasks_file, teacher_forcing=True))
+    for item in found.items:
+        rows = np.abs(item["activations"]["resid_post.0"].astype(np.float32)) + 1
+        first = next(start for pair, *_, start, _ in item["cells"] if pair == -1)
+        rows[first] = np.nan
+        item["activations"] = {"resid_post.0": rows, "resid_post.2": np.full_like(rows, np.nan)}
+    page = norms(found)
+    assert "nan" not in page and "<span>0.0</span>" in page
+    assert page.partition("resid_post.2")[0].count('fill="#ffffff"') == 1
 
 
 def test_a_run_that_kept_some_tokens_is_refused(tmp_path, four_layers, tasks_file):
