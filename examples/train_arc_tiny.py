@@ -42,6 +42,7 @@ from utils.store.local import (
     to_json,
     write_result,
 )
+from utils.store.text import read_json
 
 if TYPE_CHECKING:
     import jax
@@ -303,7 +304,7 @@ def check_settings(args: argparse.Namespace) -> None:
     now |= {"model": MODEL, "practice": PRACTICE}
     if not path.exists():
         write_result(path, json_lines(now))
-    elif changes := differences(json.loads(path.read_text()), now):
+    elif changes := differences(read_json(path), now):
         raise UserError(
             f"{args.work_dir} holds a training with other settings: {some(changes)}; go back "
             "to the former, or give another --work_dir"

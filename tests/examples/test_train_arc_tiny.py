@@ -12,6 +12,8 @@ import pytest
 from checkpoints import write_random_checkpoint
 from conftest import ROOT, TINY, run_script
 
+from utils.errors import UserError
+
 FLAGS = ("--batch_tokens", 512, "--check_every", 2)
 
 
@@ -51,6 +53,16 @@ def test_a_training_that_is_stopped_and_continued_gives_the_same_bytes(tmp_path)
     (tmp_path / "b" / "state.msgpack").write_bytes(b"torn")
     torn = run_script(*command(tmp_path, "b"))
     assert torn.returncode == 2 and "state.msgpack is damaged" in torn.stderr
+
+
+def test_settings_that_are_damaged_are_one_line(tmp_path):
+    from examples.train_arc_tiny import build_parser, check_settings
+
+    args = build_parser().parse_args(list(map(str, command(tmp_path, "a")[1:])))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "settings.json").write_text('{"seed": ')
+    with pytest.raises(UserError, match=r"settings.json cannot be read as JSON"):
+        check_settings(args)
 
 
 @pytest.mark.parametrize("tied", [True, False])
