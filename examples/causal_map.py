@@ -100,12 +100,12 @@ class Lab:
 
         self.plan, self.op, self.shape, self.names = plan, op, shape, plan.capture.names
         self.groups = plan.layout.data
-        zeros = [np.zeros(width_of(plan.config, name), np.float32) for name in self.names]
+        self.widths = [width_of(plan.config, name) for name in self.names]
         changes = [
-            Intervention({}, Edit(name, "set"), {"vector": vector})
+            Intervention({}, Edit(name, "set"), {"vector": np.zeros(width, np.float32)})
             if op == "mean"
             else Intervention({}, Edit(name, op))
-            for name, vector in zip(self.names, zeros, strict=True)
+            for name, width in zip(self.names, self.widths, strict=True)
         ]
         if op == "zero":  # asks for nobody's states
             plan = replace(plan, capture=CaptureSpec())
@@ -181,7 +181,7 @@ class Lab:
         self, begin: int, trials: Sequence[Trial], values: np.ndarray | None
     ) -> tuple[dict[str, Any], ...]:
         chunk, found = self.shape.chunk, []
-        for layer, name in enumerate(self.names):
+        for layer, width in enumerate(self.widths):
             mask = np.zeros((self.groups, chunk), bool)
             for group, trial in enumerate(trials):
                 tokens = trial.tokens[trial.tokens >= begin] - begin
@@ -189,18 +189,13 @@ class Lab:
                     mask[group, tokens[tokens < chunk]] = True
             arrays = {"mask": mask}
             if self.op == "patch":
-                given = np.zeros((chunk, self._width(name)), np.float32)
+                given = np.zeros((chunk, width), np.float32)
                 if values is not None:
                     here = values[layer, begin : begin + chunk]
                     given[: len(here)] = here
                 arrays["values"] = np.broadcast_to(given, (self.groups, *given.shape))
             found.append(arrays)
         return tuple(found)
-
-    def _width(self, name: str) -> int:
-        from utils.model.capture import width_of
-
-        return width_of(self.plan.config, name)
 
     def _clean(self, encoded: "Encoded") -> tuple[np.ndarray, list[np.ndarray]]:
         """An unchanged pass from the start: log p, float32 [1, T], as `_logprobs` gives it, and the

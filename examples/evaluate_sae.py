@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +117,15 @@ class Reconstruction:
     total: Any = 0.0
 
     def add(self, rows: np.ndarray) -> None:
+        import jax
+
         edit, weights = self.sae.edit, self.sae.constants["weights"]
+        reconstructed = jax.jit(_errors, static_argnums=(0, 1))
         for start in range(0, len(rows), BLOCK):
             part = rows[start : start + BLOCK].astype(np.float32)
             n = len(part)
             padded = np.pad(part, [(0, BLOCK - n), (0, 0)])
-            errors, active = _reconstructed()(edit.architecture, edit.k, weights, padded)
+            errors, active = reconstructed(edit.architecture, edit.k, weights, padded)
             self.error += float(np.asarray(errors)[:n].sum(dtype=np.float64))
             self.active += int(np.asarray(active)[:n].sum())
             self.squares += float(np.square(part, dtype=np.float64).sum())
@@ -141,15 +144,8 @@ class Reconstruction:
         return 1 - self.error / variance if variance > 0 else None
 
 
-@cache
-def _reconstructed() -> Any:
-    """(architecture, k, weights, rows [N, W]) -> squared errors [N] and active latents [N]."""
-    import jax
-
-    return jax.jit(_errors, static_argnums=(0, 1))
-
-
 def _errors(architecture: str, k: int | None, weights: Any, rows: Any) -> tuple[Any, Any]:
+    """Squared errors [N] and active latents [N] of rows [N, W]."""
     from utils.model.autoencoder import decode, encode
 
     latents = encode(architecture, k, weights, rows)
@@ -159,24 +155,18 @@ def _errors(architecture: str, k: int | None, weights: Any, rows: Any) -> tuple[
 def divergence(computation: "Computation", clean: np.ndarray, spliced: np.ndarray) -> float:
     """KL from the clean model's next-token distribution to that of the spliced one, summed over
     pairs of the last hidden states, [N, W], that the two have at the same token."""
+    import jax
+
     engine, layout, total = computation.engine, computation.layout, 0.0
-    block = KL_BLOCK * layout.mesh.size
+    block, kl = KL_BLOCK * layout.mesh.size, jax.jit(_kl, static_argnums=0)
     with engine.precision():
         for start in range(0, len(clean), block):
             parts = [rows[start : start + block] for rows in (clean, spliced)]
             n = len(parts[0])
             padded = [np.pad(part, [(0, block - n), (0, 0)]) for part in parts]
-            found = _divergences()(engine.model, engine.params, *map(layout.put, padded))
+            found = kl(engine.model, engine.params, *map(layout.put, padded))
             total += float(np.asarray(found)[:n].sum(dtype=np.float64))
     return total
-
-
-@cache
-def _divergences() -> Any:
-    """(model, params, clean [N, W], spliced [N, W]) -> `_kl`."""
-    import jax
-
-    return jax.jit(_kl, static_argnums=0)
 
 
 def _kl(model: Any, params: Any, clean: Any, spliced: Any) -> Any:

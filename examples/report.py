@@ -300,7 +300,8 @@ def card(item: dict[str, Any], about: dict[str, str]) -> str:
     grids = grids_of(item)
     parts = []
     for pair in range(item["num_train_pairs"]):
-        sides = [colored(as_grid(c, c[:, 2]).tolist(), cell=11) for c in both(grids, pair)]
+        both = grids[pair, 0], grids[pair, 1]
+        sides = [colored(as_grid(c, c[:, 2]).tolist(), cell=11) for c in both]
         parts.append(figure(f"pair {pair + 1}", f'<div class="pair">{"".join(sides)}</div>'))
     given = grids[-1, 0]
     parts.append(figure("test input", colored(as_grid(given, given[:, 2]).tolist())))
@@ -328,10 +329,6 @@ def card(item: dict[str, Any], about: dict[str, str]) -> str:
         f'<div class="card"><h3>{tag} {words}</h3><p class="soft">task '
         f'{html.escape(item["task_id"])}.{note}</p><div class="grids">{"".join(parts)}</div></div>'
     )
-
-
-def both(grids: dict[tuple[int, int], np.ndarray], pair: int) -> list[np.ndarray]:
-    return [grids[pair, role] for role in (0, 1)]
 
 
 def norms(found: Findings) -> str:
