@@ -11,12 +11,12 @@ every token at one hook set to zero, to their mean, or to what the autoencoder m
 counted that it still gets right.
 """
 
-# N rows   T tokens   P prompt tokens   W width   L latents   V vocabulary
+# N rows   W width
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 PROMPT = ("dtype", "prompt_format", "grid_encoding", "max_train_pairs", "max_model_len")
 CONDITIONS = ("clean", "zero", "mean", "spliced")
 GENERATED = ("clean", "mean", "spliced")
-BLOCK = 1024  # rows that the autoencoder reconstructs at once
 KL_BLOCK = 64  # answer tokens a device whose vocabulary-wide logits exist at once, twice
 NOWHERE = {"where": {"tokens": []}}
 
@@ -101,57 +100,6 @@ class Spliced:
                 yield from results
 
 
-@dataclass
-class Reconstruction:
-    """Sums over the rows of a hook, [N, W], that an autoencoder has seen.
-
-    error: squared distance to the reconstructions; active: latents above zero; squares: squared
-    norms; total: float64 [W], the rows' sum.
-    """
-
-    sae: "Intervention"
-    rows: int = 0
-    error: float = 0.0
-    active: int = 0
-    squares: float = 0.0
-    total: Any = 0.0
-
-    def add(self, rows: np.ndarray) -> None:
-        import jax
-
-        edit, weights = self.sae.edit, self.sae.constants["weights"]
-        reconstructed = jax.jit(_errors, static_argnums=(0, 1))
-        for start in range(0, len(rows), BLOCK):
-            part = rows[start : start + BLOCK].astype(np.float32)
-            n = len(part)
-            padded = np.pad(part, [(0, BLOCK - n), (0, 0)])
-            errors, active = reconstructed(edit.architecture, edit.k, weights, padded)
-            self.error += float(np.asarray(errors)[:n].sum(dtype=np.float64))
-            self.active += int(np.asarray(active)[:n].sum())
-            self.squares += float(np.square(part, dtype=np.float64).sum())
-            self.total = self.total + part.sum(axis=0, dtype=np.float64)
-            self.rows += n
-
-    @property
-    def mean(self) -> np.ndarray:
-        """float32 [W]"""
-        return (self.total / self.rows).astype(np.float32)
-
-    @property
-    def explained_variance(self) -> float | None:
-        """1 - squared error over the squared distance to the rows' mean; None for equal rows."""
-        variance = self.squares - float(np.square(self.total).sum()) / self.rows
-        return 1 - self.error / variance if variance > 0 else None
-
-
-def _errors(architecture: str, k: int | None, weights: Any, rows: Any) -> tuple[Any, Any]:
-    """Squared errors [N] and active latents [N] of rows [N, W]."""
-    from utils.model.autoencoder import decode, encode
-
-    latents = encode(architecture, k, weights, rows)
-    return ((decode(weights, latents) - rows) ** 2).sum(-1), (latents > 0).sum(-1)
-
-
 def divergence(computation: "Computation", clean: np.ndarray, spliced: np.ndarray) -> float:
     """KL from the clean model's next-token distribution to that of the spliced one, summed over
     pairs of the last hidden states, [N, W], that the two have at the same token."""
@@ -181,12 +129,14 @@ def _kl(model: Any, params: Any, clean: Any, spliced: Any) -> Any:
 
 def forced(plan: "Plan", sae: "Intervention") -> tuple[dict[str, Any], np.ndarray, Any]:
     """What is said of forced answers; the hook's mean, float32 [W]; and the model's parameters."""
+    from examples.sae_training import Reconstruction
     from utils.model.capture import CaptureSpec, width_of
 
     hook, last = sae.edit.hook, f"resid_post.{plan.config.num_layers - 1}"
     plan = replace(plan, capture=CaptureSpec(tuple(dict.fromkeys((hook, last)))))
     model = Spliced(plan, sae, np.zeros(width_of(plan.config, hook), np.float32))
-    seen, kept = Reconstruction(sae), {}
+    edit = sae.edit
+    seen, kept = Reconstruction(edit.architecture, edit.k, sae.constants["weights"]), {}
     loss, tokens, kl = dict.fromkeys(CONDITIONS, 0.0), 0, 0.0
     for condition in CONDITIONS:
         if condition == "mean":
@@ -203,11 +153,11 @@ def forced(plan: "Plan", sae: "Intervention") -> tuple[dict[str, Any], np.ndarra
                 clean = kept.pop(result.sample.key)
                 kl += divergence(model.computation, clean, result.captures[last][answer])
     ce = {name: total / tokens for name, total in loss.items()}
-    gap = ce["zero"] - ce["clean"]
+    gap, explained = ce["zero"] - ce["clean"], seen.explained_variance
     found = {
         "tokens": tokens,
-        "explained_variance": seen.explained_variance,
-        "l0": seen.active / seen.rows,
+        "explained_variance": None if np.isnan(explained) else explained,
+        "l0": seen.l0,
         "ce": ce,
         "ce_recovered": (ce["zero"] - ce["spliced"]) / gap if gap else None,
         "kl": kl / tokens,

@@ -41,6 +41,7 @@ THRESHOLD_RATE = 10  # of its learning rate, times that of the weights
 MOST_FALLEN = 0.05  # of the explained variance on held-out rows, below its best
 MOST_ACTIVE = 1.5  # times k: with more active latents, a variance is explained too easily to count
 GUARD_ROWS = 4096  # held-out rows, about, on which it is measured on the way
+BLOCK = 1024  # rows that are reconstructed at once
 SAVE_SECONDS = 60  # between two states on the disk
 
 
@@ -314,35 +315,74 @@ def guarded(progress: Progress, now: Autoencoder, sample: np.ndarray, k: int) ->
     return replace(progress, fallen=not variance >= progress.best_variance - MOST_FALLEN)  # or NaN
 
 
+@dataclass
+class Reconstruction:
+    """Sums over the rows [N, D] that an autoencoder has seen.
+
+    error: squared distance to what it makes of them; squares: squared norms; total: float64 [D],
+    the rows' sum; active: int64 [L], in how many rows each latent is above zero.
+    """
+
+    architecture: str
+    k: int | None
+    weights: Any
+    rows: int = 0
+    error: float = 0.0
+    squares: float = 0.0
+    total: Any = 0.0
+    active: Any = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        for start in range(0, len(rows), BLOCK):
+            part = rows[start : start + BLOCK].astype(np.float32)
+            n = len(part)
+            padded = np.pad(part, [(0, BLOCK - n), (0, 0)])
+            error, active = _sums(self.architecture, self.k, self.weights, padded, n)
+            self.rows += n
+            self.error += float(np.asarray(error)[:n].sum(dtype=np.float64))
+            self.squares += float(np.square(part, dtype=np.float64).sum())
+            self.total = self.total + part.sum(axis=0, dtype=np.float64)
+            self.active = self.active + np.asarray(active, np.int64)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float32 [D]"""
+        return (self.total / self.rows).astype(np.float32)
+
+    @property
+    def explained_variance(self) -> float:
+        """1 - squared error over the squared distance to the rows' mean; NaN for equal rows."""
+        variance = self.squares - float(np.square(self.total).sum()) / self.rows
+        return 1 - self.error / variance if variance > 0 else np.nan
+
+    @property
+    def l0(self) -> float:
+        """Active latents of a row, mean."""
+        return float(self.active.sum() / self.rows)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _sums(architecture: str, k: int | None, weights: Any, rows: Any, mean: Any) -> Any:
-    """Squared error and squared distance to the mean of each of the rows [B, D], float32 [B], and
-    how often each latent is active, int32 [L]."""
-    x = rows.astype(jnp.float32)
-    latents = encode(architecture, k, weights, x)
-    error = ((x - decode(weights, latents)) ** 2).sum(axis=1)
-    return error, ((x - mean) ** 2).sum(axis=1), (latents > 0).sum(axis=0)
+def _sums(architecture: str, k: int | None, weights: Any, rows: Any, n: Any) -> tuple[Any, Any]:
+    """Squared error of each of the rows [B, D], float32 [B], and how often each latent is active in
+    the first n of them, int32 [L]."""
+    latents = encode(architecture, k, weights, rows)
+    here = jnp.arange(len(rows))[:, None] < n
+    return ((rows - decode(weights, latents)) ** 2).sum(axis=1), ((latents > 0) & here).sum(axis=0)
 
 
 def measure(sae: Autoencoder, rows: np.ndarray) -> dict[str, float]:
     """On rows [N, D] that were not trained on.
 
-    explained_variance: 1 - squared error over the squared distance to the rows' mean. l0: active
-    latents of a row, mean. dead_fraction: latents that are active in none of the rows.
-    often_active: number of latents that are active in more than half of the rows.
+    explained_variance, l0: see `Reconstruction`. dead_fraction: latents that are active in none of
+    the rows. often_active: number of latents that are active in more than half of the rows.
     """
-    mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-    sums = [0.0, 0.0, np.zeros(sae.num_latents, np.int64)]
-    for start in range(0, len(rows), 4096):
-        part = _sums(sae.architecture, sae.k, sae.weights, rows[start : start + 4096], mean)
-        for i, values in enumerate(map(np.asarray, part)):
-            sums[i] += values if i == 2 else values.sum(dtype=np.float64)
-    error, total, active = sums
+    seen = Reconstruction(sae.architecture, sae.k, jax.device_put(sae.weights))
+    seen.add(rows)
     return {
-        "explained_variance": 1 - error / total,
-        "l0": float(active.sum() / len(rows)),
-        "dead_fraction": float((active == 0).mean()),
-        "often_active": int((active > len(rows) / 2).sum()),
+        "explained_variance": seen.explained_variance,
+        "l0": seen.l0,
+        "dead_fraction": float((seen.active == 0).mean()),
+        "often_active": int((seen.active > len(rows) / 2).sum()),
     }
 
 
