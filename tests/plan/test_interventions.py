@@ -13,7 +13,7 @@ from runs import planned
 
 import simple_extraction_inference as script
 from utils.errors import UserError
-from utils.model.autoencoder import save_autoencoder
+from utils.model.autoencoder import Autoencoder
 from utils.model.config import ModelConfig
 from utils.model.interventions import Edit
 from utils.plan.donors import Donor
@@ -127,7 +127,7 @@ def written(tmp_path):
         weights = {"w_enc": np.ones((32, 8)), "b_enc": np.zeros(8), "b_dec": np.zeros(32)}
         weights["w_dec"] = weights["w_enc"].T
         for name, hook in (("sae", "resid_post.1"), ("hookless", None)):
-            save_autoencoder(tmp_path / name, "standard", None, hook, weights, {})
+            Autoencoder("standard", None, hook, weights).save(tmp_path / name, {})
         path = tmp_path / "changes.json"
         text = entries if isinstance(entries, str) else json.dumps(entries)
         path.write_text(text.replace("DIR", str(tmp_path)))
