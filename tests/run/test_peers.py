@@ -244,7 +244,7 @@ def test_a_vector_that_is_another_on_another_host(tiny_model, tasks_file, tmp_pa
     _, (first, second) = two_peers(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(peers.agree, plans[1], second)
-        message = r"process 1 .* than process 0: interventions\.0\.sha256 was 'a', is 'b'"
+        message = r"process 1 .*, whose values come first: interventions\.0\.sha256 was 'a', is 'b'"
         with pytest.raises(UserError, match=message):
             peers.agree(plans[0], first)
         with pytest.raises(UserError, match=message):

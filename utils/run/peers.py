@@ -286,8 +286,8 @@ def agree(plan: Plan, peers: Peers) -> None:
         if changes := differences(everyone[0], theirs):
             changes = [change.removeprefix("arguments.") for change in changes]
             raise UserError(
-                f"process {index} was started differently than process 0: {some(changes)}; start "
-                "all with the same flags and files"
+                f"process {index} was started differently than process 0, whose values come first: "
+                f"{some(changes)}; start all with the same flags and files"
             )
 
 
