@@ -136,7 +136,7 @@ def make_room(folder: Path, overwrite: bool) -> None:
     example names, also what is left of them after a kill, and the folders that are empty then.
     Raises UserError for a folder of somebody else's, or that is not to be overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
+    if not {path.name for path in folder.iterdir()} - {MARKER}:
         text = "Made by example_usage.py, whose --overwrite replaces its own files here.\n"
         (folder / MARKER).write_text(text)
         return

@@ -257,6 +257,11 @@ def test_overwrite_deletes_what_the_example_made_and_nothing_else(copy):
     assert not (copy / "sae").exists() and not (copy / "mesh").exists()
 
 
+def test_a_start_that_made_nothing_is_in_nobody_s_way(tmp_path):
+    for _ in range(2):
+        example_usage.make_room(tmp_path / "example_run", overwrite=False)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_others_stays_as_it_is(tmp_path, overwrite):
     """Such as the one in which the quick start of README.md was followed."""
