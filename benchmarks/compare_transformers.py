@@ -142,6 +142,7 @@ def torch_generate(model, plan, batch_size: int, new_tokens: int):
 
     rows = sorted((plan.encode(s).ids for s in plan.samples), key=len, reverse=True)
     layers = captured_layers(plan)
+    model.generation_config.eos_token_id = None  # no token ends an answer
 
     @torch.no_grad()
     def run():
@@ -159,7 +160,6 @@ def torch_generate(model, plan, batch_size: int, new_tokens: int):
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=0,
-                eos_token_id=-1,  # no token ends an answer
                 output_hidden_states=True,
                 output_logits=True,
                 return_dict_in_generate=True,

@@ -156,7 +156,7 @@ def forced(plan: "Plan", sae: "Intervention") -> tuple[dict[str, Any], np.ndarra
     gap, explained = ce["zero"] - ce["clean"], seen.explained_variance
     found = {
         "tokens": tokens,
-        "explained_variance": None if np.isnan(explained) else explained,
+        "explained_variance": explained if np.isfinite(explained) else None,
         "l0": seen.l0,
         "ce": ce,
         "ce_recovered": (ce["zero"] - ce["spliced"]) / gap if gap else None,

@@ -194,13 +194,16 @@ def names_of(manifest: dict[str, Any], layers: Sequence[int] | None) -> list[str
 
 def share_of_rows(folder: str | Path, manifest: dict[str, Any], max_rows: int) -> float:
     """The share that `max_rows` are of the rows of an activation in a run, at most 1. Where not
-    every token has a row, the run's statistics say how many there are."""
-    from utils.dataset.stats import activation_stats
+    every token has a row, the run is read once to count them."""
+    from tqdm import tqdm
+
+    from utils.shards import iter_items
 
     capture, rows = manifest["capture"], manifest["total_tokens"]
     of_all = (capture["token_positions"], capture.get("max_rows_per_sample")) == ("all", None)
     if rows > max_rows and not of_all:
-        rows = max(stats.count for stats in activation_stats(folder).values())
+        items = tqdm(iter_items(folder), "counting", manifest["total_samples"], unit=" samples")
+        rows = sum(len(item.get("positions", item["input_ids"])) for item in items)
     return min(1.0, max_rows / max(1, rows))
 
 

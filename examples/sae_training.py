@@ -351,9 +351,11 @@ class Reconstruction:
 
     @property
     def explained_variance(self) -> float:
-        """1 - squared error over the squared distance to the rows' mean; NaN for equal rows."""
+        """1 - squared error over the squared distance to the rows' mean; -inf for equal rows."""
         variance = self.squares - float(np.square(self.total).sum()) / self.rows
-        return 1 - self.error / variance if variance > 0 else np.nan
+        if variance > 1e-12 * self.squares:  # and not what rounding leaves of none
+            return 1 - self.error / variance
+        return -np.inf if np.isfinite(self.error) else np.nan
 
     @property
     def l0(self) -> float:

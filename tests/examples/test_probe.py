@@ -154,6 +154,7 @@ def test_rows_that_are_drawn_are_of_those_that_are_stored(planted, tmp_path):
     share = (most // 2) / (most + ends)
     assert abs((part["rows"] + part["held_out_rows"]) / most - share) < 0.05
     assert script.share_of_rows(run, read_manifest(run), 10**6) == 1
+    assert not (run / "activation_stats.json").exists()  # it only reads
     all_stored = read_manifest(planted)
     assert script.share_of_rows(planted, all_stored, all_stored["total_tokens"] // 4) <= 0.25
 

@@ -136,6 +136,9 @@ def test_training_ends_and_keeps_its_best_where_it_falls():
         assert (
             progress.best_variance == pytest.approx(best, abs=0.002) and progress.fallen == fallen
         )
+    # Rows that are all alike have no variance, and tell nothing.
+    for alike_rows in (rows[:1], rows[:1].repeat(7, axis=0)):
+        assert not guarded(Progress(0, {}, {}), sae(np.float32(0.9)), alike_rows, k=D).fallen
 
 
 def test_the_best_is_kept_where_training_falls(run_folder, monkeypatch, caplog):
