@@ -17,7 +17,9 @@ from utils.plan.request import Request
 from utils.run import conclude, loop, pipeline
 from utils.run.dry_run import plan_storage
 from utils.shards import uploads
+from utils.shards.held import Writer
 from utils.shards.manifest import read_manifest
+from utils.shards.writer import RunFolder
 
 TO_BUCKET = ["--upload_to_cloud", "--cloud_bucket", "gs://bucket/run"]
 
@@ -134,14 +136,14 @@ def test_rows_that_are_not_finite_are_said(
 def test_a_process_that_computed_nothing_has_nothing_to_send(tmp_path):
     """Such as one more than wrote a run that is complete."""
     request = SimpleNamespace(output_path=tmp_path / "s.json", activations_dir=tmp_path)
-    paths = {name: tmp_path / f"{name}_host001" for name in ("journal_path", "manifest_path")}
-    writer = SimpleNamespace(owner="_host001", index=1)
-    folder = SimpleNamespace(path=tmp_path, writer=writer, absent_journals=[], **paths)
     plan = SimpleNamespace(request=request)
-    assert conclude.last_files(plan, folder) == ([], [])
-    for path in paths.values():
-        path.touch()
-    assert conclude.last_files(plan, folder) == (list(paths.values()), [])
+    with RunFolder(tmp_path / "run", {}, {}, writer=Writer(1, 2)) as folder:
+        assert folder.journal_path.exists()  # its lock
+        assert conclude.last_files(plan, folder) == ([], [])
+        for path in (folder.journal_path, folder.manifest_path):
+            path.write_text("{}")
+        sent = [folder.journal_path, folder.manifest_path]
+        assert conclude.last_files(plan, folder) == (sent, [])
 
 
 def test_shards_that_lie_on_another_disk_are_named(

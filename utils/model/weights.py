@@ -269,9 +269,11 @@ class Checkpoint:
 
         def digest(block: tuple[Path, int]) -> str:
             file, start = block
+            found = sha256(file.name.encode())
             with file.open("rb") as stream:
                 stream.seek(start)
-                return sha256(file.name.encode() + stream.read(_BLOCK_BYTES)).hexdigest()
+                found.update(stream.read(_BLOCK_BYTES))
+            return found.hexdigest()
 
         files = [self._config_file, *sorted({tensor.file for tensor in self._stored.values()})]
         blocks = [

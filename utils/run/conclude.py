@@ -107,9 +107,10 @@ def last_files(plan: Plan, folder: RunFolder) -> tuple[list[Path], list[Path]]:
     manifest by which a reader knows that the run is complete comes last."""
     own = []
     if plan.request.activations_dir is not None:
-        # A process that has computed nothing has neither of its own.
         files = [folder.journal_path] + ([folder.manifest_path] if folder.writer.owner else [])
-        own = [*folder.absent_journals, *filter(Path.exists, files)]
+        # A process that has computed nothing has an empty journal, its lock, and no manifest.
+        files = [path for path in files if path.exists() and path.stat().st_size]
+        own = [*folder.absent_journals, *files]
     joint = [Path(plan.request.output_path), folder.path / "metadata.json"]
     return own, [] if folder.writer.index else joint
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ from utils.errors import UserError, some
 from utils.model.weights import Checkpoint
 from utils.plan.plan import Plan
 from utils.shards.manifest import differences
+from utils.store.deadline import within
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +298,8 @@ def weights_hash(checkpoint: Checkpoint, peers: Peers) -> str:
 
     Raises UserError naming a process whose files differ.
     """
-    hashes = peers.exchange("weights", checkpoint.fingerprint())
+    own = within(math.inf, checkpoint.fingerprint, TimeoutError, peers.check)
+    hashes = peers.exchange("weights", own)
     for index, other in enumerate(hashes):
         if other != hashes[0]:
             raise UserError(

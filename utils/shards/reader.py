@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.shards.int8 import dequantized_item
 from utils.shards.items import load, sample_key
 from utils.shards.manifest import read_manifest
+from utils.store.bucket import is_uri
 from utils.store.local import checksum
 from utils.store.places import LocalFolder, Place, place_of, split
 
@@ -86,18 +87,20 @@ def _items_in(file: BinaryIO, path: str, entry: dict[str, Any] | None) -> list[d
     """Of a shard, which is compared with its `entry` of the manifest where that is given."""
     try:
         if entry:
-            size = os.fstat(file.fileno()).st_size
+            size, repair = os.fstat(file.fileno()).st_size, ""
+            if not is_uri(path):
+                repair = "; --resume of its run computes its samples again"
             if size != (written := entry["size_bytes"]):
-                raise pickle.UnpicklingError(f"it has {size} bytes, not the {written} written")
+                told = f"it has {size} bytes, not the {written} written{repair}"
+                raise pickle.UnpicklingError(told)
             if (crc32c := checksum(file)) != (was := entry["crc32c"]):
-                raise pickle.UnpicklingError(f"damaged: its crc32c is {crc32c}, not {was}")
+                raise pickle.UnpicklingError(f"damaged: its crc32c is {crc32c}, not {was}{repair}")
             file.seek(0)
         items = load(file)
         if entry and [list(sample_key(item)) for item in items] != entry["samples"]:
             raise pickle.UnpicklingError("it holds other samples than its manifest says")
     except pickle.UnpicklingError as error:
-        repair = "; --resume of its run computes its samples again" if entry else ""
-        raise UserError(f"{path} is refused: {error}{repair}") from error
+        raise UserError(f"{path} is refused: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return items
