@@ -44,6 +44,7 @@ from utils.store.local import check_output, json_lines, write_result
 HELD_OUT = 5  # one task in so many
 SHUFFLES = 19
 PENALTIES = np.logspace(-6, 2, 25)  # of inputs of deviation 1, a row
+BLOCK_ROWS = 1024  # added at once: for the few of an item, threads of BLAS cost more than they give
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,15 @@ def probe(
     sums = {name: Sums(width, classes * (SHUFFLES + 1)) for name, width in widths.items()}
     kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
     kept_labels, seen = [], {True: [], False: []}
+    waiting: list[tuple[dict[str, np.ndarray], np.ndarray]] = []  # states and labels of items
+
+    def add_waiting() -> None:
+        if waiting:
+            ones = one_hot(np.concatenate([sets for _, sets in waiting]), classes)
+            for name in names:
+                sums[name].add(np.concatenate([states[name] for states, _ in waiting]), ones)
+            waiting.clear()
+
     total = manifest["total_samples"]
     for item in tqdm(iter_items(folder), total=total, desc="probing", unit=" samples"):
         rows, labels = labelled_rows(item, target)
@@ -245,14 +255,16 @@ def probe(
         for name in names:
             wanted &= np.isfinite(states[name][rows]).all(axis=1)
         rows, sets = rows[wanted], sets[wanted]
+        states = {name: states[name][rows] for name in names}
         if is_held_out:
             kept_labels.append(sets)
             for name in names:
-                kept[name].append(states[name][rows])
+                kept[name].append(states[name])
             continue
-        ones = one_hot(sets, classes)
-        for name in names:
-            sums[name].add(states[name][rows], ones)
+        waiting.append((states, sets))
+        if sum(len(sets) for _, sets in waiting) >= BLOCK_ROWS:
+            add_waiting()
+    add_waiting()
     truth = np.concatenate(kept_labels) if kept_labels else np.zeros((0, SHUFFLES + 1), int)
     _check(sums[names[0]].y[:classes], truth[:, 0], target)
     if TARGETS[target].label is None:  # all of them are here, and can change places
