@@ -33,6 +33,9 @@ class TwoPeers(Peers):
             return [value, {"folder": "elsewhere", **other}]
         return [value] if name == "weights" else [value, value]
 
+    def check(self):
+        pass
+
     @contextlib.contextmanager
     def together(self, step):
         yield

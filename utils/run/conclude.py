@@ -107,9 +107,11 @@ def last_files(plan: Plan, folder: RunFolder) -> tuple[list[Path], list[Path]]:
     manifest by which a reader knows that the run is complete comes last."""
     own = []
     if plan.request.activations_dir is not None:
-        files = [folder.journal_path] + ([folder.manifest_path] if folder.writer.owner else [])
-        # A process that has computed nothing has an empty journal, its lock, and no manifest.
-        files = [path for path in files if path.exists() and path.stat().st_size]
+        owner = folder.writer.owner
+        files = [folder.journal_path] + ([folder.manifest_path] if owner else [])
+        if not any(shard.owner == owner for shard in folder.held.shards.values()):
+            # It has computed nothing so far: an empty journal is its lock, and a manifest comes.
+            files = [path for path in files if path.exists() and path.stat().st_size]
         own = [*folder.absent_journals, *files]
     joint = [Path(plan.request.output_path), folder.path / "metadata.json"]
     return own, [] if folder.writer.index else joint
