@@ -73,6 +73,7 @@ def settings(dataset: "ActivationDataset", config: SaeConfig) -> dict[str, Any]:
     return {
         "activation": dataset.name,
         "selection": repr(dataset.selection),
+        "drop_sinks": dataset.selection.drop_sinks,
         "left_out": dict(dataset.left_out),
         "training": asdict(config),
     }
@@ -82,18 +83,16 @@ def check_same(folder: Path, now: dict[str, Any]) -> None:
     """Raises UserError where the autoencoder there was trained otherwise than `now` says."""
     from utils.model.autoencoder import CONFIG
 
-    def compared(about: Any) -> dict[str, Any]:  # a layer may be counted from the end
-        sinks = about["selection"].partition("drop_sinks=")[2].rstrip(")")
-        return {"activation": about["activation"], "drop_sinks": sinks, **about["training"]}
-
-    try:
-        was = compared(read_json(folder / CONFIG)["metadata"])
-    except (KeyError, TypeError, AttributeError) as error:
+    about = read_json(folder / CONFIG)
+    about = about.get("metadata") if isinstance(about, dict) else None
+    if not isinstance(about, dict) or "training" not in about:
         raise UserError(
             f"{folder / CONFIG} does not say how it was trained: choose another folder, or move "
             f"{folder} away"
-        ) from error
-    if changes := differences(was, compared(now)):
+        )
+    # Not the selection, in which a layer may be counted from the end. Older files lack some.
+    said = [name for name in ("activation", "drop_sinks", "training") if name in about]
+    if changes := differences(*({name: given[name] for name in said} for given in (about, now))):
         raise UserError(
             f"{folder} was made with other settings: {some(changes)}; go back to the former, or "
             "choose another folder"

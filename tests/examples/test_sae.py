@@ -321,8 +321,8 @@ def test_a_stopped_training_is_not_begun_anew_by_mistake(run_folder, tmp_path):
     script(NoSignals(), "--resume", "--layer", -2)  # the same, counted from the end
     assert not left.exists()
     for more, said in (
-        (["--k", 9], "k was 8, is 9"),
-        (["--drop_sinks", 0], "drop_sinks was '10.0', is 'None'"),
+        (["--k", 9], "training.k was 8, is 9"),
+        (["--drop_sinks", 0], "drop_sinks was 10.0, is None"),
         (["--layer", 0], "activation was 'resid_post.2', is 'resid_post.0'"),
     ):
         with pytest.raises(UserError, match=f"sae was made with other settings: {said}; go back"):
